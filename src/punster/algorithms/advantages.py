@@ -1,0 +1,77 @@
+"""From rewards to advantages. B rows, R response tokens; masks (B, R) are true on real response tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over true entries (a scalar); raises ValueError if there are none."""
+    count = mask.sum()
+    if int(count) == 0:
+        raise ValueError("masked mean over an empty mask")
+    return (x * mask).sum() / count
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over true entries, unbiased variance; 0 elsewhere. Without shift_mean the mean stays."""
+    mean = masked_mean(x, mask)
+    count = mask.sum()
+    variance = ((x - mean).square() * mask).sum() / (count - 1).clamp(min=1)
+    whitened = (x - mean) * torch.rsqrt(variance + eps)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) and returns, both (B, R).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lam)^l delta_{t+l}; return = A + V. The value after the last
+    response token is 0: a response ends there, whether by EOS or by length (the missing-EOS penalty is in the reward).
+    """
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    following = torch.zeros_like(running)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        live = mask[:, t].to(rewards.dtype)
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        running = (delta + gamma * lam * running) * live
+        following = values[:, t] * live
+        advantages[:, t] = running
+    return advantages, (advantages + values) * mask
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Per-token rewards (B, R): -beta * kl everywhere, plus the score (B,) on the last response token of each row."""
+    rewards = -beta * kl * mask
+    last = mask.sum(1) - 1
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+def group_advantages(rewards: Tensor, samples: int, variant: str = "grpo", eps: float = 1e-4) -> Tensor:
+    """Advantages (B,) of whole responses; rows of one prompt stand together, `samples` of them.
+
+    grpo, dapo: (r - mean) / (std + eps) in the group, unbiased std (Shao et al. 2024, arXiv 2402.03300, section 4.1).
+    dr_grpo: r - mean (Liu et al. 2025, arXiv 2503.20783). rloo: r minus the mean of the others (Ahmadian et al. 2024,
+    arXiv 2402.14740). Raises ValueError for a single sample a prompt, which has no baseline.
+    """
+    if samples < 2:
+        raise ValueError("group advantages need at least two samples a prompt")
+    groups = rewards.view(-1, samples)
+    centred = groups - groups.mean(1, keepdim=True)
+    if variant == "rloo":
+        advantages = centred * samples / (samples - 1)  # r_i - mean of the others
+    elif variant == "dr_grpo":
+        advantages = centred
+    elif variant in ("grpo", "dapo"):
+        advantages = centred / (groups.std(1, keepdim=True) + eps)
+    else:
+        raise ValueError(f"unknown variant {variant!r}")
+    return advantages.reshape(-1)
+
+
+def reinforce_pp_advantages(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): return-to-go of (terminal score - beta k1), whitened over the batch."""
+    rewards = shaped_rewards(scores, kl, mask, beta)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    return masked_whiten(to_go, mask)

@@ -1,0 +1,311 @@
+"""One dataclass per verb: the single source of command-line flags, YAML keys, documentation, and what a run saves."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+from punster.errors import UserError
+from punster.model.load import DEFAULT_MODEL
+
+Variant = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"]
+DpoLoss = Literal["sigmoid", "ipo", "hinge", "robust", "kto", "orpo", "simpo"]
+
+
+def opt(default: Any = MISSING, help: str = "", short: str | None = None, factory: Any = MISSING) -> Any:
+    """A dataclass field with its help text and its short flag."""
+    metadata = {"help": help, "short": short}
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(fine: bool, message: str) -> None:
+    if not fine:
+        raise UserError(message)
+
+
+@dataclass
+class TrainConfig:
+    """What every training verb shares."""
+
+    name: str = opt("", "name of the run; its folder is OUT/NAME", short="-n")
+    out: str = opt("runs", "folder that holds the runs")
+    model: str = opt(DEFAULT_MODEL, "base model: built-in name, hub id, folder, or .gguf file")
+    batch_size: int = opt(16, "rows (prompts for ppo and grpo: responses) in one optimizer step or rollout", short="-b")
+    steps: int | None = opt(None, "optimizer steps, or rollouts for ppo and grpo (default: as many as the epochs need)")
+    lr: float = opt(1e-4, "learning rate; linear to 0 after warm-up")
+    warmup: float = opt(0.1, "share of the steps over which the learning rate rises from 0")
+    weight_decay: float = opt(0.0, "AdamW weight decay")
+    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm, after accumulation")
+    adapter: Literal["lora", "none"] = opt("lora", "lora, or none to train the layers' own weights (fp32 masters)")
+    lora_r: int = opt(16, "rank of the adapter")
+    lora_alpha: float = opt(32.0, "scale of the adapter; its product is multiplied by alpha / r")
+    top_layers: str = opt("auto", "how many of the uppermost layers are adapted: a number, all, or auto (a third)")
+    prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
+    dtype: str = opt("auto", "type of the frozen weights: auto (bf16 where the CPU or GPU is fast at it), fp32, bf16")
+    max_tokens: int = opt(2048, "padded tokens in one micro-batch; changes memory and speed, not the result")
+    seed: int = opt(1, "seed of all named generators (data, sampling, init)")
+    save_every: int = opt(0, "steps between checkpoints (0: only at the end and when interrupted)")
+    keep: int = opt(2, "checkpoints that are kept")
+    eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)")
+    resume: bool = opt(False, "go on from the newest checkpoint of the run of this name")
+    dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
+    quiet: bool = opt(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"-b / batch-size must be at least 1, got {self.batch_size}")
+        require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, got {self.steps}")
+        require(math.isfinite(self.lr) and self.lr > 0, f"--lr must be a positive number, got {self.lr}")
+        require(0 <= self.warmup <= 1, f"--warmup must lie in [0, 1], got {self.warmup}")
+        require(self.weight_decay >= 0, f"--weight-decay must be >= 0, got {self.weight_decay}")
+        require(self.max_grad_norm > 0, f"--max-grad-norm must be > 0, got {self.max_grad_norm}")
+        require(self.lora_r >= 1, f"--lora-r must be at least 1, got {self.lora_r}")
+        require(self.lora_alpha > 0, f"--lora-alpha must be > 0, got {self.lora_alpha}")
+        good = self.top_layers in ("auto", "all") or (self.top_layers.isdigit() and int(self.top_layers) >= 1)
+        require(good, f"--top-layers must be a number of layers, all or auto, got {self.top_layers!r}")
+        require(self.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {self.dtype!r}")
+        require(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)), f"--device must be auto, cpu, cuda or mps, got {self.device!r}")
+        require(self.max_tokens >= 64, f"--max-tokens must be at least 64, got {self.max_tokens}")
+        require(self.keep >= 1, f"--keep must be at least 1, got {self.keep}")
+        require(self.save_every >= 0 and self.eval_every >= 0, "--save-every and --eval-every must be >= 0")
+        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
+                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip
+
+
+@dataclass
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning on prompts and completions; loss on the completion and its EOS only."""
+
+    data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt and completion (JSONL, JSON, CSV, Parquet)")
+    pretrained: str | None = opt(None, "start from the adapter of this run", short="-p")
+    epochs: float = opt(3.0, "passes over the data")
+    lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
+
+
+@dataclass
+class RewardConfig(TrainConfig):
+    """A Bradley-Terry reward model on preference pairs, normalised on samples of the SFT model."""
+
+    data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected")
+    negatives: list[str] = opt(
+        factory=lambda: ["literal", "off_topic"],
+        help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, sampled)",
+    )
+    split: str = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
+    pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
+    start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
+    depth: int = opt(0, "layers that run before the head reads (0: all)")
+    pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
+    epochs: float = opt(1.0, "passes over the pairs")
+    lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up")
+    center_rewards: float = opt(0.01, "coefficient of mean((r_w + r_l)^2), as TRL has it")
+    shuffle_labels: bool = opt(False, "placebo: which text of a pair is preferred is drawn at random")
+    normalise_samples: int = opt(128, "SFT samples on which gain and offset are set (0: none)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
+        require(self.depth >= 0, f"--depth must be >= 0, got {self.depth}")
+        known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "sampled")
+        for kind in self.negatives:
+            require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
+        require("sampled" not in self.negatives or self.pretrained is not None, "--negatives sampled needs an SFT run (-p)")
+        require(self.start == "base" or self.pretrained is not None, "--start sft needs an SFT run (-p)")
+
+
+@dataclass
+class PolicyConfig(TrainConfig):
+    """What ppo and grpo share: a policy, rewards, prompts, sampling."""
+
+    actor: str = opt("", "SFT run to start from; the reference is this run", short="-a")
+    reward_model: str | None = opt(None, "reward-model run", short="-c")
+    reward: list[str] = opt(factory=list, help="Python rewards FILE.py:FUNCTION[:WEIGHT], added to the reward model's score")
+    strategy: str = opt("naive", "naive: one process, one device", short="-s")
+    prompts: str = opt("embedded", "embedded, or a file with prompts")
+    max_new_tokens: int = opt(40, "longest response")
+    temperature: float = opt(1.0, "sampling temperature, in all roles")
+    beta: float = opt(0.02, "coefficient of the per-token KL (k1) in the reward")
+    missing_eos_penalty: float = opt(1.0, "taken off the score of a response that does not end")
+    clip: float = opt(0.2, "ratio clip")
+    eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strategy == "naive", f"-s {self.strategy}: only the strategy naive (one process) is implemented")
+        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
+        require(self.beta >= 0, f"--beta must be >= 0, got {self.beta}")
+        require(0 < self.clip < 1, f"--clip must lie in (0, 1), got {self.clip}")
+        require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
+
+
+@dataclass
+class PpoConfig(PolicyConfig):
+    """Proximal policy optimisation with a per-token critic that starts from the reward model."""
+
+    batch_size: int = opt(64, "responses in one rollout", short="-b")
+    steps: int | None = opt(20, "rollouts")
+    lr: float = opt(3e-4, "learning rate of the policy; linear to 0 after warm-up")
+    critic_lr: float = opt(3e-4, "learning rate of the critic")
+    critic_warmup: int = opt(1, "first rollouts in which only the critic learns")
+    epochs: int = opt(4, "passes over each rollout")
+    minibatches: int = opt(1, "optimizer steps in one pass")
+    gamma: float = opt(1.0, "discount")
+    lam: float = opt(0.95, "GAE lambda")
+    value_clip: float = opt(0.2, "value clip")
+    value_coef: float = opt(0.1, "weight of the value loss (it matters through clipping only: the critic has its own optimizer)")
+    whiten_rewards: bool = opt(False, "divide rewards by their standard deviation in each rollout, without shifting the mean")
+    target_kl: float | None = opt(None, "adaptive coefficient: sequence KL in nats to steer at (default: fixed beta)")
+    kl_horizon: int = opt(10_000, "adaptive coefficient: its horizon in responses")
+    stop_kl: float = opt(0.1, "a pass ends early once approx_kl exceeds this")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
+        require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
+        require(self.critic_lr > 0, f"--critic-lr must be > 0, got {self.critic_lr}")
+        require(self.batch_size >= 2, "-b / batch-size must be at least 2 for ppo: advantages are whitened over the rollout")
+
+
+@dataclass
+class GrpoConfig(PolicyConfig):
+    """Group-relative policy optimisation and its kin: no critic, several samples a prompt."""
+
+    batch_size: int = opt(64, "responses in one rollout (a multiple of samples)", short="-b")
+    steps: int | None = opt(20, "rollouts")
+    lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up")
+    variant: Variant = opt("grpo", "grpo, dr_grpo, dapo, rloo or reinforce++")
+    samples: int = opt(8, "responses to one prompt")
+    epochs: int = opt(2, "passes over each rollout")
+    clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)")
+    beta: float = opt(0.02, "coefficient of the KL: k3 in the loss for grpo, dr_grpo and dapo; k1 in the reward for rloo and reinforce++")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
+        require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
+        require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
+
+
+@dataclass
+class DpoConfig(TrainConfig):
+    """Direct preference optimisation and its family, on given pairs, on-policy pairs, or online."""
+
+    actor: str = opt("", "SFT run to start from; the reference is this run", short="-a")
+    reward_model: str | None = opt(None, "reward-model run that ranks sampled responses (needed for --pairs sampled and --online)", short="-c")
+    strategy: str = opt("naive", "naive: one process, one device", short="-s")
+    data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected (kto: prompt, completion, label)")
+    pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
+    samples: int = opt(8, "sampled pairs: responses drawn for each prompt")
+    online: bool = opt(False, "sample from the current policy at every step, rank by the reward model, and learn")
+    loss_type: DpoLoss = opt("sigmoid", "sigmoid, ipo, hinge, robust, kto, orpo or simpo")
+    label_smoothing: float = opt(0.0, "share of wrong labels assumed (sigmoid: conservative DPO; robust)")
+    beta: float = opt(0.1, "strength of the tie to the reference")
+    simpo_gamma: float = opt(0.5, "SimPO's target margin")
+    sft_coef: float = opt(0.0, "weight of an SFT term on the chosen responses")
+    max_new_tokens: int = opt(40, "longest sampled response")
+    temperature: float = opt(1.0, "temperature of sampled pairs")
+    epochs: float = opt(1.0, "passes over the pairs")
+    lr: float = opt(1e-4, "learning rate; linear to 0 after warm-up")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strategy == "naive", f"-s {self.strategy}: only the strategy naive (one process) is implemented")
+        require(0 <= self.label_smoothing < 0.5, f"--label-smoothing must lie in [0, .5), got {self.label_smoothing}")
+        require(self.beta > 0, f"--beta must be > 0, got {self.beta}")
+        require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
+        require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
+        require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
+        require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
+        needs = self.online or self.pairs == "sampled"
+        require(not needs or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
+        require(not (self.online and self.loss_type == "kto"), "--online makes pairs; kto does not use pairs")
+
+
+@dataclass
+class DistillConfig(SftConfig):
+    """Rejection sampling: SFT on the best of n samples of a run, chosen by a reward model."""
+
+    actor: str = opt("", "SFT run to sample from and to continue", short="-a")
+    reward_model: str = opt("", "reward-model run that chooses", short="-c")
+    best_of: int = opt(8, "samples for each prompt")
+    prompts: str = opt("embedded", "embedded, or a file with prompts")
+    max_new_tokens: int = opt(40, "longest response")
+    epochs: float = opt(2.0, "passes over the chosen samples")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare runs on held-out prompts, by a yardstick that no training used."""
+
+    models: list[str] = opt(factory=list, help="runs, or 'base' for the plain base model")
+    gold: str | None = opt(None, "reward-model run that is the yardstick (default: the runs' own gold, if they lie in one pipeline)")
+    proxy: str | None = opt(None, "reward-model run that selects best-of-n (default: the pipeline's reward run)")
+    reference: str | None = opt(None, "run that the others are compared with (default: the run named sft)")
+    prompts: str = opt("embedded", "embedded (the test part), or a file with prompts")
+    samples: int = opt(4, "responses to each prompt")
+    best_of: int = opt(0, "also report best-of-n of the reference, chosen by the proxy")
+    limit: int = opt(0, "use only the first so many prompts (0: all)")
+    max_new_tokens: int = opt(40, "longest response")
+    temperature: float = opt(1.0, "sampling temperature; evaluation is untruncated")
+    seed: int = opt(1, "seed of the sampling and of the bootstrap")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
+    dtype: str = opt("auto", "auto, fp32, bf16")
+    out: str | None = opt(None, "write summary.json and samples.jsonl into this folder")
+    quiet: bool = opt(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
+        require(self.best_of == 0 or self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
+        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@dataclass
+class PipelineConfig:
+    """punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report. Sections override a verb's defaults."""
+
+    name: str = opt("", "name of the run; its folder is OUT/NAME (default: the recipe's name)", short="-n")
+    out: str = opt("runs", "folder that holds the runs")
+    model: str = opt(DEFAULT_MODEL, "base model: built-in name, hub id, folder, or .gguf file")
+    prompt_format: str = opt("auto", "auto, chat, or a text containing {prompt}")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
+    dtype: str = opt("auto", "auto, fp32, bf16")
+    seed: int = opt(1, "seed of all stages")
+    scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test")
+    stages: list[str] = opt(factory=lambda: ["sft", "reward", "gold", "ppo", "grpo", "dpo"], help="stages to run, in this order")
+    sft: dict[str, Any] = opt(factory=dict, help="settings of the SFT stage")
+    reward: dict[str, Any] = opt(factory=dict, help="settings of the reward model that is trained against")
+    gold: dict[str, Any] = opt(factory=dict, help="settings of the yardstick reward model")
+    ppo: dict[str, Any] = opt(factory=dict, help="settings of PPO")
+    grpo: dict[str, Any] = opt(factory=dict, help="settings of GRPO")
+    dpo: dict[str, Any] = opt(factory=dict, help="settings of DPO")
+    placebo_reward: dict[str, Any] = opt(factory=dict, help="settings of the reward model with shuffled labels")
+    placebo: dict[str, Any] = opt(factory=dict, help="settings of PPO against the placebo reward model")
+    evaluate: dict[str, Any] = opt(factory=dict, help="settings of the evaluation")
+    resume: bool = opt(False, "keep finished stages and go on with the first unfinished one")
+    dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
+    quiet: bool = opt(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        known = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
+        for stage in self.stages:
+            require(stage in known, f"unknown stage {stage!r}: {', '.join(known)}")
+        require(0 < self.scale <= 100, f"--scale must lie in (0, 100], got {self.scale}")
+        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
+                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip
+
+
+def field_names(kind: type) -> list[str]:
+    return [item.name for item in fields(kind)]

@@ -1,0 +1,70 @@
+"""The embedded corpus: original puns written for this project, and the rows that are made of it.
+
+Each record: id, topic, prompt, pun, pun_word, alternative_word, kind, literal (the same set-up without wordplay),
+synonym_swap, plain (an ordinary sentence with the alternative word), weak (a clumsy attempt), split. The split is by pun
+word: train (SFT and the reward model that is trained against), gold (the yardstick reward model), val, test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+
+import torch
+
+from punster.data.schema import Row
+
+NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak")
+
+
+@cache
+def records() -> tuple[dict[str, str], ...]:
+    text = (files("punster") / "data" / "puns.jsonl").read_text(encoding="utf-8")
+    return tuple(json.loads(line) for line in text.splitlines())
+
+
+def part(split: str) -> list[dict[str, str]]:
+    chosen = [record for record in records() if record["split"] == split]
+    if not chosen:
+        raise ValueError(f"unknown split {split!r}: train, gold, val, test")
+    return chosen
+
+
+def sft_rows(split: str = "train") -> list[Row]:
+    return [{"prompt": r["prompt"], "completion": r["pun"], "id": r["id"], "pun_word": r["pun_word"]} for r in part(split)]
+
+
+def prompts(split: str = "train") -> list[str]:
+    return [record["prompt"] for record in part(split)]
+
+
+def preference_rows(negatives: Iterable[str], split: str = "train", seed: int = 1) -> list[Row]:
+    """One pair for each record and kind of negative; off-topic partners are a seeded derangement of the same part."""
+    chosen = part(split)
+    shift = 1 + int(torch.randint(len(chosen) - 1, (1,), generator=torch.Generator().manual_seed(seed))) if len(chosen) > 1 else 0
+    rows = []
+    for kind in negatives:
+        for index, record in enumerate(chosen):
+            if kind == "off_topic":
+                rejected = chosen[(index + shift) % len(chosen)]["pun"]
+            elif kind == "homophone":
+                rejected = homophone_dropped_in(record)
+            else:
+                rejected = record[kind]
+            rows.append({"prompt": record["prompt"], "chosen": record["pun"], "rejected": rejected, "kind": kind, "id": record["id"]})
+    return rows
+
+
+def homophone_dropped_in(record: dict[str, str]) -> str:
+    """The plain sentence with the alternative word replaced by the pun word (unchanged for homographs)."""
+    pattern = rf"(?<!\w){re.escape(record['alternative_word'])}(?!\w)"
+    return re.sub(pattern, lambda match: _cased(record["pun_word"], match[0]), record["plain"], flags=re.IGNORECASE)
+
+
+def _cased(word: str, like: str) -> str:
+    if like[:1].isupper() and like[1:].islower():
+        return word[:1].upper() + word[1:]
+    return word if word != word.capitalize() else word

@@ -1,0 +1,44 @@
+"""Scalar heads: one linear read-out per token, in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ScalarHead:
+    """value = h . weight + bias, for each token's hidden state h (…, d) -> (…)."""
+
+    weight: Tensor  # (d,)
+    bias: Tensor  # ()
+
+    @classmethod
+    def create(cls, width: int, generator: torch.Generator, device: torch.device | str = "cpu") -> ScalarHead:
+        """N(0, 1/sqrt(d + 1)) and bias 0 (Stiennon et al. 2020; Huang et al. 2024)."""
+        weight = torch.randn(width, generator=generator) / math.sqrt(width + 1)
+        return cls(weight.to(device), torch.zeros((), device=device))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return hidden.float() @ self.weight + self.bias
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.weight
+        yield self.bias
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield "head.weight", self.weight
+        yield "head.bias", self.bias
+
+    def trainable(self, on: bool = True) -> ScalarHead:
+        for tensor in self.parameters():
+            tensor.requires_grad_(on)
+        return self
+
+    def scaled(self, gain: float, offset: float) -> ScalarHead:
+        """A copy whose output is gain * value + offset."""
+        return ScalarHead(self.weight.detach() * gain, self.bias.detach() * gain + offset)

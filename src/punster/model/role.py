@@ -1,0 +1,138 @@
+"""A role is a view of the one base: its stack of adapters, and perhaps a scalar head that reads at some depth.
+
+Policy, reference, critic and reward model are roles. Two roles share the *trunk*, the layers below the lowest adapter
+of either, through `Trunk`: activations that were computed once and are handed to each role's branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from punster.data.batch import Batch, Example, collate, token_batches
+from punster.model.heads import ScalarHead
+from punster.model.lora import Adapter
+from punster.model.transformer import Decoder
+
+
+@dataclass
+class Role:
+    model: Decoder
+    adapters: tuple[Adapter, ...] = ()
+    head: ScalarHead | None = None
+    depth: int = 0  # layers that run before the read-out; 0 means all of them
+    pooling: str = "last"  # a score is the value at the last real token, or the "mean" over the response
+    normalisation: tuple[float, float] = (1.0, 0.0)  # gain and offset that make SFT samples mean 0, std 1
+    trained: tuple[str, ...] = field(default=())  # names of the adapters that this role trains
+
+    @property
+    def last_layer(self) -> int:
+        return self.depth or self.model.config.n_layer
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer in which this role differs from the plain base: where its branch begins."""
+        lowest = [adapter.first_layer for adapter in self.adapters]
+        if self.model.trained_from is not None:
+            lowest.append(self.model.trained_from)
+        return min([*lowest, self.last_layer])
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The trainable parameters, under names that are the same in every process."""
+        for adapter in self.adapters:
+            if adapter.name in self.trained:
+                for name, tensor in adapter.named_parameters():
+                    yield f"{adapter.name}:{name}", tensor
+        if self.model.trained_from is not None:
+            for name, tensor in self.model.weights.items():
+                if tensor.requires_grad:
+                    yield f"base:{name}", tensor
+        if self.head is not None and self.head.weight.requires_grad:
+            yield from self.head.named_parameters()
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for _, tensor in self.named_parameters()]
+
+    def frozen(self) -> Role:
+        """The same function without anything trainable (shares storage)."""
+        return replace(self, trained=())
+
+    # ---- passes -----------------------------------------------------------------------------------------------
+    def hidden(self, batch: Batch) -> Tensor:
+        """(B, T, d) states after the final norm, from the batch's trunk activations where they fit."""
+        depth = max((d for d in batch.trunk if d <= self.first_layer and self._shares(batch, d)), default=None)
+        state = self.model.embed(batch.ids) if depth is None else batch.trunk[depth]
+        state = self.model.blocks(state, depth or 0, self.last_layer, adapters=self.adapters)
+        return self.model.final_norm(state)
+
+    def _shares(self, batch: Batch, depth: int) -> bool:
+        return batch.trunk_keys.get(depth) == self.model.trunk_key(depth)
+
+    def response_hidden(self, batch: Batch) -> Tensor:
+        """(N, d) states that predict the N response tokens of the batch, row after row."""
+        return batch.select_predictors(self.hidden(batch))
+
+    def values(self, batch: Batch) -> Tensor:
+        """(B, R) values of the states that precede each response token; 0 where there is none."""
+        assert self.head is not None
+        return batch.scatter(self.head(self.response_hidden(batch)))
+
+    def raw_scores(self, batch: Batch) -> Tensor:
+        """(B,) head outputs at the last token, or averaged over the response tokens, before normalisation."""
+        assert self.head is not None
+        values = self.head(self.hidden(batch))
+        if self.pooling == "last":
+            return values.gather(1, (batch.lengths - 1)[:, None])[:, 0]
+        span = batch.response_span()
+        return (values * span).sum(1) / span.sum(1)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """(B,) normalised scores."""
+        gain, offset = self.normalisation
+        return self.raw_scores(batch) * gain + offset
+
+
+@dataclass
+class Trunk:
+    """Activations of the plain base at one or more depths, one unpadded (length, d) tensor per example."""
+
+    keys: dict[int, str]
+    rows: dict[int, list[Tensor]]
+
+    @classmethod
+    @torch.no_grad()
+    def compute(cls, model: Decoder, examples: Sequence[Example], depths: Sequence[int], max_tokens: int = 4096) -> Trunk:
+        """Run the base once over all examples, keeping the states after each of `depths` layers (0 is not kept)."""
+        wanted = sorted({depth for depth in depths if depth > 0})
+        store: dict[int, list[Tensor]] = {depth: [torch.empty(0)] * len(examples) for depth in wanted}
+        if wanted:
+            for rows in token_batches([example.length for example in examples], max_tokens):
+                batch = collate([examples[row] for row in rows], device=model.device)
+                state, done = model.embed(batch.ids), 0
+                for depth in wanted:
+                    state, done = model.blocks(state, done, depth), depth
+                    for place, row in enumerate(rows):
+                        store[depth][row] = state[place, : examples[row].length].clone()
+        return cls({depth: model.trunk_key(depth) for depth in wanted}, store)
+
+    def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """A padded batch of some of the examples, with their activations."""
+        batch = collate([examples[row] for row in rows], device=device)
+        for depth, states in self.rows.items():
+            batch.trunk[depth] = torch.nn.utils.rnn.pad_sequence([states[row] for row in rows], batch_first=True)
+        batch.trunk_keys = self.keys
+        return batch
+
+
+@torch.no_grad()
+def score_examples(role: Role, examples: Sequence[Example], trunk: Trunk | None = None, max_tokens: int = 4096) -> list[float]:
+    """Normalised scores of many examples, in their order."""
+    scores = [0.0] * len(examples)
+    for rows in token_batches([example.length for example in examples], max_tokens):
+        batch = trunk.collate(examples, rows) if trunk else collate([examples[row] for row in rows], device=role.model.device)
+        for row, score in zip(rows, role.scores(batch).tolist(), strict=True):
+            scores[row] = score
+    return scores

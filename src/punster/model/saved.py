@@ -1,0 +1,77 @@
+"""Roles on disk: role.json, adapters in PEFT's format, heads and trained weights as safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from punster.errors import UserError
+from punster.model.heads import ScalarHead
+from punster.model.load import load_model
+from punster.model.lora import Adapter
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
+
+FORMAT = 1
+
+
+def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, Any] | None = None) -> None:
+    """Write a role so that it can be loaded beside other roles on the same base."""
+    config = role.model.config
+    for adapter in role.adapters:
+        adapter.save(folder / "adapters" / adapter.name, role.model.name, config)
+    if role.head is not None:
+        save_file({n: t.detach().cpu().contiguous() for n, t in role.head.named_parameters()}, folder / "head.safetensors")
+    if role.model.trained_from is not None:
+        trained = {n: t.detach().cpu().contiguous() for n, t in role.model.weights.items() if t.requires_grad}
+        save_file(trained, folder / "base.safetensors")
+    described = {
+        "format": FORMAT, "model": role.model.name, "base_sha256": role.model.fingerprint() if role.model.trained_from is None else None,
+        "dtype": str(role.model.dtype).removeprefix("torch."), "prompt_format": tokenizer.prompt_format,
+        "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth,
+        "pooling": role.pooling, "normalisation": list(role.normalisation), "trained_from": role.model.trained_from,
+        **(extra or {}),
+    }  # fmt: skip
+    (folder / "role.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load_role(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, base: Decoder | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[Role, Tokenizer]:  # fmt: skip
+    """Read a role; with `base` (and `tokenizer`) given and fitting, they are shared instead of loaded again."""
+    try:
+        described = json.loads((folder / "role.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: role.json cannot be read ({error})") from None
+    if described.get("format") != FORMAT:
+        raise UserError(f"{folder}: written by another version of punster (format {described.get('format')}, this one reads {FORMAT})")
+    model = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
+    if tokenizer is None or tokenizer.prompt_format != described["prompt_format"] or model is not base:
+        tokenizer = Tokenizer.load(described["model"], described["prompt_format"])
+    if described["trained_from"] is not None:
+        trained = load_file(folder / "base.safetensors")
+        own = Decoder(model.config, {**model.weights, **{k: t.to(model.device) for k, t in trained.items()}}, model.name)
+        own.trained_from = described["trained_from"]
+        own.trunk_of = model if own.trained_from > 0 else None
+        model = own
+    adapters = tuple(
+        Adapter.load(folder / "adapters" / name, name, model.config, model.device) for name in described["adapters"]
+    )
+    head = None
+    if described["has_head"]:
+        stored = load_file(folder / "head.safetensors")
+        head = ScalarHead(stored["head.weight"].to(model.device), stored["head.bias"].to(model.device))
+    gain, offset = described["normalisation"]
+    role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))
+    return role, tokenizer
+
+
+def without_head(role: Role) -> Role:
+    return replace(role, head=None, trained=())

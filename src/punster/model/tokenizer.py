@@ -1,0 +1,141 @@
+"""Text to ids and back, with the prompt format of a run.
+
+The skeleton of a chat template is encoded with its special tokens, as `transformers` does it; what people wrote is
+encoded with special tokens split, so that no text can inject one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from punster.errors import UserError
+from punster.model.load import BUILT_IN, Source, cache_folder, resolve, sha256_of
+
+Messages = Sequence[dict[str, str]]
+PLAIN_FORMAT = "{prompt}\n"
+_SENTINEL = re.compile(r"%%punster-(\d+)%%")
+
+
+class Tokenizer:
+    """A tokenizer together with a prompt format.
+
+    prompt_format: "auto" (the chat template if the tokenizer has one, else "{prompt}\\n"), "chat", or a text that
+    contains "{prompt}".
+    """
+
+    def __init__(self, hf: Any, prompt_format: str = "auto"):
+        self.hf = hf
+        if prompt_format == "auto":
+            prompt_format = "chat" if hf.chat_template else PLAIN_FORMAT
+        if prompt_format == "chat" and not hf.chat_template:
+            raise UserError("--prompt-format chat: this model's tokenizer has no chat template; use a text such as '{prompt}\\n'")
+        if prompt_format != "chat" and "{prompt}" not in prompt_format:
+            raise UserError(f"--prompt-format {prompt_format!r}: must be auto, chat, or a text that contains {{prompt}}")
+        self.prompt_format = prompt_format
+        self._default_system = ""
+        self._cache: dict[str, list[int]] = {}
+        eos = hf.eos_token_id
+        if prompt_format == "chat":
+            self._default_system, closing = self._inspect_template()
+            ids = self._encode(closing, special=True)
+            if ids and ids[0] in set(hf.all_special_ids) | set(hf.added_tokens_decoder):
+                eos = ids[0]
+        if eos is None:
+            raise UserError("this tokenizer has no end-of-sequence token")
+        self.eos_id: int = eos
+
+    @classmethod
+    def from_source(cls, source: Source, prompt_format: str = "auto") -> Tokenizer:
+        from transformers import AutoTokenizer
+
+        where: Path = source.tokenizer
+        if where.suffix == ".gguf":
+            where = converted_gguf(source)
+        try:
+            hf = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+        return cls(hf, prompt_format)
+
+    @classmethod
+    def load(cls, model: str, prompt_format: str = "auto") -> Tokenizer:
+        return cls.from_source(resolve(model), prompt_format)
+
+    # ---- encoding ---------------------------------------------------------------------------------------------
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if not text:
+            return []
+        ids: list[int] = self.hf(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+        return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """What a person or model wrote; never yields a special token."""
+        return self._encode(text, special=False)
+
+    def prompt_ids(self, prompt: str | Messages) -> list[int]:
+        """A prompt (or chat messages) up to where the response starts."""
+        if isinstance(prompt, str):
+            if prompt not in self._cache:
+                self._cache[prompt] = self._prompt_ids([{"role": "user", "content": prompt}])
+            return list(self._cache[prompt])
+        return self._prompt_ids(prompt)
+
+    def _prompt_ids(self, messages: Messages) -> list[int]:
+        if self.prompt_format != "chat":
+            prompt = "\n".join(message["content"] for message in messages)
+            before, _, after = self.prompt_format.partition("{prompt}")
+            return self._encode(before, True) + self._encode(prompt, False) + self._encode(after, True)
+        skeleton = self._render(messages, generation=True)
+        if messages[0]["role"] != "system" and self._default_system:
+            skeleton = skeleton.replace(self._default_system, "", 1)
+        ids: list[int] = []
+        for number, piece in enumerate(_SENTINEL.split(skeleton)):
+            ids += self._encode(messages[int(piece)]["content"], False) if number % 2 else self._encode(piece, True)
+        return ids
+
+    def response_ids(self, text: str) -> list[int]:
+        """A response with its end-of-sequence token."""
+        return [*self.text_ids(text), self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """For people and text rewards only: special tokens are dropped, outer white space stripped."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=True)).strip()
+
+    # ---- the template -----------------------------------------------------------------------------------------
+    def _render(self, messages: Messages, generation: bool) -> str:
+        marked = [{"role": m["role"], "content": f"%%punster-{i}%%"} for i, m in enumerate(messages)]
+        return str(self.hf.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation))
+
+    def _inspect_template(self) -> tuple[str, str]:
+        """(system text that the template adds by default, what closes an assistant turn)."""
+        roles = ("user", "assistant", "user")
+        turns = [{"role": role, "content": ""} for role in roles]
+        opening = self._render(turns[:1], generation=False).partition("%%punster-0%%")[0]
+        closing = self._render(turns[:2], generation=False).partition("%%punster-1%%")[2]
+        between = self._render(turns, generation=False).partition("%%punster-1%%")[2].partition("%%punster-2%%")[0]
+        turn = between.removeprefix(closing)
+        default = opening.removesuffix(turn) if turn and opening.endswith(turn) else ""
+        bos = self.hf.bos_token or ""
+        if bos and default.startswith(bos) and bos not in turn:
+            default = default.removeprefix(bos)  # a genuine beginning-of-sequence token stays
+        return default, closing
+
+
+def converted_gguf(source: Source) -> Path:
+    """The tokenizer of a GGUF file as a folder; the conversion takes seconds, so it is kept in the cache."""
+    from filelock import FileLock
+    from transformers import AutoTokenizer
+
+    known = BUILT_IN.get(source.name)
+    key = known.sha256 if known else sha256_of(source.weights)
+    folder = cache_folder() / "tokenizers" / key[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{key[:24]}.lock"):
+        if not (folder / "complete").exists():
+            tokenizer = AutoTokenizer.from_pretrained(source.weights.parent, gguf_file=source.weights.name)
+            tokenizer.save_pretrained(folder)
+            (folder / "complete").touch()
+    return folder

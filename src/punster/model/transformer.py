@@ -1,0 +1,352 @@
+"""One decoder for the GPT-2 and Llama families, with plain functions from hidden states to hidden states.
+
+The network is a dictionary of weights under Hugging Face's names (matrices as out x in) and a configuration.
+Low-rank adapters are separate objects that are passed into each call, so that one frozen base serves every role:
+a *trunk* (embedding and the layers below the lowest adapter) is run once, and each role's *branch* starts from it.
+
+Shapes: B rows, T tokens, d width, H heads, K key-value heads, h head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from punster.errors import UserError
+from punster.model.lora import Adapter, low_rank
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the weights cannot say for themselves."""
+
+    family: str  # "gpt2" or "llama"
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    d_model: int
+    d_head: int
+    d_ff: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    tied: bool = True
+    activation: str = "silu"  # "silu", "gelu_new" (tanh) or "gelu" (erf)
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the config.json it came from
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face config.json; raises UserError for architectures this decoder does not implement."""
+        kind = raw.get("model_type")
+        if kind == "gpt2":
+            width = raw["n_embd"]
+            if raw.get("scale_attn_by_inverse_layer_idx") or not raw.get("scale_attn_weights", True):
+                raise UserError("this GPT-2 scales attention in a way punster does not implement")
+            return cls(
+                family="gpt2", vocab_size=raw["vocab_size"], n_layer=raw["n_layer"], n_head=raw["n_head"],
+                n_kv_head=raw["n_head"], d_model=width, d_head=width // raw["n_head"],
+                d_ff=raw.get("n_inner") or 4 * width, max_positions=raw.get("n_positions", 1024),
+                norm_eps=raw.get("layer_norm_epsilon", 1e-5), tied=raw.get("tie_word_embeddings", True),
+                activation=raw.get("activation_function", "gelu_new"), raw=raw,
+            )  # fmt: skip
+        if kind == "llama":
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            scaling = rope.get("rope_type", rope.get("type", "default"))
+            if scaling not in ("default", None):
+                raise UserError(f"rotary scaling {scaling!r} is not implemented (only the default)")
+            heads = raw["num_attention_heads"]
+            return cls(
+                family="llama", vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=heads,
+                n_kv_head=raw.get("num_key_value_heads") or heads, d_model=raw["hidden_size"],
+                d_head=raw.get("head_dim") or raw["hidden_size"] // heads, d_ff=raw["intermediate_size"],
+                max_positions=raw.get("max_position_embeddings", 2048), norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10_000.0),
+                tied=raw.get("tie_word_embeddings", False), activation=raw.get("hidden_act", "silu"), raw=raw,
+            )  # fmt: skip
+        raise UserError(f"model_type {kind!r} is not supported: punster runs the gpt2 and llama families")
+
+    def sites(self, layer: int) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: Hugging Face module path -> (out, in) features."""
+        d, ff = self.d_model, self.d_ff
+        if self.family == "gpt2":
+            at = f"transformer.h.{layer}."
+            return {
+                at + "attn.c_attn": (3 * d, d), at + "attn.c_proj": (d, d),
+                at + "mlp.c_fc": (ff, d), at + "mlp.c_proj": (d, ff),
+            }  # fmt: skip
+        at, q, kv = f"model.layers.{layer}.", self.n_head * self.d_head, self.n_kv_head * self.d_head
+        return {
+            at + "self_attn.q_proj": (q, d), at + "self_attn.k_proj": (kv, d), at + "self_attn.v_proj": (kv, d),
+            at + "self_attn.o_proj": (d, q), at + "mlp.gate_proj": (ff, d), at + "mlp.up_proj": (ff, d),
+            at + "mlp.down_proj": (d, ff),
+        }  # fmt: skip
+
+    def block_prefix(self, layer: int) -> str:
+        return f"transformer.h.{layer}." if self.family == "gpt2" else f"model.layers.{layer}."
+
+
+class KeyValueCache:
+    """Keys and values of every layer in static buffers of shape (B, K, capacity, h)."""
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (rows, config.n_kv_head, capacity, config.d_head)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, t, h) behind what is there; returns all keys and values so far (views)."""
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) the given rows."""
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+
+
+class Decoder:
+    """The network: weights, configuration, and the passes over them. Hidden states are always fp32."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], name: str = ""):
+        self.config = config
+        self.weights = weights
+        self.name = name  # what --model was, so that a run can name its base
+        self.trained_from: int | None = None  # lowest layer whose own weights were trained (full fine-tuning)
+        self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
+        self._fingerprint: str | None = None
+        self._head: Tensor | None = None
+
+    # ---- where things are -------------------------------------------------------------------------------------
+    @property
+    def embedding(self) -> Tensor:
+        return self.weights["transformer.wte.weight" if self.config.family == "gpt2" else "model.embed_tokens.weight"]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, d) fp32: the embedding itself where the head is tied.
+
+        The head is fp32 even on a bf16 base: bf16 logits alone put noise of several hundredths on log-probs.
+        """
+        weight = self.embedding if self.config.tied else self.weights["lm_head.weight"]
+        if weight.dtype == torch.float32 or self.trained_from == 0:
+            return weight.float()
+        if self._head is None:
+            self._head = weight.float()
+        return self._head
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def layer_of(self, weight: str) -> int:
+        """The block a weight belongs to; -1 for embeddings, n_layer for the final norm and the head."""
+        parts = weight.split(".")
+        for part in parts:
+            if part.isdigit():
+                return int(part)
+        return -1 if any(p in ("wte", "wpe", "embed_tokens") for p in parts) else self.config.n_layer
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, types and bytes of all weights, computed once; of frozen models only."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for key in sorted(self.weights):
+                tensor = self.weights[key].detach().cpu().contiguous()
+                digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.view(torch.uint8).numpy())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def trunk_key(self, depth: int) -> str:
+        """Names the activations after `depth` layers; two models with the same key may share them."""
+        if self.trained_from is None:
+            return f"{self.fingerprint()}:{depth}"
+        if self.trunk_of is not None and depth <= self.trained_from:
+            return self.trunk_of.trunk_key(depth)
+        return f"trained-{id(self)}:{depth}"
+
+    def trainable_copy(self, first_layer: int) -> Decoder:
+        """An fp32 copy whose layers from `first_layer` on (0: everything) are trained; the rest is shared."""
+        weights = {}
+        for key, tensor in self.weights.items():
+            frozen = first_layer > 0 and (self.layer_of(key) < first_layer or key == "lm_head.weight")
+            weights[key] = tensor if frozen else tensor.detach().float().clone().requires_grad_(True)
+        copy = Decoder(self.config, weights, self.name)
+        copy.trained_from = first_layer
+        copy.trunk_of = self if first_layer > 0 else None
+        return copy
+
+    def truncated(self, layers: int) -> Decoder:
+        """The same model with only its first `layers` blocks (for export of heads that read lower)."""
+        raw = {**self.config.raw, ("n_layer" if self.config.family == "gpt2" else "num_hidden_layers"): layers}
+        keep = {k: t for k, t in self.weights.items() if not 0 <= self.layer_of(k) - layers < self.config.n_layer - layers}
+        return Decoder(replace(self.config, n_layer=layers, raw=raw), keep, self.name)
+
+    # ---- passes -----------------------------------------------------------------------------------------------
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token (and, for GPT-2, position) embeddings: (B, T) -> (B, T, d) fp32."""
+        hidden = F.embedding(ids, self.embedding).float()
+        if self.config.family == "gpt2":
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            hidden = hidden + F.embedding(positions, self.weights["transformer.wpe.weight"]).float()
+        return hidden
+
+    def blocks(
+        self, hidden: Tensor, first: int, last: int, *, adapters: Sequence[Adapter] = (),
+        positions: Tensor | None = None, mask: Tensor | None = None, cache: KeyValueCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run layers first..last-1 on (B, T, d).
+
+        positions: (B, T) or None for 0..T-1. mask: boolean (B, T, S), true where a query may look, or None for plain
+        causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
+        With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
+        """
+        rotation = self._rotation(positions, hidden.shape[1]) if self.config.family == "llama" else None
+        step = self._gpt2_block if self.config.family == "gpt2" else self._llama_block
+        for layer in range(first, last):
+            hidden = step(hidden, layer, adapters, rotation, mask, cache)
+        return hidden
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm before the head; it belongs to the branch, not to the trunk."""
+        if self.config.family == "gpt2":
+            return self._norm(hidden, "transformer.ln_f")
+        return self._norm(hidden, "model.norm")
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """(…, d) after the final norm -> (…, V) fp32. For sampling; training goes through rollout.logprobs."""
+        return F.linear(normed, self.head_weight)
+
+    def forward(self, ids: Tensor, adapters: Sequence[Adapter] = (), mask: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; `mask` (B, T) marks real tokens of left- or right-padded rows."""
+        positions = attention = None
+        if mask is not None:
+            positions = positions_of(mask)
+            attention = causal_mask(mask)
+        hidden = self.embed(ids, positions)
+        hidden = self.blocks(hidden, 0, self.config.n_layer, adapters=adapters, positions=positions, mask=attention)
+        return self.logits(self.final_norm(hidden))
+
+    # ---- parts ------------------------------------------------------------------------------------------------
+    def _linear(self, x: Tensor, site: str, adapters: Sequence[Adapter]) -> Tensor:
+        weight = self.weights[site + ".weight"]
+        y = F.linear(x.to(weight.dtype), weight, self.weights.get(site + ".bias")).float()
+        delta = low_rank(x, site, adapters)
+        return y if delta is None else y + delta
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        weight = self.weights[name + ".weight"].float()
+        if self.config.family == "gpt2":
+            return F.layer_norm(x, (x.shape[-1],), weight, self.weights[name + ".bias"].float(), self.config.norm_eps)
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
+
+    def _rotation(self, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles, (1 or B, 1, T, h), computed in fp32 (Su et al. 2021; half-rotation form)."""
+        half = self.config.d_head // 2
+        device = self.device
+        if positions is None:
+            positions = torch.arange(length, device=device)[None]
+        inverse = self.config.rope_theta ** (-torch.arange(0, half, device=device, dtype=torch.float32) * 2 / self.config.d_head)
+        angles = positions.float()[:, None, :, None] * inverse
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """q (B, H, T, h), k and v (B, K, T, h) -> (B, T, H*h). Keys are never expanded for grouped queries in decoding."""
+        rows, heads, length, size = q.shape
+        groups = heads // k.shape[1]
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        if length == 1 and cache is not None:  # decoding: plain products over the grouped heads
+            q = q.reshape(rows, k.shape[1], groups, size).to(k.dtype)
+            scores = (q @ k.transpose(2, 3)).float() / math.sqrt(size)
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, :, None, :], -1e30)
+            out = (scores.softmax(-1).to(v.dtype) @ v).float().reshape(rows, 1, heads * size)
+            return out
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        if mask is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            # A row of a left pad may look at nothing: let it look at itself, so that it stays finite.
+            safe = mask | ~mask.any(-1, keepdim=True)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=safe[:, None])
+        return out.transpose(1, 2).reshape(rows, length, heads * size)
+
+    def _llama_block(
+        self, x: Tensor, layer: int, adapters: Sequence[Adapter], rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None, cache: KeyValueCache | None,
+    ) -> Tensor:  # fmt: skip
+        at, c = self.config.block_prefix(layer), self.config
+        rows, length, _ = x.shape
+        y = self._norm(x, at + "input_layernorm")
+        q = self._linear(y, at + "self_attn.q_proj", adapters).view(rows, length, c.n_head, c.d_head).transpose(1, 2)
+        k = self._linear(y, at + "self_attn.k_proj", adapters).view(rows, length, c.n_kv_head, c.d_head).transpose(1, 2)
+        v = self._linear(y, at + "self_attn.v_proj", adapters).view(rows, length, c.n_kv_head, c.d_head).transpose(1, 2)
+        assert rotation is not None
+        cos, sin = rotation
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        x = x + self._linear(self._attend(q, k, v, layer, mask, cache), at + "self_attn.o_proj", adapters)
+        y = self._norm(x, at + "post_attention_layernorm")
+        gate = activate(self._linear(y, at + "mlp.gate_proj", adapters), c.activation)
+        return x + self._linear(gate * self._linear(y, at + "mlp.up_proj", adapters), at + "mlp.down_proj", adapters)
+
+    def _gpt2_block(
+        self, x: Tensor, layer: int, adapters: Sequence[Adapter], rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None, cache: KeyValueCache | None,
+    ) -> Tensor:  # fmt: skip
+        at, c = self.config.block_prefix(layer), self.config
+        rows, length, _ = x.shape
+        y = self._linear(self._norm(x, at + "ln_1"), at + "attn.c_attn", adapters)
+        q, k, v = (part.view(rows, length, c.n_head, c.d_head).transpose(1, 2) for part in y.split(c.d_model, -1))
+        x = x + self._linear(self._attend(q, k, v, layer, mask, cache), at + "attn.c_proj", adapters)
+        y = activate(self._linear(self._norm(x, at + "ln_2"), at + "mlp.c_fc", adapters), c.activation)
+        return x + self._linear(y, at + "mlp.c_proj", adapters)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, heads, T, h) in the form that rotates halves."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return F.silu(x)
+    if kind in ("gelu_new", "gelu_pytorch_tanh"):
+        return F.gelu(x, approximate="tanh")
+    if kind == "gelu":
+        return F.gelu(x)
+    raise UserError(f"activation {kind!r} is not implemented (silu, gelu_new, gelu)")
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions of (B, T) rows with padding anywhere: count of real tokens before, clamped at 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """(B, T) real tokens -> (B, T, T): true where a query may look at a key."""
+    length = mask.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return causal[None] & mask[:, None, :].bool()

@@ -1,0 +1,48 @@
+"""Distilled best-of-n (rejection-sampling SFT): sample n a prompt, keep the best by reward, fine-tune on those.
+
+    punster distill -n NAME -a runs/SFT -c runs/REWARD --best-of 8
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from punster.config import DistillConfig, SftConfig
+from punster.errors import UserError
+from punster.model.role import score_examples
+from punster.rollout.sampler import Decoding, generate
+from punster.train.run import seeded
+from punster.train.setup import check_prompts, load_prompts, open_role
+from punster.train.sft import sft
+
+
+def distill(config: DistillConfig) -> Path | None:
+    """Returns the run folder (None for a dry run)."""
+    if not config.actor or not config.reward_model:
+        raise UserError("distill needs a run to sample from (-a) and a reward-model run (-c)")
+    if not config.name or (Path(config.out) / config.name).exists() and not config.resume:
+        raise UserError("distill needs a new name for the run: -n NAME")
+    policy, tokenizer = open_role(config.actor, config)
+    judge, _ = open_role(config.reward_model, config, tokenizer)
+    if judge.head is None:
+        raise UserError(f"-c {config.reward_model}: this run is not a reward model")
+    prompts = load_prompts(config.prompts)
+    ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
+    rows = []
+    if config.dry_run:
+        rows = [{"prompt": prompt, "completion": "x" * 60} for prompt in prompts]
+    else:
+        decoding = Decoding(config.max_new_tokens)
+        rollout = generate(policy, ids, decoding, tokenizer.eos_id, seeded(config.seed, "sampling"), config.best_of)
+        scores = score_examples(judge, rollout.examples)
+        for i, prompt in enumerate(prompts):
+            places = [k for k in range(i * config.best_of, (i + 1) * config.best_of) if rollout.finished[k]]
+            if places:
+                best = max(places, key=lambda k: scores[k])
+                if text := tokenizer.decode(rollout.examples[best].response):
+                    rows.append({"prompt": prompt, "completion": text})
+    if not rows:
+        raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
+    shared = {item.name: getattr(config, item.name) for item in fields(SftConfig)}
+    return sft(SftConfig(**{**shared, "pretrained": config.actor}), rows, "distill")

@@ -1,0 +1,238 @@
+"""Direct preference optimisation (Rafailov et al. 2023) and its family: given pairs, on-policy pairs, or online.
+
+    punster dpo -n NAME -b 16 -a runs/SFT [--loss-type sigmoid|ipo|hinge|robust|kto|orpo|simpo] [--online -c runs/REWARD]
+
+Reference log-probs are computed once, from the SFT run, on the training path. The policy starts as the reference, so
+the sigmoid loss of the first step is ln 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+import torch
+from torch import Tensor
+
+from punster.algorithms.losses import kto_loss, preference_loss
+from punster.config import DpoConfig
+from punster.data import corpus
+from punster.data.batch import Batch, Example, token_batches
+from punster.data.schema import Row
+from punster.errors import UserError
+from punster.model.role import Role, Trunk, score_examples
+from punster.model.saved import save_role
+from punster.model.tokenizer import Tokenizer
+from punster.rollout.logprobs import token_log_probs
+from punster.rollout.sampler import Decoding, generate
+from punster.train.plan import announce
+from punster.train.reward import pair_batches
+from punster.train.run import (
+    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded, total_steps,
+)  # fmt: skip
+from punster.train.setup import check_prompts, encode, extend, load_prompts, load_rows, open_role
+
+
+def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
+    """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    if not config.actor:
+        raise UserError("an SFT run is needed to start from: -a runs/SFT")
+    reference, tokenizer = open_role(config.actor, config)
+    judge = open_role(config.reward_model, config, tokenizer)[0] if config.reward_model else None
+    policy = extend(reference, config, "policy")
+    prompts = load_prompts("embedded") if config.online or config.pairs == "sampled" else []
+    if config.dry_run or not config.name:
+        count = len(prompts) or len(load_rows(rows if rows is not None else config.data, "preference", given_pairs))
+        stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * count)
+        if announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in):
+            return None
+    announce(config, "dpo", policy, 1, [])
+    examples, labels = load_examples(config, rows, reference, judge, tokenizer)
+    unit = 1 if labels is not None else 2  # rows of KTO are single texts
+    count = len(prompts) if config.online else len(examples) // unit
+    steps = total_steps(config, count, config.epochs)
+    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
+    cursor = Cursor(count, seeded(config.seed, "data"))
+    sampling = seeded(config.seed, "sampling")
+    state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator, "sampling": sampling}, {"data": cursor})
+    prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
+    with Run(config, "dpo", steps) as run:
+        restore(run, state)
+        base = reference.model
+        depths = sorted({policy.first_layer, reference.first_layer})
+        trunk = Trunk.compute(base, examples, depths, config.max_tokens)
+        ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
+        for step in range(run.step + 1, steps + 1):
+            units = cursor.next(config.batch_size)
+            if config.online:
+                assert judge is not None
+                examples = sampled_pairs(policy, judge, [prompt_ids[u] for u in units], config, tokenizer, sampling)
+                units = list(range(len(examples) // 2))
+                trunk = Trunk.compute(base, examples, depths, config.max_tokens)
+                ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
+            if labels is not None:
+                metrics = kto_step(config, policy, examples, labels, units, trunk, ref_sums)
+            else:
+                metrics = pair_step(config, policy, examples, units, trunk, ref_sums)
+            rate = learning_rate(config.lr, step - 1, steps, config.warmup)
+            metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
+            run.log(step, metrics, f"loss {metrics['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
+            if run.save_due(step):
+                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                run.raise_if_stopped()
+        run.finish({"steps": steps, "rows": count, "loss": metrics["loss"]} if run.step else {"steps": steps})
+        return run.folder
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+def given_pairs() -> list[Row]:
+    return corpus.preference_rows(("literal", "off_topic"), "train")
+
+
+def unpaired(rows: Sequence[Row]) -> list[Row]:
+    """KTO's rows out of pairs: the chosen text is desirable, the rejected one is not."""
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows for side in ("chosen", "rejected")
+    ]  # fmt: skip
+
+
+def load_examples(
+    config: DpoConfig, rows: Sequence[Row] | None, reference: Role, judge: Role | None, tokenizer: Tokenizer
+) -> tuple[list[Example], Tensor | None]:
+    """Examples 2i chosen, 2i + 1 rejected and None; or, for KTO, single texts with their labels (B,)."""
+    if config.online:
+        return [], None
+    if config.pairs == "sampled":
+        assert judge is not None
+        ids = check_prompts(tokenizer, reference.model, load_prompts("embedded"), config.max_new_tokens)
+        examples = sampled_pairs(reference, judge, ids, config, tokenizer, seeded(config.seed, "pairs"))
+        if config.loss_type == "kto":
+            return examples, torch.arange(len(examples)) % 2 == 0
+        return examples, None
+    source = rows if rows is not None else config.data
+    if config.loss_type == "kto":
+        given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()))
+        texts = [encode(tokenizer, reference.model, r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(given, 1)]
+        return texts, torch.tensor([bool(row["label"]) for row in given])
+    given = load_rows(source, "preference", given_pairs)
+    both = [(row, side, i) for i, row in enumerate(given, 1) for side in ("chosen", "rejected")]
+    return [encode(tokenizer, reference.model, row["prompt"], row[side], f"row {i}") for row, side, i in both], None
+
+
+def sampled_pairs(
+    policy: Role, judge: Role, prompts: Sequence[Sequence[int]], config: DpoConfig, tokenizer: Tokenizer, generator: torch.Generator
+) -> list[Example]:
+    """Best (even places) and worst (odd) of several samples to each prompt, by reward; unfinished ones rank last."""
+    decoding = Decoding(config.max_new_tokens, config.temperature)
+    rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
+    scores = score_examples(judge, rollout.examples)
+    ranked = [score - 1e3 * (not done) for score, done in zip(scores, rollout.finished, strict=True)]
+    pairs = []
+    for start in range(0, len(ranked), config.samples):
+        places = range(start, start + config.samples)
+        done = [place for place in places if rollout.finished[place]] or list(places)
+        best, worst = max(places, key=lambda i: ranked[i]), min(done, key=lambda i: ranked[i])
+        if best == worst:
+            worst = min(places, key=lambda i: ranked[i])
+        pairs += [rollout.examples[best], rollout.examples[worst]]
+    return pairs
+
+
+# ---- steps --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def response_log_probs(role: Role, examples: Sequence[Example], trunk: Trunk, max_tokens: int) -> Tensor:
+    """(number of examples,) summed log-prob of each response."""
+    sums = torch.zeros(len(examples))
+    for group in token_batches([example.length for example in examples], max_tokens):
+        batch = trunk.collate(examples, group, role.model.device)
+        sums[group] = summed(role, batch)[0].cpu()
+    return sums
+
+
+def summed(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B,) summed log-probs of the responses and (B,) lengths."""
+    flat, _ = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets())
+    return batch.scatter(flat).sum(1), batch.response_lengths
+
+
+def pair_step(
+    config: DpoConfig, policy: Role, examples: Sequence[Example], units: list[int], trunk: Trunk, ref_sums: Tensor
+) -> dict[str, float]:
+    """Accumulate one step's gradient over pairs; TRL's metric names."""
+    count = len(units)
+    chosen_tokens = sum(len(examples[2 * u].response) for u in units)
+    totals: dict[str, float] = {}
+    for group in pair_batches(examples, units, config.max_tokens):
+        texts = [2 * u for u in group] + [2 * u + 1 for u in group]
+        batch = trunk.collate(examples, texts, policy.model.device)
+        sums, lengths = summed(policy, batch)
+        reference = ref_sums[texts].to(sums.device)
+        (chosen, rejected), (ref_chosen, ref_rejected) = sums.chunk(2), reference.chunk(2)
+        chosen_length, rejected_length = lengths.chunk(2)
+        losses = preference_loss(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, config.loss_type, config.beta,
+            config.label_smoothing, config.simpo_gamma,
+        )  # fmt: skip
+        loss = losses.sum() / count
+        if config.loss_type == "orpo" or config.sft_coef:
+            weight = 1.0 if config.loss_type == "orpo" else config.sft_coef
+            loss = loss - weight * chosen.sum() / chosen_tokens
+        loss.backward()
+        rewards_chosen, rewards_rejected = config.beta * (chosen - ref_chosen).detach(), config.beta * (rejected - ref_rejected).detach()
+        parts = {
+            "loss": float(loss.detach()),
+            "rewards/chosen": float(rewards_chosen.sum()) / count,
+            "rewards/rejected": float(rewards_rejected.sum()) / count,
+            "rewards/accuracies": float((rewards_chosen > rewards_rejected).sum()) / count,
+            "rewards/margins": float((rewards_chosen - rewards_rejected).sum()) / count,
+            "logps/chosen": float(chosen.detach().sum()) / count,
+            "logps/rejected": float(rejected.detach().sum()) / count,
+        }
+        totals = {key: totals.get(key, 0.0) + value for key, value in parts.items()}
+    return totals
+
+
+def kto_step(
+    config: DpoConfig, policy: Role, examples: Sequence[Example], labels: Tensor, units: list[int], trunk: Trunk, ref_sums: Tensor
+) -> dict[str, float]:
+    """KTO on single texts; z is estimated on mismatched prompt and completion pairs of the same step, without gradient."""
+    z = mismatched_kl(config, policy, [examples[u] for u in units])
+    totals: dict[str, float] = {"kl": float(z)}
+    for group in token_batches([examples[u].length for u in units], config.max_tokens):
+        rows = [units[i] for i in group]
+        batch = trunk.collate(examples, rows, policy.model.device)
+        log_ratio = summed(policy, batch)[0] - ref_sums[rows].to(policy.model.device)
+        desirable = labels[rows].to(policy.model.device)
+        loss = kto_loss(log_ratio, desirable, z, config.beta).sum() / len(units)
+        loss.backward()
+        reward = config.beta * log_ratio.detach()
+        parts = {
+            "loss": float(loss.detach()),
+            "rewards/chosen": float(reward[desirable].sum()) / max(1, int(labels[units].sum())),
+            "rewards/rejected": float(reward[~desirable].sum()) / max(1, int((~labels[units]).sum())),
+        }
+        totals = {**totals, **{key: totals.get(key, 0.0) + value for key, value in parts.items()}}
+    totals["rewards/margins"] = totals["rewards/chosen"] - totals["rewards/rejected"]
+    return totals
+
+
+@torch.no_grad()
+def mismatched_kl(config: DpoConfig, policy: Role, examples: Sequence[Example]) -> Tensor:
+    """max(0, mean log-ratio) of each prompt with the next row's response: KTO's reference point."""
+    from dataclasses import replace
+
+    count = len(examples)
+    crossed = [Example(examples[i].prompt, examples[(i + 1) % count].response) for i in range(count)]
+    reference = replace(policy, adapters=tuple(a for a in policy.adapters if a.name not in policy.trained))
+    if policy.model.trained_from is not None:
+        raise UserError("--loss-type kto needs --adapter lora (the reference is the adapter switched off)")
+    trunk = Trunk.compute(policy.model, crossed, [policy.first_layer, reference.first_layer], config.max_tokens)
+    difference = response_log_probs(policy, crossed, trunk, config.max_tokens) - response_log_probs(
+        reference, crossed, trunk, config.max_tokens
+    )
+    return difference.mean().clamp(min=0)
+
+
+

@@ -1,0 +1,187 @@
+"""One rollout's experience for the policy-gradient loops: sampled responses, their rewards, and what training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from punster.config import PolicyConfig
+from punster.data import corpus
+from punster.data.batch import Example, token_batches
+from punster.errors import UserError
+from punster.model.role import Role, Trunk
+from punster.model.tokenizer import Tokenizer
+from punster.rewards import Reward, RewardFunction, load_function
+from punster.rollout.logprobs import compare_policies
+from punster.rollout.sampler import Decoding, generate
+from punster.train.run import Run, seeded
+from punster.train.setup import check_prompts, extend, load_prompts, open_role
+
+
+@dataclass
+class Setup:
+    """What stays the same over a run."""
+
+    policy: Role
+    reference: Role
+    tokenizer: Tokenizer
+    prompts: list[Any]
+    prompt_ids: list[list[int]]
+    reward: Reward
+    decoding: Decoding
+    max_tokens: int
+    seed: int
+
+    @property
+    def dry_examples(self) -> list[Example]:
+        """Stand-ins of full length, for estimates of time and memory."""
+        response = (0,) * self.decoding.max_new_tokens
+        return [Example(tuple(ids), response) for ids in self.prompt_ids]
+
+
+def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: RewardFunction | None) -> Setup:
+    """Policy = SFT run + a fresh adapter; reference = the SFT run; rewards as configured."""
+    if not config.actor:
+        raise UserError("an SFT run is needed to start from: -a runs/SFT")
+    reference, tokenizer = open_role(config.actor, config)
+    model = None
+    if config.reward_model:
+        model, reward_tokenizer = open_role(config.reward_model, config, tokenizer)
+        if reward_tokenizer.prompt_format != tokenizer.prompt_format or model.model.name != reference.model.name:
+            raise UserError(f"{config.reward_model} was trained on another base or prompt format than {config.actor}")
+        if model.head is None:
+            raise UserError(f"-c {config.reward_model}: this run is not a reward model")
+    functions = [load_function(specification) for specification in config.reward]
+    if function is not None:
+        functions.append((getattr(function, "__name__", "reward"), function, 1.0))
+    texts = load_prompts(prompts if prompts is not None else config.prompts)
+    decoding = Decoding(config.max_new_tokens, config.temperature)
+    ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
+    policy = extend(reference, config, "policy")
+    return Setup(policy, reference, tokenizer, texts, ids, Reward(model, functions), decoding, config.max_tokens, config.seed)
+
+
+@dataclass
+class Experience:
+    """B responses of at most R tokens; per-token tensors are (B, R), zero beyond each response."""
+
+    examples: list[Example]
+    texts: list[str]
+    prompts: list[Any]
+    trunk: Trunk
+    groups: list[list[list[int]]]  # minibatches -> micro-batches -> rows, as the old log-probs were computed
+    mask: Tensor
+    log_prob: Tensor
+    ref_log_prob: Tensor
+    kl: Tensor
+    entropy: Tensor
+    values: Tensor
+    sampler_log_prob: Tensor
+    scores: Tensor  # (B,)
+    finished: Tensor  # (B,) bool
+    max_tokens: int
+
+    def regroup(self, minibatches: int, generator: torch.Generator) -> list[list[list[int]]]:
+        """A fresh permutation for another pass."""
+        return partition(self.examples, minibatches, generator, self.max_tokens)
+
+    def metrics(self, beta: float, scores: Tensor) -> dict[str, float]:
+        """Rollout metrics under TRL's names; KL and entropy are sums per response and means per token."""
+        tokens = self.mask.sum()
+        k1 = (self.log_prob - self.ref_log_prob) * self.mask
+        gap = ((self.log_prob - self.sampler_log_prob) * self.mask).abs().sum() / tokens
+        return {
+            "objective/kl": float(k1.sum(1).mean()),
+            "objective/exact_kl": float(self.kl.sum(1).mean()),
+            "objective/entropy": float(self.entropy.sum(1).mean()),
+            "objective/entropy_per_token": float(self.entropy.sum() / tokens),
+            "objective/scores": float(self.scores.mean()),
+            "objective/scores_std": float(self.scores.std()) if len(self.scores) > 1 else 0.0,
+            "objective/non_score_reward": float(-beta * k1.sum(1).mean()),
+            "objective/rlhf_reward": float((scores - beta * k1.sum(1)).mean()),
+            "val/num_eos_tokens": float(self.finished.sum()),
+            "eos_rate": float(self.finished.float().mean()),
+            "length": float(tokens / len(self.examples)),
+            "sampler_gap": float(gap),
+        }
+
+    def sample_rows(self, setup: Setup, count: int) -> list[dict[str, Any]]:
+        return [
+            {"prompt": self.prompts[i], "completion": self.texts[i], "score": round(float(self.scores[i]), 4)}
+            for i in range(min(count, len(self.texts)))
+        ]
+
+
+def partition(examples: Sequence[Example], minibatches: int, generator: torch.Generator, max_tokens: int) -> list[list[list[int]]]:
+    """Rows permuted, cut into minibatches, each cut into micro-batches of similar length."""
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    size = -(-len(order) // minibatches)
+    result = []
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        result.append([[rows[i] for i in group] for group in token_batches([examples[row].length for row in rows], max_tokens)])
+    return result
+
+
+@torch.no_grad()
+def collect(
+    setup: Setup, prompt_rows: Sequence[int], sampling: torch.Generator, shuffling: torch.Generator, *,
+    critic: Role | None = None, minibatches: int = 1, samples: int = 1,
+) -> Experience:  # fmt: skip
+    """Sample, run the trunk once for all roles, score, and read old log-probs, exact KL and values off the training path."""
+    policy, reference = setup.policy, setup.reference
+    rollout = generate(
+        policy, [setup.prompt_ids[row] for row in prompt_rows], setup.decoding, setup.tokenizer.eos_id, sampling, samples
+    )
+    examples = rollout.examples
+    prompts = [setup.prompts[row] for row in prompt_rows for _ in range(samples)]
+    texts = [setup.tokenizer.decode(example.response) for example in examples]
+    roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
+    base = min((role.model for role in roles), key=lambda model: model.trained_from is not None)
+    trunk = Trunk.compute(base, examples, sorted({role.first_layer for role in roles}), setup.max_tokens)
+    scores = setup.reward(prompts, texts, examples, trunk)
+    groups = partition(examples, minibatches, shuffling, setup.max_tokens)
+    lengths = torch.tensor([len(example.response) for example in examples])
+    shape = (len(examples), int(lengths.max()))
+    device = policy.model.device
+    names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler")
+    tensors = {name: torch.zeros(shape, device=device) for name in names}
+    for rows in (group for minibatch in groups for group in minibatch):
+        batch = trunk.collate(examples, rows, device)
+        width = batch.mask.shape[1]
+        compared = compare_policies(
+            policy.response_hidden(batch), policy.model.head_weight, reference.response_hidden(batch),
+            reference.model.head_weight, batch.targets(), setup.decoding.temperature,
+        )  # fmt: skip
+        for name, flat in compared.items():
+            tensors[name][rows, :width] = batch.scatter(flat)
+        if critic is not None:
+            tensors["values"][rows, :width] = critic.values(batch)
+    for row, log_probs in enumerate(rollout.log_probs):
+        tensors["sampler"][row, : len(log_probs)] = log_probs
+    return Experience(
+        examples=examples, texts=texts, prompts=prompts, trunk=trunk, groups=groups,
+        mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device),
+        log_prob=tensors["log_prob"], ref_log_prob=tensors["ref_log_prob"], kl=tensors["kl"], entropy=tensors["entropy"],
+        values=tensors["values"], sampler_log_prob=tensors["sampler"], scores=torch.tensor(scores, device=device),
+        finished=torch.tensor(rollout.finished, device=device), max_tokens=setup.max_tokens,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample_table(run: Run, step: int, setup: Setup, count: int) -> dict[str, float]:
+    """Sample held-out prompts with a fixed stream, score them, keep the table in samples.jsonl."""
+    prompts = corpus.prompts("val")[:count]
+    if not prompts:
+        return {}
+    ids = [setup.tokenizer.prompt_ids(prompt) for prompt in prompts]
+    rollout = generate(setup.policy, ids, setup.decoding, setup.tokenizer.eos_id, seeded(setup.seed, "evaluation"))
+    texts = [setup.tokenizer.decode(example.response) for example in rollout.examples]
+    scores = setup.reward(prompts, texts, rollout.examples)
+    rows = zip(prompts, texts, scores, strict=True)
+    run.samples(step, ({"prompt": p, "completion": t, "score": round(s, 4), "held_out": True} for p, t, s in rows))
+    return {"eval/score": sum(scores) / len(scores), "eval/eos_rate": sum(rollout.finished) / len(rollout.finished)}

@@ -1,0 +1,138 @@
+"""Critic-free policy gradients with several samples a prompt: GRPO, Dr. GRPO, DAPO's loss, RLOO, REINFORCE++.
+
+    punster grpo -n NAME -b 64 -a runs/SFT -c runs/REWARD [--variant grpo|dr_grpo|dapo|rloo|reinforce++]
+
+| variant     | advantage                      | KL                | loss is normalised by                     |
+| grpo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of each response, then responses   |
+| dr_grpo     | r - mean                       | k3 in the loss    | responses x longest allowed response      |
+| dapo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of the whole rollout; clip-higher  |
+| rloo        | r - mean of the others         | k1 in the reward  | tokens of the whole rollout               |
+| reinforce++ | return-to-go, batch-whitened   | k1 in the reward  | tokens of the whole rollout               |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+from torch import Tensor
+
+from punster.algorithms.advantages import group_advantages, reinforce_pp_advantages
+from punster.algorithms.kl import kl_estimate
+from punster.algorithms.losses import clipped_policy_loss
+from punster.config import GrpoConfig
+from punster.model.role import Role
+from punster.model.saved import save_role
+from punster.rewards import RewardFunction
+from punster.rollout.logprobs import token_log_probs
+from punster.train.experience import Experience, collect, open_policy, sample_table
+from punster.train.plan import announce
+from punster.train.run import (
+    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded,
+)  # fmt: skip
+
+KL_IN_REWARD = ("rloo", "reinforce++")
+
+
+def grpo(
+    config: GrpoConfig, prompts: Sequence[Any] | None = None, reward: RewardFunction | None = None,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path | None:  # fmt: skip
+    """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    setup = open_policy(config, prompts, reward)
+    policy, tokenizer = setup.policy, setup.tokenizer
+    steps = config.steps or 1
+    if announce(config, "grpo", policy, steps, setup.dry_examples):
+        return None
+    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
+    cursor = Cursor(len(setup.prompts), seeded(config.seed, "data"))
+    sampling, shuffling = seeded(config.seed, "sampling"), seeded(config.seed, "minibatches")
+    generators = {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling}
+    state = State(policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0})
+    with Run(config, "grpo", steps) as run:
+        restore(run, state)
+        for step in range(run.step + 1, steps + 1):
+            rows = cursor.next(config.batch_size // config.samples)
+            exp = collect(setup, rows, sampling, shuffling, samples=config.samples)
+            scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
+            advantages = advantages_of(config, exp, scores)
+            rate = learning_rate(config.lr, step - 1, steps, config.warmup)
+            updates = []
+            for _ in range(config.epochs):
+                stats = train_step(config, exp, exp.groups[0], policy, advantages)
+                if not updates and stats["ratio_gap"] > 1e-5:
+                    raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
+                updates.append(stats | optimizer_step(optimizer, rate, config.max_grad_norm))
+            groups = scores.view(-1, config.samples)
+            state.numbers["episodes"] += len(exp.examples)
+            metrics = {
+                **exp.metrics(config.beta, scores),
+                **{f"policy/{key}": sum(u[key] for u in updates) / len(updates) for key in updates[0]},
+                "reward": float(scores.mean()),
+                "reward_std": float(groups.std(1).mean()),
+                "frac_reward_zero_std": float((groups.std(1) < 1e-6).float().mean()),
+                "episode": state.numbers["episodes"],
+            }
+            if config.eval_every and step % config.eval_every == 0:
+                metrics |= sample_table(run, step, setup, config.eval_prompts)
+            run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
+            run.samples(step, exp.sample_rows(setup, 4))
+            if callback is not None:
+                callback(step, metrics)
+            if run.save_due(step):
+                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                run.raise_if_stopped()
+        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)})
+        return run.folder
+
+
+def advantages_of(config: GrpoConfig, exp: Experience, scores: Tensor) -> Tensor:
+    """(B, R) advantages of the variant."""
+    k1 = kl_estimate(exp.log_prob, exp.ref_log_prob) * exp.mask
+    if config.variant == "reinforce++":
+        return reinforce_pp_advantages(scores, k1, exp.mask, config.beta)
+    if config.variant == "rloo":
+        scores = scores - config.beta * k1.sum(1)
+    return group_advantages(scores, config.samples, config.variant)[:, None] * exp.mask
+
+
+def token_weights(config: GrpoConfig, mask: Tensor) -> Tensor:
+    """(B, R) weights that sum the per-token loss up to the variant's normalisation."""
+    rows = mask.shape[0]
+    if config.variant == "grpo":
+        return mask / mask.sum(1, keepdim=True) / rows
+    if config.variant == "dr_grpo":
+        return mask / (rows * config.max_new_tokens)
+    return mask / mask.sum()
+
+
+def train_step(
+    config: GrpoConfig, exp: Experience, groups: list[list[int]], policy: Role, advantages: Tensor
+) -> dict[str, float]:
+    """Accumulate the gradient over the micro-batches of the rollout."""
+    weights = token_weights(config, exp.mask)
+    high = config.clip_high if config.clip_high is not None else (0.28 if config.variant == "dapo" else None)
+    tokens = float(exp.mask.sum())
+    sums = dict.fromkeys(("loss", "clipfrac", "approx_kl", "ratio"), 0.0)
+    largest = 0.0
+    for rows in groups:
+        batch = exp.trunk.collate(exp.examples, rows, policy.model.device)
+        mask = batch.mask
+        cut = (rows, slice(0, mask.shape[1]))
+        flat, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature)
+        log_prob = batch.scatter(flat)
+        # The clipped loss is linear in positive weights, so they can ride on the advantages.
+        loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)
+        if config.beta and config.variant not in KL_IN_REWARD:
+            loss = loss + config.beta * (kl_estimate(log_prob, exp.ref_log_prob[cut], "k3") * weights[cut]).sum()
+        loss.backward()
+        sums["loss"] += float(loss.detach())
+        for key in ("clipfrac", "approx_kl", "ratio"):
+            sums[key] += float(stats[key]) / tokens
+        largest = max(largest, float(stats["ratio_gap"]))
+    return {**sums, "ratio_gap": largest}
+
+
+

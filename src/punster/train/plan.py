@@ -1,0 +1,66 @@
+"""What a run will cost, before it starts: counted multiply-adds against a half-second speed check of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from punster.config import TrainConfig
+from punster.data.batch import Example
+from punster.errors import UserError
+from punster.model.role import Role
+
+
+def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
+    """Multiply-adds per second of a matrix product of the size that training uses."""
+    a, b = torch.randn(1024, 576, device=device).to(dtype), torch.randn(576, 1536, device=device).to(dtype)
+    a @ b
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ b
+        count += 1
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return count * 1024 * 576 * 1536 / (time.perf_counter() - start)
+
+
+def block_size(role: Role) -> int:
+    """Multiply-adds per token of one block."""
+    return sum(out * into for out, into in role.model.config.sites(0).values())
+
+
+def training_cost(role: Role, examples: Sequence[Example], passes: float) -> float:
+    """Multiply-adds: the trunk once, and forward, input gradients and recomputed head for each pass (LoRA: no weight gradients)."""
+    tokens = sum(example.length for example in examples)
+    responses = sum(len(example.response) for example in examples)
+    block, head = block_size(role), role.model.head_weight.numel()
+    branch = role.last_layer - role.first_layer
+    use_head = 0 if role.head is not None else 3 * head * responses
+    weights = 1 if role.model.trained_from is not None else 0
+    return tokens * block * (role.first_layer + (2 + weights) * branch * passes) + use_head * passes
+
+
+def announce(config: TrainConfig, verb: str, role: Role, steps: int, examples: Sequence[Example], extra: float = 0.0) -> bool:
+    """Refuse a taken or missing name; for --dry-run print the plan and return True."""
+    if not config.name:
+        raise UserError(f"punster {verb} needs a name for the run: -n NAME")
+    folder = Path(config.out) / config.name
+    if folder.exists() and not config.resume:
+        raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
+    if not config.dry_run:
+        return False
+    passes = steps * config.batch_size / max(1, len(examples))
+    speed = measured_speed(role.model.dtype, str(role.model.device))
+    seconds = (training_cost(role, examples, passes) + extra) / speed / 0.6
+    trainable = sum(tensor.numel() for tensor in role.parameters())
+    base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
+    stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.first_layer else 0
+    working = config.max_tokens * role.model.config.d_model * 4 * 40 * (role.last_layer - role.first_layer)
+    memory = base + trainable * 16 + stored + working + 512 * role.model.config.vocab_size * 12
+    print(f"{verb} {folder}: {steps} steps of {config.batch_size} rows, {len(examples)} rows of data")
+    print(f"  model {role.model.name}, layers {role.first_layer}..{role.last_layer - 1} trained, {trainable:,} trainable parameters, {role.model.dtype}")
+    print(f"  about {seconds / 60:.1f} minutes at {2 * speed / 1e9:.0f} GFLOP/s here, about {memory / 1e9:.1f} GB of memory")
+    return True

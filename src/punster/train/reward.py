@@ -1,0 +1,142 @@
+"""Reward model: Bradley-Terry on pairs (the margin, if a pair has one, is subtracted), normalised on SFT samples.
+
+    punster reward -n NAME -b 16 -p runs/SFT
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from punster.algorithms.losses import bradley_terry
+from punster.config import RewardConfig
+from punster.data import corpus
+from punster.data.batch import Example, token_batches
+from punster.data.schema import Row
+from punster.model.role import Role, Trunk, score_examples
+from punster.model.saved import save_role
+from punster.model.tokenizer import Tokenizer
+from punster.rollout.sampler import Decoding, generate
+from punster.train.plan import announce
+from punster.train.run import (
+    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded, total_steps,
+)  # fmt: skip
+from punster.train.setup import encode, extend, load_rows, open_base, open_role, with_head
+
+
+def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
+    """Train a reward model on rows with prompt, chosen and rejected; returns the run folder (None for a dry run)."""
+    if config.pretrained:
+        sampled_from, tokenizer = open_role(config.pretrained, config)
+    else:
+        base, tokenizer = open_base(config)
+        sampled_from = Role(base)
+    plain = Role(sampled_from.model if sampled_from.model.trained_from is None else open_base(config)[0])
+    start = sampled_from if config.start == "sft" else plain
+    given = load_rows(rows if rows is not None else config.data, "preference", lambda: embedded_pairs(config, sampled_from, tokenizer))
+    given = shuffled(given, config)
+    examples, margins = encode_pairs(given, tokenizer, start.model)
+    validation, _ = encode_pairs(corpus.preference_rows(("literal", "off_topic"), "val"), tokenizer, start.model)
+    steps = total_steps(config, len(given), config.epochs)
+    model = with_head(replace(extend(start, config, "reward", config.depth), pooling=config.pooling), config)
+    if announce(config, "reward", model, steps, examples):
+        return None
+    optimizer, names = make_optimizer(model, config.lr, config.weight_decay)
+    cursor = Cursor(len(given), seeded(config.seed, "data"))
+    state = State(model, {"reward": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor})
+    with Run(config, "reward", steps) as run:
+        restore(run, state)
+        trunk = Trunk.compute(plain.model, examples, [model.first_layer], config.max_tokens)
+        held_out = Trunk.compute(plain.model, validation, [model.first_layer], config.max_tokens)
+        for step in range(run.step + 1, steps + 1):
+            pairs = cursor.next(config.batch_size)
+            sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+            for group in pair_batches(examples, pairs, config.max_tokens):
+                texts = [2 * pair for pair in group] + [2 * pair + 1 for pair in group]
+                chosen, rejected = model.raw_scores(trunk.collate(examples, texts, model.model.device)).chunk(2)
+                loss = bradley_terry(chosen, rejected, margins[group].to(chosen.device)).sum()
+                loss = (loss + config.center_rewards * (chosen + rejected).square().sum()) / len(pairs)
+                loss.backward()
+                sums["loss"] += float(loss.detach())
+                sums["accuracy"] += float((chosen > rejected).sum()) / len(pairs)
+                sums["margin"] += float((chosen - rejected).detach().sum()) / len(pairs)
+            rate = learning_rate(config.lr, step - 1, steps, config.warmup)
+            metrics = {**sums, **optimizer_step(optimizer, rate, config.max_grad_norm)}
+            if step == steps or (config.eval_every and step % config.eval_every == 0):
+                metrics["eval_accuracy"] = pair_accuracy(model, validation, held_out)
+            run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
+            if run.save_due(step):
+                result = model
+                if step == steps and config.normalise_samples:
+                    result = normalised(model, sampled_from, tokenizer, config)
+                save_checkpoint(run, step, state, lambda folder, role=result: save_role(folder, role, tokenizer))
+                run.raise_if_stopped()
+        summary = {"accuracy": accuracy_by_kind(model, tokenizer), "steps": steps, "pairs": len(given)}
+        run.finish(summary)
+        return run.folder
+
+
+def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:
+    """Pairs of the embedded corpus; the kind "sampled" puts human puns against samples of the SFT model."""
+    rows = corpus.preference_rows([kind for kind in config.negatives if kind != "sampled"], config.split, config.seed)
+    if "sampled" in config.negatives:
+        people = corpus.part(config.split)
+        encoded = [tokenizer.prompt_ids(record["prompt"]) for record in people]
+        rollout = generate(policy, encoded, Decoding(40), tokenizer.eos_id, seeded(config.seed, "negatives"))
+        for record, example in zip(people, rollout.examples, strict=True):
+            if text := tokenizer.decode(example.response):
+                rows.append({"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled"})
+    return rows
+
+
+def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
+    """The placebo: preferred and rejected text swapped by the toss of a seeded coin."""
+    if not config.shuffle_labels:
+        return rows
+    coins = torch.rand(len(rows), generator=seeded(config.seed, "labels")) < 0.5
+    return [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if c else r for r, c in zip(rows, coins.tolist(), strict=True)]
+
+
+def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: object) -> tuple[list[Example], torch.Tensor]:
+    """Examples 2i (chosen) and 2i + 1 (rejected) of every row, and the margins (P,)."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        for side in ("chosen", "rejected"):
+            examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))  # type: ignore[arg-type]
+    return examples, torch.tensor([float(row.get("margin") or 0.0) for row in rows])
+
+
+def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
+    longest = [max(examples[2 * pair].length, examples[2 * pair + 1].length) for pair in pairs]
+    return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
+
+
+def pair_accuracy(model: Role, examples: Sequence[Example], trunk: Trunk | None = None) -> float:
+    """Share of pairs whose chosen text (even places) scores above the rejected one; ties count half."""
+    scores = score_examples(model, examples, trunk)
+    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
+    return sum(wins) / len(wins)
+
+
+def accuracy_by_kind(model: Role, tokenizer: Tokenizer, split: str = "test") -> dict[str, float]:
+    """Accuracy on each kind of negative, on pun words that no reward model was trained on."""
+    result = {}
+    for kind in corpus.NEGATIVES:
+        examples, _ = encode_pairs(corpus.preference_rows((kind,), split), tokenizer, model.model)
+        result[kind] = pair_accuracy(model, examples)
+    return result
+
+
+def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig) -> Role:
+    """The same scores with gain and offset that give samples of the policy mean 0 and standard deviation 1."""
+    prompts = corpus.prompts("train")
+    chosen = [prompts[i % len(prompts)] for i in range(config.normalise_samples)]
+    rollout = generate(
+        policy, [tokenizer.prompt_ids(p) for p in chosen], Decoding(40), tokenizer.eos_id, seeded(config.seed, "normalise")
+    )
+    scores = torch.tensor(score_examples(replace(model, normalisation=(1.0, 0.0)), rollout.examples))
+    gain = 1 / max(float(scores.std()), 1e-6)
+    return replace(model, normalisation=(gain, -float(scores.mean()) * gain))

@@ -1,0 +1,169 @@
+"""What a run starts from: device and types, the base with its tokenizer, fresh roles, tokenised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from punster.config import TrainConfig
+from punster.data import corpus
+from punster.data.batch import Example
+from punster.data.schema import Row, read_rows
+from punster.errors import UserError
+from punster.model.heads import ScalarHead
+from punster.model.load import load_model
+from punster.model.lora import Adapter
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
+from punster.train.run import seeded
+
+_BASES: dict[tuple[str, torch.dtype, str], Decoder] = {}
+
+
+def pick_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    return name
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrix products are in hardware: on GPUs from Ampere on, on CPUs with AVX512_BF16 or AMX."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "mps":
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """Type of the frozen weights; auto is bf16 where it is fast, else fp32."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bf16(device) else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def shared_base(model: str, dtype: torch.dtype, device: str) -> Decoder:
+    """One base in memory for all roles and stages of a process."""
+    key = (model, dtype, device)
+    if key not in _BASES:
+        _BASES.clear()
+        _BASES[key] = load_model(model, dtype, device)
+    return _BASES[key]
+
+
+def open_role(path: str, config: Any, tokenizer: Tokenizer | None = None) -> tuple[Role, Tokenizer]:
+    """The trained role of a run, on the shared base, with this verb's device and type."""
+    import json
+    from pathlib import Path
+
+    from punster.train.run import load_run, newest_step
+
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    step = newest_step(Path(path)) if Path(path).is_dir() else None
+    base = None
+    if step is not None:
+        described = json.loads((Path(path) / "checkpoints" / f"step-{step}" / "role.json").read_text())
+        base = shared_base(described["model"], dtype, device)
+    role, tokenizer = load_run(path, device=device, dtype=dtype, base=base, tokenizer=tokenizer)
+    return role, tokenizer
+
+
+def open_base(config: TrainConfig) -> tuple[Decoder, Tokenizer]:
+    device = pick_device(config.device)
+    base = shared_base(config.model, pick_dtype(config.dtype, device), device)
+    return base, Tokenizer.load(config.model, config.prompt_format)
+
+
+def top_layers(config: TrainConfig, model: Decoder, last: int = 0) -> range:
+    """The layers that are adapted: the top k of those below the read-out, or all; auto is a third of the model."""
+    last = last or model.config.n_layer
+    if last > model.config.n_layer:
+        raise UserError(f"--depth {last}: the model has {model.config.n_layer} layers")
+    if config.top_layers == "all":
+        return range(last)
+    count = max(1, round(model.config.n_layer / 3)) if config.top_layers == "auto" else int(config.top_layers)
+    if count > last:
+        raise UserError(f"--top-layers {count}: only {last} layers run before the read-out")
+    return range(last - count, last)
+
+
+def extend(role: Role, config: TrainConfig, name: str, depth: int = 0) -> Role:
+    """Stack something trainable on a role: a fresh adapter (everything below it frozen), or the layers' own weights."""
+    layers = top_layers(config, role.model, depth)
+    if config.adapter == "none":
+        return replace(role, model=role.model.trainable_copy(layers.start), trained=(), depth=depth)
+    adapter = Adapter.create(
+        name, role.model.config, rank=config.lora_r, alpha=config.lora_alpha, layers=layers,
+        generator=seeded(config.seed, "init"), device=role.model.device,
+    ).trainable()  # fmt: skip
+    return replace(role, adapters=(*role.adapters, adapter), trained=(name,), depth=depth)
+
+
+def with_head(role: Role, config: TrainConfig) -> Role:
+    head = ScalarHead.create(role.model.config.d_model, seeded(config.seed, "head"), role.model.device)
+    return replace(role, head=head.trainable())
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any) -> list[Row]:
+    """Rows of files and of the embedded corpus (`embedded` makes those), in the order given."""
+    rows: list[Row] = []
+    for source in sources:
+        if isinstance(source, dict):
+            from punster.data.schema import check_row
+
+            rows.append(check_row(source, kind, f"row {len(rows) + 1}"))
+        elif source == "embedded":
+            rows += embedded()
+        else:
+            rows += read_rows(source, kind)
+    if not rows:
+        raise UserError("no rows of data were given")
+    return rows
+
+
+def load_prompts(source: str | Sequence[Any], split: str = "train") -> list[Any]:
+    if not isinstance(source, str):
+        if not source:
+            raise UserError("no prompts were given")
+        return list(source)
+    if source == "embedded":
+        return corpus.prompts(split)
+    return [row["prompt"] for row in read_rows(source, "prompt")]
+
+
+def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, where: str = "") -> Example:
+    """Prompt and completion as ids; UserError if they do not fit into the context."""
+    example = Example(tuple(tokenizer.prompt_ids(prompt)), tuple(tokenizer.response_ids(completion)))
+    limit = model.config.max_positions
+    if example.length > limit:
+        raise UserError(f"{where or 'a row'}: {example.length} tokens, but the model's context is {limit}; shorten the prompt or the text")
+    if not example.prompt:
+        raise UserError(f"{where or 'a row'}: the prompt has no tokens in this prompt format")
+    return example
+
+
+def check_prompts(tokenizer: Tokenizer, model: Decoder, prompts: Sequence[Any], new_tokens: int) -> list[list[int]]:
+    """All prompts as ids; UserError naming the first that leaves no room for new tokens."""
+    limit = model.config.max_positions
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = tokenizer.prompt_ids(prompt)
+        if not ids:
+            raise UserError(f"prompt {number} has no tokens in this prompt format")
+        if len(ids) + new_tokens > limit:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens; with {new_tokens} new ones it exceeds the context of {limit} tokens. Shorten it."
+            )
+        encoded.append(ids)
+    return encoded

@@ -1,0 +1,85 @@
+"""Supervised fine-tuning: next-token cross-entropy on the completion and its EOS, averaged over the step's tokens.
+
+    punster sft -n NAME -b 16 [--model M] [--data D ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from punster.config import SftConfig
+from punster.data import corpus
+from punster.data.batch import Example, token_batches
+from punster.data.schema import Row
+from punster.model.role import Role, Trunk
+from punster.model.saved import save_role
+from punster.rollout.logprobs import token_log_probs
+from punster.train.plan import announce
+from punster.train.run import (
+    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded, total_steps,
+)  # fmt: skip
+from punster.train.setup import encode, extend, load_rows, open_base, open_role
+
+
+def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft") -> Path | None:
+    """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
+    if config.pretrained:
+        start, tokenizer = open_role(config.pretrained, config)
+    else:
+        base, tokenizer = open_base(config)
+        start = Role(base)
+    given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows)
+    examples = [encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(given, 1)]
+    held_out = corpus.sft_rows("val")
+    validation = [encode(tokenizer, start.model, r["prompt"], r["completion"]) for r in held_out]
+    steps = total_steps(config, len(examples), config.epochs)
+    policy = extend(start, config, unused_name("sft", start))
+    if announce(config, verb, policy, steps, examples):
+        return None
+    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
+    cursor = Cursor(len(examples), seeded(config.seed, "data"))
+    state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor})
+    with Run(config, verb, steps) as run:
+        restore(run, state)
+        trunk = Trunk.compute(start.model, examples, [policy.first_layer], config.max_tokens)
+        held_out_trunk = Trunk.compute(start.model, validation, [policy.first_layer], config.max_tokens)
+        for step in range(run.step + 1, steps + 1):
+            rows_now = cursor.next(config.batch_size)
+            tokens = sum(len(examples[row].response) for row in rows_now)
+            loss_sum = 0.0
+            for group in token_batches([examples[row].length for row in rows_now], config.max_tokens):
+                batch = trunk.collate(examples, [rows_now[i] for i in group], policy.model.device)
+                log_probs, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets())
+                loss = -log_probs.sum() / tokens
+                loss.backward()
+                loss_sum += float(loss.detach())
+            rate = learning_rate(config.lr, step - 1, steps, config.warmup)
+            metrics = {"loss": loss_sum, "num_tokens": tokens, **optimizer_step(optimizer, rate, config.max_grad_norm)}
+            if step == steps or (config.eval_every and step % config.eval_every == 0):
+                metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
+            run.log(step, metrics, f"loss {loss_sum:.3f}")
+            if run.save_due(step):
+                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                run.raise_if_stopped()
+        run.finish({"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)})
+        return run.folder
+
+
+@torch.no_grad()
+def held_out_loss(policy: Role, examples: Sequence[Example], trunk: Trunk) -> float:
+    """Cross-entropy per response token over all examples."""
+    total, tokens = 0.0, 0
+    for group in token_batches([example.length for example in examples], 4096):
+        batch = trunk.collate(examples, group, policy.model.device)
+        log_probs, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets())
+        total, tokens = total - float(log_probs.sum()), tokens + log_probs.numel()
+    return total / tokens
+
+
+def unused_name(wanted: str, role: Role) -> str:
+    """An adapter name that the stack does not have yet: sft, sft2, ..."""
+    taken = {adapter.name for adapter in role.adapters}
+    return next(name for name in [wanted, *(f"{wanted}{i}" for i in range(2, 100))] if name not in taken)
