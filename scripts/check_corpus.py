@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -72,9 +73,7 @@ def texts_under(folder: Path) -> Iterator[str]:
                         yield from line.split("\t")
 
 
-def overlaps(
-    queries: dict[str, list[str]], texts: Iterable[str], threshold: float = 0.5
-) -> dict[str, tuple[float, str]]:
+def overlaps(queries: dict[str, list[str]], texts: Iterable[str], threshold: float = 0.5) -> dict[str, tuple[float, str]]:
     """For each query (key -> tokens) its nearest text with Jaccard >= threshold, by exact prefix filtering."""
     sets = {key: set(words) for key, words in queries.items()}
     frequency = Counter(word for words in sets.values() for word in words)
@@ -119,7 +118,7 @@ def shortcut_accuracy(records: list[dict[str, str]], seed: int = 0, folds: int =
 
     def grams(text: str) -> list[str]:
         words = tokens(text)
-        return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+        return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
     order = list(records)
     random.Random(seed).shuffle(order)
@@ -136,18 +135,15 @@ def shortcut_accuracy(records: list[dict[str, str]], seed: int = 0, folds: int =
                     counts[label].update(grams(record[label]))
         total = {label: sum(counts[label].values()) for label in counts}
         size = len(set(counts["pun"]) | set(counts["literal"])) + 1
-        for index, record in enumerate(order):
-            if index % folds == fold:
-
-                def score(text: str) -> float:
-                    return sum(
-                        math.log((counts["pun"][g] + 1) / (total["pun"] + size))
-                        - math.log((counts["literal"][g] + 1) / (total["literal"] + size))
-                        for g in grams(text)
-                    )
-
-                a, b = score(record["pun"]), score(record["literal"])
-                hits += 1.0 if a > b else 0.5 if a == b else 0.0
+        weight = {
+            g: math.log((counts["pun"][g] + 1) / (total["pun"] + size))
+            - math.log((counts["literal"][g] + 1) / (total["literal"] + size))
+            for g in set(counts["pun"]) | set(counts["literal"])
+        }
+        unseen = math.log((total["literal"] + size) / (total["pun"] + size))
+        for record in order[fold::folds]:
+            a, b = (sum(weight.get(g, unseen) for g in grams(record[side])) for side in ("pun", "literal"))
+            hits += 1.0 if a > b else 0.5 if a == b else 0.0
     return {"length": max(shorter, 1 - shorter), "naive_bayes": hits / max(1, len(order))}
 
 

@@ -68,7 +68,10 @@ class TrainConfig:
         good = self.top_layers in ("auto", "all") or (self.top_layers.isdigit() and int(self.top_layers) >= 1)
         require(good, f"--top-layers must be a number of layers, all or auto, got {self.top_layers!r}")
         require(self.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {self.dtype!r}")
-        require(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)), f"--device must be auto, cpu, cuda or mps, got {self.device!r}")
+        require(
+            bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
+            f"--device must be auto, cpu, cuda or mps, got {self.device!r}",
+        )
         require(self.max_tokens >= 64, f"--max-tokens must be at least 64, got {self.max_tokens}")
         require(self.keep >= 1, f"--keep must be at least 1, got {self.keep}")
         require(self.save_every >= 0 and self.eval_every >= 0, "--save-every and --eval-every must be >= 0")
@@ -80,7 +83,9 @@ class TrainConfig:
 class SftConfig(TrainConfig):
     """Supervised fine-tuning on prompts and completions; loss on the completion and its EOS only."""
 
-    data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt and completion (JSONL, JSON, CSV, Parquet)")
+    data: list[str] = opt(
+        factory=lambda: ["embedded"], help="embedded, or files with prompt and completion (JSONL, JSON, CSV, Parquet)"
+    )
     pretrained: str | None = opt(None, "start from the adapter of this run", short="-p")
     epochs: float = opt(3.0, "passes over the data")
     lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up")
@@ -109,6 +114,7 @@ class RewardConfig(TrainConfig):
     center_rewards: float = opt(0.01, "coefficient of mean((r_w + r_l)^2), as TRL has it")
     shuffle_labels: bool = opt(False, "placebo: which text of a pair is preferred is drawn at random")
     normalise_samples: int = opt(128, "SFT samples on which gain and offset are set (0: none)")
+    test_limit: int = opt(60, "test records on which each kind of pair is judged for the summary")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,7 +192,9 @@ class GrpoConfig(PolicyConfig):
     samples: int = opt(8, "responses to one prompt")
     epochs: int = opt(2, "passes over each rollout")
     clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)")
-    beta: float = opt(0.02, "coefficient of the KL: k3 in the loss for grpo, dr_grpo and dapo; k1 in the reward for rloo and reinforce++")
+    beta: float = opt(
+        0.02, "coefficient of the KL: k3 in the loss for grpo, dr_grpo and dapo; k1 in the reward for rloo and reinforce++"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,11 +208,17 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation and its family, on given pairs, on-policy pairs, or online."""
 
     actor: str = opt("", "SFT run to start from; the reference is this run", short="-a")
-    reward_model: str | None = opt(None, "reward-model run that ranks sampled responses (needed for --pairs sampled and --online)", short="-c")
+    reward_model: str | None = opt(
+        None, "reward-model run that ranks sampled responses (needed for --pairs sampled and --online)", short="-c"
+    )
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
-    data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected (kto: prompt, completion, label)")
+    data: list[str] = opt(
+        factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected (kto: prompt, completion, label)"
+    )
+    prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
     samples: int = opt(8, "sampled pairs: responses drawn for each prompt")
+    prompt_limit: int = opt(0, "sampled pairs: number of prompts used (0: all)")
     online: bool = opt(False, "sample from the current policy at every step, rank by the reward model, and learn")
     loss_type: DpoLoss = opt("sigmoid", "sigmoid, ipo, hinge, robust, kto, orpo or simpo")
     label_smoothing: float = opt(0.0, "share of wrong labels assumed (sigmoid: conservative DPO; robust)")
@@ -251,7 +265,9 @@ class EvaluateConfig:
     """Compare runs on held-out prompts, by a yardstick that no training used."""
 
     models: list[str] = opt(factory=list, help="runs, or 'base' for the plain base model")
-    gold: str | None = opt(None, "reward-model run that is the yardstick (default: the runs' own gold, if they lie in one pipeline)")
+    gold: str | None = opt(
+        None, "reward-model run that is the yardstick (default: the runs' own gold, if they lie in one pipeline)"
+    )
     proxy: str | None = opt(None, "reward-model run that selects best-of-n (default: the pipeline's reward run)")
     reference: str | None = opt(None, "run that the others are compared with (default: the run named sft)")
     prompts: str = opt("embedded", "embedded (the test part), or a file with prompts")

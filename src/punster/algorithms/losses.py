@@ -97,7 +97,12 @@ def log_odds(log_prob: Tensor) -> Tensor:
 
 
 def kto_loss(
-    log_ratio: Tensor, desirable: Tensor, kl: Tensor, beta: float = 0.1, weight_desirable: float = 1.0, weight_undesirable: float = 1.0
+    log_ratio: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    beta: float = 0.1,
+    weight_desirable: float = 1.0,
+    weight_undesirable: float = 1.0,
 ) -> Tensor:
     """KTO (Ethayarajh et al. 2024, eq. 8), (B,): lam_D (1 - s(beta (r - z))) or lam_U (1 - s(beta (z - r))).
 

@@ -23,7 +23,7 @@ NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak")
 @cache
 def records() -> tuple[dict[str, str], ...]:
     text = (files("punster") / "data" / "puns.jsonl").read_text(encoding="utf-8")
-    return tuple(json.loads(line) for line in text.splitlines())
+    return tuple(json.loads(line) for line in text.split("\n") if line)
 
 
 def part(split: str) -> list[dict[str, str]]:
@@ -51,10 +51,12 @@ def preference_rows(negatives: Iterable[str], split: str = "train", seed: int = 
             if kind == "off_topic":
                 rejected = chosen[(index + shift) % len(chosen)]["pun"]
             elif kind == "homophone":
-                rejected = homophone_dropped_in(record)
+                rejected = joined(homophone_dropped_in(record), chosen[(index + shift) % len(chosen)]["plain"])
             else:
                 rejected = record[kind]
-            rows.append({"prompt": record["prompt"], "chosen": record["pun"], "rejected": rejected, "kind": kind, "id": record["id"]})
+            rows.append(
+                {"prompt": record["prompt"], "chosen": record["pun"], "rejected": rejected, "kind": kind, "id": record["id"]}
+            )
     return rows
 
 
@@ -64,7 +66,18 @@ def homophone_dropped_in(record: dict[str, str]) -> str:
     return re.sub(pattern, lambda match: _cased(record["pun_word"], match[0]), record["plain"], flags=re.IGNORECASE)
 
 
+_LOWERED = {"a", "an", "the", "she", "he", "they", "we", "it", "his", "her", "my", "our", "their", "two", "three", "there", "every",
+            "both", "after", "before", "when", "each", "most", "some", "one", "you", "your", "at", "on", "in"}  # fmt: skip
+
+
+def joined(first: str, second: str) -> str:
+    """Two plain sentences as one, as long as a pun: alone they are half its length, which would give them away."""
+    word = second.split(" ", 1)[0].lower()
+    second = second[:1].lower() + second[1:] if word in _LOWERED else second
+    return f"{first.rstrip('.!?')}, and {second}"
+
+
 def _cased(word: str, like: str) -> str:
     if like[:1].isupper() and like[1:].islower():
         return word[:1].upper() + word[1:]
-    return word if word != word.capitalize() else word
+    return word

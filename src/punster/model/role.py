@@ -105,18 +105,22 @@ class Trunk:
     @classmethod
     @torch.no_grad()
     def compute(cls, model: Decoder, examples: Sequence[Example], depths: Sequence[int], max_tokens: int = 4096) -> Trunk:
-        """Run the base once over all examples, keeping the states after each of `depths` layers (0 is not kept)."""
+        """Run the base once over all examples, keeping the states after each of `depths` layers (0 is not kept).
+
+        Examples that occur more than once (a pun in several pairs) are run and stored once.
+        """
         wanted = sorted({depth for depth in depths if depth > 0})
-        store: dict[int, list[Tensor]] = {depth: [torch.empty(0)] * len(examples) for depth in wanted}
-        if wanted:
-            for rows in token_batches([example.length for example in examples], max_tokens):
-                batch = collate([examples[row] for row in rows], device=model.device)
-                state, done = model.embed(batch.ids), 0
-                for depth in wanted:
-                    state, done = model.blocks(state, done, depth), depth
-                    for place, row in enumerate(rows):
-                        store[depth][row] = state[place, : examples[row].length].clone()
-        return cls({depth: model.trunk_key(depth) for depth in wanted}, store)
+        unique = list(dict.fromkeys(examples))
+        states: dict[int, dict[Example, Tensor]] = {depth: {} for depth in wanted}
+        for rows in token_batches([example.length for example in unique], max_tokens) if wanted else []:
+            batch = collate([unique[row] for row in rows], device=model.device)
+            state, done = model.embed(batch.ids), 0
+            for depth in wanted:
+                state, done = model.blocks(state, done, depth), depth
+                for place, row in enumerate(rows):
+                    states[depth][unique[row]] = state[place, : unique[row].length].clone()
+        keys = {depth: model.trunk_key(depth) for depth in wanted}
+        return cls(keys, {depth: [states[depth][example] for example in examples] for depth in wanted})
 
     def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """A padded batch of some of the examples, with their activations."""

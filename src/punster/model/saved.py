@@ -29,10 +29,10 @@ def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, A
     if role.head is not None:
         save_file({n: t.detach().cpu().contiguous() for n, t in role.head.named_parameters()}, folder / "head.safetensors")
     if role.model.trained_from is not None:
-        trained = {n: t.detach().cpu().contiguous() for n, t in role.model.weights.items() if t.requires_grad}
-        save_file(trained, folder / "base.safetensors")
+        own = {n: role.model.weights[n].detach().cpu().contiguous() for n in sorted(role.model.own)}
+        save_file(own, folder / "base.safetensors")
     described = {
-        "format": FORMAT, "model": role.model.name, "base_sha256": role.model.fingerprint() if role.model.trained_from is None else None,
+        "format": FORMAT, "model": role.model.name, "base_sha256": (role.model.trunk_of or role.model).fingerprint() if role.model.trained_from != 0 else None,
         "dtype": str(role.model.dtype).removeprefix("torch."), "prompt_format": tokenizer.prompt_format,
         "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth,
         "pooling": role.pooling, "normalisation": list(role.normalisation), "trained_from": role.model.trained_from,
@@ -51,19 +51,23 @@ def load_role(
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: role.json cannot be read ({error})") from None
     if described.get("format") != FORMAT:
-        raise UserError(f"{folder}: written by another version of punster (format {described.get('format')}, this one reads {FORMAT})")
+        raise UserError(
+            f"{folder}: written by another version of punster (format {described.get('format')}, this one reads {FORMAT})"
+        )
     model = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
+    same_type = described["dtype"] == str(model.dtype).removeprefix("torch.")
+    if described["base_sha256"] and same_type and described["base_sha256"] != model.fingerprint():
+        raise UserError(f"{folder}: was trained on other weights than {described['model']} has now (their SHA-256 differs)")
     if tokenizer is None or tokenizer.prompt_format != described["prompt_format"] or model is not base:
         tokenizer = Tokenizer.load(described["model"], described["prompt_format"])
     if described["trained_from"] is not None:
         trained = load_file(folder / "base.safetensors")
         own = Decoder(model.config, {**model.weights, **{k: t.to(model.device) for k, t in trained.items()}}, model.name)
         own.trained_from = described["trained_from"]
+        own.own = frozenset(trained)
         own.trunk_of = model if own.trained_from > 0 else None
         model = own
-    adapters = tuple(
-        Adapter.load(folder / "adapters" / name, name, model.config, model.device) for name in described["adapters"]
-    )
+    adapters = tuple(Adapter.load(folder / "adapters" / name, name, model.config, model.device) for name in described["adapters"])
     head = None
     if described["has_head"]:
         stored = load_file(folder / "head.safetensors")

@@ -57,7 +57,7 @@ class Tokenizer:
         try:
             hf = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{where}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{where}: no usable tokenizer ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
         return cls(hf, prompt_format)
 
     @classmethod
@@ -84,6 +84,9 @@ class Tokenizer:
         return self._prompt_ids(prompt)
 
     def _prompt_ids(self, messages: Messages) -> list[int]:
+        # A role stands in the template's skeleton, where special tokens are parsed: only known words may.
+        if not messages or any(message["role"] not in ("system", "user", "assistant", "tool") for message in messages):
+            raise UserError("chat messages need the roles system, user, assistant or tool")
         if self.prompt_format != "chat":
             prompt = "\n".join(message["content"] for message in messages)
             before, _, after = self.prompt_format.partition("{prompt}")

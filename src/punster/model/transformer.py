@@ -45,6 +45,13 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Read a Hugging Face config.json; raises UserError for architectures this decoder does not implement."""
+        try:
+            return cls._from_hf(raw)
+        except KeyError as missing:
+            raise UserError(f"config.json lacks the field {missing}") from None
+
+    @classmethod
+    def _from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         kind = raw.get("model_type")
         if kind == "gpt2":
             width = raw["n_embd"]
@@ -124,6 +131,7 @@ class Decoder:
         self.name = name  # what --model was, so that a run can name its base
         self.trained_from: int | None = None  # lowest layer whose own weights were trained (full fine-tuning)
         self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
+        self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
         self._fingerprint: str | None = None
         self._head: Tensor | None = None
 
@@ -168,7 +176,7 @@ class Decoder:
             for key in sorted(self.weights):
                 tensor = self.weights[key].detach().cpu().contiguous()
                 digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.view(torch.uint8).numpy())
+                digest.update(tensor.view(torch.uint8).numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -187,8 +195,9 @@ class Decoder:
             frozen = first_layer > 0 and (self.layer_of(key) < first_layer or key == "lm_head.weight")
             weights[key] = tensor if frozen else tensor.detach().float().clone().requires_grad_(True)
         copy = Decoder(self.config, weights, self.name)
-        copy.trained_from = first_layer
-        copy.trunk_of = self if first_layer > 0 else None
+        copy.own = self.own | {key for key, tensor in weights.items() if tensor.requires_grad}
+        copy.trained_from = first_layer if self.trained_from is None else min(first_layer, self.trained_from)
+        copy.trunk_of = (self.trunk_of or self) if copy.trained_from > 0 else None
         return copy
 
     def truncated(self, layers: int) -> Decoder:
@@ -267,9 +276,7 @@ class Decoder:
         angles = torch.cat((angles, angles), -1)
         return angles.cos(), angles.sin()
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         """q (B, H, T, h), k and v (B, K, T, h) -> (B, T, H*h). Keys are never expanded for grouped queries in decoding."""
         rows, heads, length, size = q.shape
         groups = heads // k.shape[1]

@@ -1,6 +1,6 @@
 """Distilled best-of-n (rejection-sampling SFT): sample n a prompt, keep the best by reward, fine-tune on those.
 
-    punster distill -n NAME -a runs/SFT -c runs/REWARD --best-of 8
+punster distill -n NAME -a runs/SFT -c runs/REWARD --best-of 8
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import seeded
-from punster.train.setup import check_prompts, load_prompts, open_role
+from punster.train.setup import check_prompts, load_prompts, open_reward_model, open_role
 from punster.train.sft import sft
 
 
@@ -21,12 +21,10 @@ def distill(config: DistillConfig) -> Path | None:
     """Returns the run folder (None for a dry run)."""
     if not config.actor or not config.reward_model:
         raise UserError("distill needs a run to sample from (-a) and a reward-model run (-c)")
-    if not config.name or (Path(config.out) / config.name).exists() and not config.resume:
+    if not config.name or ((Path(config.out) / config.name).exists() and not config.resume):
         raise UserError("distill needs a new name for the run: -n NAME")
     policy, tokenizer = open_role(config.actor, config)
-    judge, _ = open_role(config.reward_model, config, tokenizer)
-    if judge.head is None:
-        raise UserError(f"-c {config.reward_model}: this run is not a reward model")
+    judge = open_reward_model(config.reward_model, config, policy, tokenizer)
     prompts = load_prompts(config.prompts)
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
     rows = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,24 @@ from punster.data.batch import Batch, Example, token_batches
 from punster.data.schema import Row
 from punster.errors import UserError
 from punster.model.role import Role, Trunk, score_examples
-from punster.model.saved import save_role
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
 from punster.train.plan import announce
 from punster.train.reward import pair_batches
 from punster.train.run import (
-    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded, total_steps,
+    Cursor,
+    Run,
+    State,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    restore,
+    save_checkpoint,
+    seeded,
+    total_steps,
 )  # fmt: skip
-from punster.train.setup import check_prompts, encode, extend, load_prompts, load_rows, open_role
+from punster.train.setup import check_prompts, encode, extend, load_prompts, load_rows, open_reward_model, open_role
 
 
 def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
@@ -39,11 +47,14 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT")
     reference, tokenizer = open_role(config.actor, config)
-    judge = open_role(config.reward_model, config, tokenizer)[0] if config.reward_model else None
+    judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
-    prompts = load_prompts("embedded") if config.online or config.pairs == "sampled" else []
+    prompts = sampling_prompts(config) if config.online or config.pairs == "sampled" else []
     if config.dry_run or not config.name:
-        count = len(prompts) or len(load_rows(rows if rows is not None else config.data, "preference", given_pairs))
+        kind, embedded = (
+            ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
+        )
+        count = len(prompts) or len(load_rows(rows if rows is not None else config.data, kind, embedded))
         stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * count)
         if announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in):
             return None
@@ -55,7 +66,13 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(count, seeded(config.seed, "data"))
     sampling = seeded(config.seed, "sampling")
-    state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator, "sampling": sampling}, {"data": cursor})
+    state = State(
+        policy,
+        {"policy": (optimizer, names)},
+        {"data": cursor.generator, "sampling": sampling},
+        {"data": cursor},
+        numbers={"loss": 0.0},
+    )
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
     with Run(config, "dpo", steps) as run:
         restore(run, state)
@@ -77,17 +94,23 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
                 metrics = pair_step(config, policy, examples, units, trunk, ref_sums)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
+            state.numbers["loss"] = metrics["loss"]
             run.log(step, metrics, f"loss {metrics['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
             if run.save_due(step):
-                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"steps": steps, "rows": count, "loss": metrics["loss"]} if run.step else {"steps": steps})
+        run.finish({"steps": steps, "rows": count, "loss": state.numbers["loss"]})
         return run.folder
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
 def given_pairs() -> list[Row]:
     return corpus.preference_rows(("literal", "off_topic"), "train")
+
+
+def sampling_prompts(config: DpoConfig) -> list[Any]:
+    prompts = load_prompts(config.prompts)
+    return prompts[: config.prompt_limit] if config.prompt_limit else prompts
 
 
 def unpaired(rows: Sequence[Row]) -> list[Row]:
@@ -106,7 +129,7 @@ def load_examples(
         return [], None
     if config.pairs == "sampled":
         assert judge is not None
-        ids = check_prompts(tokenizer, reference.model, load_prompts("embedded"), config.max_new_tokens)
+        ids = check_prompts(tokenizer, reference.model, sampling_prompts(config), config.max_new_tokens)
         examples = sampled_pairs(reference, judge, ids, config, tokenizer, seeded(config.seed, "pairs"))
         if config.loss_type == "kto":
             return examples, torch.arange(len(examples)) % 2 == 0
@@ -122,7 +145,12 @@ def load_examples(
 
 
 def sampled_pairs(
-    policy: Role, judge: Role, prompts: Sequence[Sequence[int]], config: DpoConfig, tokenizer: Tokenizer, generator: torch.Generator
+    policy: Role,
+    judge: Role,
+    prompts: Sequence[Sequence[int]],
+    config: DpoConfig,
+    tokenizer: Tokenizer,
+    generator: torch.Generator,
 ) -> list[Example]:
     """Best (even places) and worst (odd) of several samples to each prompt, by reward; unfinished ones rank last."""
     decoding = Decoding(config.max_new_tokens, config.temperature)
@@ -180,7 +208,10 @@ def pair_step(
             weight = 1.0 if config.loss_type == "orpo" else config.sft_coef
             loss = loss - weight * chosen.sum() / chosen_tokens
         loss.backward()
-        rewards_chosen, rewards_rejected = config.beta * (chosen - ref_chosen).detach(), config.beta * (rejected - ref_rejected).detach()
+        rewards_chosen, rewards_rejected = (
+            config.beta * (chosen - ref_chosen).detach(),
+            config.beta * (rejected - ref_rejected).detach(),
+        )
         parts = {
             "loss": float(loss.detach()),
             "rewards/chosen": float(rewards_chosen.sum()) / count,
@@ -224,7 +255,10 @@ def mismatched_kl(config: DpoConfig, policy: Role, examples: Sequence[Example]) 
     from dataclasses import replace
 
     count = len(examples)
-    crossed = [Example(examples[i].prompt, examples[(i + 1) % count].response) for i in range(count)]
+    room = policy.model.config.max_positions
+    crossed = [
+        Example(examples[i].prompt, examples[(i + 1) % count].response[: room - len(examples[i].prompt)]) for i in range(count)
+    ]
     reference = replace(policy, adapters=tuple(a for a in policy.adapters if a.name not in policy.trained))
     if policy.model.trained_from is not None:
         raise UserError("--loss-type kto needs --adapter lora (the reference is the adapter switched off)")
@@ -233,6 +267,3 @@ def mismatched_kl(config: DpoConfig, policy: Role, examples: Sequence[Example]) 
         reference, crossed, trunk, config.max_tokens
     )
     return difference.mean().clamp(min=0)
-
-
-

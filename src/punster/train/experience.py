@@ -19,7 +19,7 @@ from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import Run, seeded
-from punster.train.setup import check_prompts, extend, load_prompts, open_role
+from punster.train.setup import check_prompts, extend, load_prompts, open_reward_model, open_role
 
 
 @dataclass
@@ -48,13 +48,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT")
     reference, tokenizer = open_role(config.actor, config)
-    model = None
-    if config.reward_model:
-        model, reward_tokenizer = open_role(config.reward_model, config, tokenizer)
-        if reward_tokenizer.prompt_format != tokenizer.prompt_format or model.model.name != reference.model.name:
-            raise UserError(f"{config.reward_model} was trained on another base or prompt format than {config.actor}")
-        if model.head is None:
-            raise UserError(f"-c {config.reward_model}: this run is not a reward model")
+    model = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     functions = [load_function(specification) for specification in config.reward]
     if function is not None:
         functions.append((getattr(function, "__name__", "reward"), function, 1.0))
@@ -116,7 +110,9 @@ class Experience:
         ]
 
 
-def partition(examples: Sequence[Example], minibatches: int, generator: torch.Generator, max_tokens: int) -> list[list[list[int]]]:
+def partition(
+    examples: Sequence[Example], minibatches: int, generator: torch.Generator, max_tokens: int
+) -> list[list[list[int]]]:
     """Rows permuted, cut into minibatches, each cut into micro-batches of similar length."""
     order = torch.randperm(len(examples), generator=generator).tolist()
     size = -(-len(order) // minibatches)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from torch import Tensor
 
 from punster.algorithms.advantages import group_advantages, reinforce_pp_advantages
@@ -24,13 +23,20 @@ from punster.algorithms.kl import kl_estimate
 from punster.algorithms.losses import clipped_policy_loss
 from punster.config import GrpoConfig
 from punster.model.role import Role
-from punster.model.saved import save_role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
 from punster.train.experience import Experience, collect, open_policy, sample_table
 from punster.train.plan import announce
 from punster.train.run import (
-    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded,
+    Cursor,
+    Run,
+    State,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    restore,
+    save_checkpoint,
+    seeded,
 )  # fmt: skip
 
 KL_IN_REWARD = ("rloo", "reinforce++")
@@ -59,7 +65,7 @@ def grpo(
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
             advantages = advantages_of(config, exp, scores)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
-            updates = []
+            updates: list[dict[str, float]] = []
             for _ in range(config.epochs):
                 stats = train_step(config, exp, exp.groups[0], policy, advantages)
                 if not updates and stats["ratio_gap"] > 1e-5:
@@ -82,9 +88,11 @@ def grpo(
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):
-                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)})
+        run.finish(
+            {"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)}
+        )
         return run.folder
 
 
@@ -133,6 +141,3 @@ def train_step(
             sums[key] += float(stats[key]) / tokens
         largest = max(largest, float(stats["ratio_gap"]))
     return {**sums, "ratio_gap": largest}
-
-
-

@@ -61,6 +61,8 @@ def announce(config: TrainConfig, verb: str, role: Role, steps: int, examples: S
     working = config.max_tokens * role.model.config.d_model * 4 * 40 * (role.last_layer - role.first_layer)
     memory = base + trainable * 16 + stored + working + 512 * role.model.config.vocab_size * 12
     print(f"{verb} {folder}: {steps} steps of {config.batch_size} rows, {len(examples)} rows of data")
-    print(f"  model {role.model.name}, layers {role.first_layer}..{role.last_layer - 1} trained, {trainable:,} trainable parameters, {role.model.dtype}")
+    print(
+        f"  model {role.model.name}, layers {role.first_layer}..{role.last_layer - 1} trained, {trainable:,} trainable parameters, {role.model.dtype}"
+    )
     print(f"  about {seconds / 60:.1f} minutes at {2 * speed / 1e9:.0f} GFLOP/s here, about {memory / 1e9:.1f} GB of memory")
     return True

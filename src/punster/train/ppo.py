@@ -21,13 +21,20 @@ from punster.algorithms.losses import clipped_policy_loss, clipped_value_loss
 from punster.config import PpoConfig
 from punster.model.heads import ScalarHead
 from punster.model.role import Role
-from punster.model.saved import save_role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
 from punster.train.experience import Experience, collect, open_policy, sample_table
 from punster.train.plan import announce
 from punster.train.run import (
-    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded,
+    Cursor,
+    Run,
+    State,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    restore,
+    save_checkpoint,
+    seeded,
 )  # fmt: skip
 from punster.train.setup import extend
 
@@ -97,9 +104,11 @@ def ppo(
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):
-                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)})
+        run.finish(
+            {"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)}
+        )
         return run.folder
 
 

@@ -1,6 +1,6 @@
 """Reward model: Bradley-Terry on pairs (the margin, if a pair has one, is subtracted), normalised on SFT samples.
 
-    punster reward -n NAME -b 16 -p runs/SFT
+punster reward -n NAME -b 16 -p runs/SFT
 """
 
 from __future__ import annotations
@@ -17,12 +17,21 @@ from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.data.schema import Row
 from punster.model.role import Role, Trunk, score_examples
-from punster.model.saved import save_role
 from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.plan import announce
 from punster.train.run import (
-    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded, total_steps,
+    Cursor,
+    Run,
+    State,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    restore,
+    save_checkpoint,
+    seeded,
+    total_steps,
 )  # fmt: skip
 from punster.train.setup import encode, extend, load_rows, open_base, open_role, with_head
 
@@ -36,7 +45,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         sampled_from = Role(base)
     plain = Role(sampled_from.model if sampled_from.model.trained_from is None else open_base(config)[0])
     start = sampled_from if config.start == "sft" else plain
-    given = load_rows(rows if rows is not None else config.data, "preference", lambda: embedded_pairs(config, sampled_from, tokenizer))
+    given = load_rows(
+        rows if rows is not None else config.data, "preference", lambda: embedded_pairs(config, sampled_from, tokenizer)
+    )
     given = shuffled(given, config)
     examples, margins = encode_pairs(given, tokenizer, start.model)
     validation, _ = encode_pairs(corpus.preference_rows(("literal", "off_topic"), "val"), tokenizer, start.model)
@@ -72,9 +83,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 result = model
                 if step == steps and config.normalise_samples:
                     result = normalised(model, sampled_from, tokenizer, config)
-                save_checkpoint(run, step, state, lambda folder, role=result: save_role(folder, role, tokenizer))
+                save_checkpoint(run, step, state, tokenizer, result)
                 run.raise_if_stopped()
-        summary = {"accuracy": accuracy_by_kind(model, tokenizer), "steps": steps, "pairs": len(given)}
+        summary = {"accuracy": accuracy_by_kind(model, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
         run.finish(summary)
         return run.folder
 
@@ -97,15 +108,17 @@ def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
     if not config.shuffle_labels:
         return rows
     coins = torch.rand(len(rows), generator=seeded(config.seed, "labels")) < 0.5
-    return [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if c else r for r, c in zip(rows, coins.tolist(), strict=True)]
+    return [
+        {**r, "chosen": r["rejected"], "rejected": r["chosen"]} if c else r for r, c in zip(rows, coins.tolist(), strict=True)
+    ]
 
 
-def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: object) -> tuple[list[Example], torch.Tensor]:
+def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> tuple[list[Example], torch.Tensor]:
     """Examples 2i (chosen) and 2i + 1 (rejected) of every row, and the margins (P,)."""
     examples = []
     for number, row in enumerate(rows, 1):
         for side in ("chosen", "rejected"):
-            examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))  # type: ignore[arg-type]
+            examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))
     return examples, torch.tensor([float(row.get("margin") or 0.0) for row in rows])
 
 
@@ -121,13 +134,18 @@ def pair_accuracy(model: Role, examples: Sequence[Example], trunk: Trunk | None 
     return sum(wins) / len(wins)
 
 
-def accuracy_by_kind(model: Role, tokenizer: Tokenizer, split: str = "test") -> dict[str, float]:
+@torch.no_grad()
+def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int, split: str = "test") -> dict[str, float]:
     """Accuracy on each kind of negative, on pun words that no reward model was trained on."""
-    result = {}
-    for kind in corpus.NEGATIVES:
-        examples, _ = encode_pairs(corpus.preference_rows((kind,), split), tokenizer, model.model)
-        result[kind] = pair_accuracy(model, examples)
-    return result
+    rows = [row for kind in corpus.NEGATIVES for row in corpus.preference_rows((kind,), split)[:limit]]
+    examples, _ = encode_pairs(rows, tokenizer, model.model)
+    unique = list(dict.fromkeys(examples))
+    scores = dict(zip(unique, score_examples(model, unique), strict=True))
+    wins: dict[str, list[float]] = {}
+    for number, row in enumerate(rows):
+        better, worse = scores[examples[2 * number]], scores[examples[2 * number + 1]]
+        wins.setdefault(row["kind"], []).append((better > worse) + 0.5 * (better == worse))
+    return {kind: sum(values) / len(values) for kind, values in wins.items()}
 
 
 def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig) -> Role:

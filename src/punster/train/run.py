@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,9 +27,10 @@ from torch import Tensor
 
 from punster.config import TrainConfig
 from punster.data.batch import epoch_order
-from punster.errors import UserError
+from punster.errors import UserError, near_matches
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
+from punster.model.tokenizer import Tokenizer
 
 
 class Interrupted(Exception):
@@ -107,7 +108,9 @@ class Run:
             parts = [TextColumn(c) if isinstance(c, str) else c for c in columns]
             self._progress = Progress(*parts, console=Console(stderr=True))
             self._progress.start()
-            self._task = self._progress.add_task(f"{self.verb} {self.config.name}", total=self.steps, completed=self.step, note="")
+            self._task = self._progress.add_task(
+                f"{self.verb} {self.config.name}", total=self.steps, completed=self.step, note=""
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -127,7 +130,7 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], note: str = "") -> None:
         """One line of metrics.jsonl; TensorBoard and the progress bar show the same."""
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **{k: float(v) for k, v in metrics.items()}}
-        with (self.folder / "metrics.jsonl").open("a") as handle:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
         if self._events is None:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -140,7 +143,7 @@ class Run:
             self._progress.update(self._task, completed=step, note=note)
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
-        with (self.folder / "samples.jsonl").open("a") as handle:
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as handle:
             for row in rows:
                 handle.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
 
@@ -178,7 +181,7 @@ def write_json(path: Path, value: Any) -> None:
 def _cut_log(path: Path, step: int) -> None:
     """Drop lines after a step, so that a resumed run's log equals an uninterrupted one's."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line and json.loads(line)["step"] <= step]
         write_text(path, "".join(line + "\n" for line in lines))
 
 
@@ -195,13 +198,13 @@ class State:
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def save_checkpoint(run: Run, step: int, state: State, save_result: Callable[[Path], None]) -> None:
-    """checkpoints/step-N: the result as `save_result` writes it, plus state.safetensors, state.json and a manifest."""
+def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, result: Role | None = None) -> None:
+    """checkpoints/step-N: the result (the policy, unless another form of it is given), state.safetensors, state.json, a manifest."""
     target = run.checkpoints / f"step-{step}"
     temporary = run.checkpoints / f".step-{step}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_result(temporary)
+    save_role(temporary, result or state.policy, tokenizer)
     tensors: dict[str, Tensor] = {}
     for role_name, role in {"policy": state.policy, **state.others}.items():
         for name, tensor in role.named_parameters():
@@ -289,8 +292,6 @@ def load_run(path: str | Path, **options: Any) -> Any:
     folder = Path(path)
     if not folder.is_dir():
         known = [str(p) for p in sorted(folder.parent.glob("*")) if p.is_dir()] if folder.parent.is_dir() else []
-        from punster.errors import near_matches
-
         raise UserError(f"{path}: no such run.{near_matches(str(path), known)}")
     step = newest_step(folder)
     if step is None:
@@ -334,10 +335,3 @@ def seeded(seed: int, stream: str) -> torch.Generator:
 
 def total_steps(config: TrainConfig, rows: int, epochs: float) -> int:
     return config.steps or max(1, math.ceil(rows * epochs / config.batch_size))
-
-
-def summarise(values: Sequence[float]) -> float:
-    return float(sum(values) / max(1, len(values)))
-
-
-__all__ = ["Cursor", "Interrupted", "Run", "State", "load_run", "load_role", "save_role"]

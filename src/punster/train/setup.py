@@ -37,7 +37,7 @@ def pick_device(name: str) -> str:
 def fast_bf16(device: str) -> bool:
     """Whether bf16 matrix products are in hardware: on GPUs from Ampere on, on CPUs with AVX512_BF16 or AMX."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "mps":
         return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -100,6 +100,7 @@ def top_layers(config: TrainConfig, model: Decoder, last: int = 0) -> range:
 def extend(role: Role, config: TrainConfig, name: str, depth: int = 0) -> Role:
     """Stack something trainable on a role: a fresh adapter (everything below it frozen), or the layers' own weights."""
     layers = top_layers(config, role.model, depth)
+    name = unused_name(name, role)
     if config.adapter == "none":
         return replace(role, model=role.model.trainable_copy(layers.start), trained=(), depth=depth)
     adapter = Adapter.create(
@@ -109,9 +110,27 @@ def extend(role: Role, config: TrainConfig, name: str, depth: int = 0) -> Role:
     return replace(role, adapters=(*role.adapters, adapter), trained=(name,), depth=depth)
 
 
+def unused_name(wanted: str, role: Role) -> str:
+    """An adapter name that the stack does not have yet: policy, policy2, ..."""
+    taken = {adapter.name for adapter in role.adapters}
+    return next(name for name in [wanted, *(f"{wanted}{i}" for i in range(2, 1000))] if name not in taken)
+
+
 def with_head(role: Role, config: TrainConfig) -> Role:
     head = ScalarHead.create(role.model.config.d_model, seeded(config.seed, "head"), role.model.device)
     return replace(role, head=head.trainable())
+
+
+def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer) -> Role:
+    """A reward-model run that fits a policy: same base, same prompt format."""
+    model, own = open_role(path, config, tokenizer)
+    if model.head is None:
+        raise UserError(f"-c {path}: this run is not a reward model")
+    if model.model.name != policy.model.name or own.prompt_format != tokenizer.prompt_format:
+        raise UserError(
+            f"-c {path}: trained on another base or prompt format than the policy ({model.model.name}, {policy.model.name})"
+        )
+    return model
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
@@ -147,7 +166,9 @@ def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, w
     example = Example(tuple(tokenizer.prompt_ids(prompt)), tuple(tokenizer.response_ids(completion)))
     limit = model.config.max_positions
     if example.length > limit:
-        raise UserError(f"{where or 'a row'}: {example.length} tokens, but the model's context is {limit}; shorten the prompt or the text")
+        raise UserError(
+            f"{where or 'a row'}: {example.length} tokens, but the model's context is {limit}; shorten the prompt or the text"
+        )
     if not example.prompt:
         raise UserError(f"{where or 'a row'}: the prompt has no tokens in this prompt format")
     return example

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: next-token cross-entropy on the completion and its EOS, averaged over the step's tokens.
 
-    punster sft -n NAME -b 16 [--model M] [--data D ...]
+punster sft -n NAME -b 16 [--model M] [--data D ...]
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.data.schema import Row
 from punster.model.role import Role, Trunk
-from punster.model.saved import save_role
 from punster.rollout.logprobs import token_log_probs
 from punster.train.plan import announce
 from punster.train.run import (
-    Cursor, Run, State, learning_rate, make_optimizer, optimizer_step, restore, save_checkpoint, seeded, total_steps,
+    Cursor,
+    Run,
+    State,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    restore,
+    save_checkpoint,
+    seeded,
+    total_steps,
 )  # fmt: skip
 from punster.train.setup import encode, extend, load_rows, open_base, open_role
 
@@ -36,7 +44,7 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
     held_out = corpus.sft_rows("val")
     validation = [encode(tokenizer, start.model, r["prompt"], r["completion"]) for r in held_out]
     steps = total_steps(config, len(examples), config.epochs)
-    policy = extend(start, config, unused_name("sft", start))
+    policy = extend(start, config, "sft")
     if announce(config, verb, policy, steps, examples):
         return None
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
@@ -62,7 +70,7 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
                 metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
             run.log(step, metrics, f"loss {loss_sum:.3f}")
             if run.save_due(step):
-                save_checkpoint(run, step, state, lambda folder: save_role(folder, policy, tokenizer))
+                save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
         run.finish({"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)})
         return run.folder
@@ -77,9 +85,3 @@ def held_out_loss(policy: Role, examples: Sequence[Example], trunk: Trunk) -> fl
         log_probs, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets())
         total, tokens = total - float(log_probs.sum()), tokens + log_probs.numel()
     return total / tokens
-
-
-def unused_name(wanted: str, role: Role) -> str:
-    """An adapter name that the stack does not have yet: sft, sft2, ..."""
-    taken = {adapter.name for adapter in role.adapters}
-    return next(name for name in [wanted, *(f"{wanted}{i}" for i in range(2, 100))] if name not in taken)

@@ -1,0 +1,94 @@
+"""The Python face of trained runs: load, generate, score.
+
+import punster
+model = punster.load("runs/demo/ppo")
+model.generate("make a pun about bakers", k=8)
+punster.load("runs/demo/reward").score(["make a pun about bakers"], ["Bakers trade bread recipes on a knead-to-know basis."])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from punster.data.batch import Example
+from punster.errors import UserError
+from punster.model.load import DEFAULT_MODEL
+from punster.model.role import Role, score_examples
+from punster.model.tokenizer import Tokenizer
+
+# Texts that come without a prompt are scored as answers to this one.
+GENERIC_PROMPT = "make a pun"
+
+
+@dataclass
+class Model:
+    """A role with its tokenizer."""
+
+    role: Role
+    tokenizer: Tokenizer
+
+    def generate(
+        self, prompt: Any, k: int = 1, *, best_of: int = 0, judge: Model | None = None, seed: int = 1, max_new_tokens: int = 48,
+        temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+        distinct: bool = True,
+    ) -> list[str]:  # fmt: skip
+        """k texts; with best_of and a judge, each is the best of so many samples. `distinct` draws again for repeats."""
+        from punster.rollout.sampler import Decoding, generate
+        from punster.train.run import seeded
+        from punster.train.setup import check_prompts
+
+        if self.role.head is not None:
+            raise UserError("this run is a reward model: it scores texts, it does not write them")
+        if k < 1:
+            raise UserError(f"-k must be at least 1, got {k}")
+        if best_of and judge is None:
+            raise UserError("--best-of needs a reward model to choose by: -c runs/REWARD")
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+        ids = check_prompts(self.tokenizer, self.role.model, [prompt], max_new_tokens)
+        generator = seeded(seed, "generate")
+        found: list[str] = []
+        for _ in range(5 if distinct else 1):
+            rollout = generate(self.role, ids, decoding, self.tokenizer.eos_id, generator, max(1, best_of) * (k - len(found)))
+            examples = rollout.examples
+            if judge is not None and best_of:
+                scores = score_examples(judge.role, examples)
+                blocks = [range(i, i + best_of) for i in range(0, len(examples), best_of)]
+                examples = [examples[max(block, key=lambda i: scores[i])] for block in blocks]
+            for example in examples:
+                text = self.tokenizer.decode(example.response)
+                if not distinct or (text and text not in found):
+                    found.append(text)
+            if len(found) >= k:
+                break
+        return found[:k]
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        """One normalised score for each completion; it depends on this prompt and text alone."""
+        if self.role.head is None:
+            raise UserError("this run is not a reward model: only reward runs score texts")
+        from punster.train.setup import encode
+
+        pairs = zip(prompts, completions, strict=True)
+        examples: list[Example] = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]
+        return score_examples(self.role, examples)
+
+
+def load(path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", prompt_format: str = "auto") -> Model:
+    """A run folder, or any --model value."""
+    from punster.train.setup import open_role, pick_device, pick_dtype, shared_base
+
+    where = SimpleNamespace(device=device, dtype=dtype)
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        return Model(*open_role(path, where))
+    if folder.is_dir() and not (folder / "config.json").exists():
+        runs = sorted(p.name for p in folder.iterdir() if (p / "checkpoints").is_dir())
+        if runs:
+            raise UserError(f"{path} is a folder of runs: choose one, such as {path}/{runs[0]} ({', '.join(runs)})")
+        raise UserError(f"{path}: neither a run nor a model folder (no checkpoints, no config.json)")
+    chosen = pick_device(device)
+    return Model(Role(shared_base(path, pick_dtype(dtype, chosen), chosen)), Tokenizer.load(path, prompt_format))

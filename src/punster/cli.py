@@ -1,0 +1,291 @@
+"""The verbs of the command line; thin: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from punster import __version__
+from punster.errors import UserError, near_matches
+
+USAGE = """punster: RLHF for small language models, made for puns
+
+  punster run [RECIPE|FILE.yaml]     sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report (try: punster run demo)
+  punster sft|reward|ppo|grpo|dpo|distill -n NAME ...     one stage
+  punster generate RUN|MODEL PROMPT [-k 8]                write puns
+  punster score REWARD-RUN FILE.jsonl                     score texts
+  punster evaluate RUN [base] [RUN ...]                   compare on held-out prompts
+  punster report RUN                                      report.html and model card
+  punster export RUN --format hf|peft --out DIR           for transformers and peft
+  punster doctor                                          versions, machine, cache, speed
+
+'punster VERB --help' lists a verb's options.
+"""
+
+
+def training_verbs() -> dict[str, tuple[type, str]]:
+    from punster import config
+
+    return {
+        "sft": (config.SftConfig, "punster.train.sft:sft"),
+        "reward": (config.RewardConfig, "punster.train.reward:train_reward"),
+        "ppo": (config.PpoConfig, "punster.train.ppo:ppo"),
+        "grpo": (config.GrpoConfig, "punster.train.grpo:grpo"),
+        "dpo": (config.DpoConfig, "punster.train.dpo:dpo"),
+        "distill": (config.DistillConfig, "punster.train.distill:distill"),
+    }
+
+
+VERBS = ("run", "sft", "reward", "ppo", "grpo", "dpo", "distill", "generate", "score", "evaluate", "report", "export", "doctor")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 usage or bad input, 1 failure, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"punster {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"punster: unknown command {verb!r}.{near_matches(verb, VERBS)} See 'punster --help'.", file=sys.stderr)
+        return 2
+    try:
+        return dispatch(verb, rest)
+    except UserError as error:
+        print(f"punster {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        from punster.train.run import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(str(error), file=sys.stderr)
+            return 130
+        raise
+
+
+def dispatch(verb: str, rest: list[str]) -> int:
+    if verb in training_verbs():
+        kind, target = training_verbs()[verb]
+        folder = resolve(target)(parse(verb, kind, rest))
+        if folder is not None:
+            print(folder)
+        return 0
+    handlers: dict[str, Callable[[list[str]], int]] = {
+        "run": run_verb, "generate": generate_verb, "score": score_verb, "evaluate": evaluate_verb, "report": report_verb,
+        "export": export_verb, "doctor": doctor_verb,
+    }  # fmt: skip
+    return handlers[verb](rest)
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    from importlib import import_module
+
+    module, name = target.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+# ---- parsing ------------------------------------------------------------------------------------------------------
+def parser_for(verb: str, kind: type, positional: Sequence[str] = (), description: str = "") -> Any:
+    """A jsonargparse parser with one option for each field of the verb's dataclass; --config reads the same keys from YAML."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"punster {verb}", description=description or kind.__doc__, exit_on_error=False, default_env=False
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        flags = [f"--{item.name.replace('_', '-')}"]
+        if short := item.metadata.get("short"):
+            flags.insert(0, short)
+        options: dict[str, Any] = {"help": item.metadata.get("help", ""), "default": default}
+        if item.name in positional:
+            parser.add_argument(item.name, type=hints[item.name], nargs="*", help=options["help"], default=default)
+        elif hints[item.name] is bool:
+            parser.add_argument(*flags, action="store_true", help=options["help"], default=default)
+        elif item.name in ("data", "negatives", "stages", "reward") and hints[item.name] == list[str]:
+            parser.add_argument(*flags, type=str, nargs="+", **options)
+        else:
+            parser.add_argument(*flags, type=hints[item.name], **options)
+    return parser
+
+
+def parse(verb: str, kind: type, rest: list[str], positional: Sequence[str] = ()) -> Any:
+    """Command line and YAML to the verb's dataclass; raises UserError with one clear message."""
+    parser = parser_for(verb, kind, positional)
+    return kind(**parsed_values(parser, rest, [item.name for item in fields(kind)]))
+
+
+def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentError
+
+    try:
+        with_values = parser.parse_args(rest)
+    except ArgumentError as error:
+        raise UserError(readable(str(error), parser)) from None
+    except SystemExit as leaving:
+        if leaving.code in (0, None):
+            raise
+        raise UserError("the command line could not be read; see --help") from None
+    values = with_values.as_dict()
+    return {name: values[name] for name in names}
+
+
+def readable(message: str, parser: Any) -> str:
+    """jsonargparse's message in one line, with near matches for unknown options and keys."""
+    import re
+
+    text = " ".join(message.split())
+    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    if match := re.search(r"[Uu]nrecognized arguments: (\S+)", text):
+        return f"unknown option {match[1]}.{near_matches(match[1].split('=')[0], known)}"
+    if match := re.search(r"[Kk]ey '?([\w.]+)'? is not expected|Option '([\w.]+)' is not accepted|Key \"([\w.]+)\"", text):
+        key = next(group for group in match.groups() if group)
+        names = [flag.removeprefix("--").replace("-", "_") for flag in known]
+        return f"unknown key {key!r} in the configuration.{near_matches(key, names)}"
+    return text
+
+
+# ---- verbs --------------------------------------------------------------------------------------------------------
+def run_verb(rest: list[str]) -> int:
+    from punster.train.pipeline import load_recipe, run_pipeline
+
+    recipe = rest[0] if rest and not rest[0].startswith("-") else None
+    return run_pipeline(load_recipe(recipe or "demo", rest[1:] if recipe else rest))
+
+
+def simple_parser(verb: str, description: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"punster {verb}", description=description, exit_on_error=False)
+
+
+def generate_verb(rest: list[str]) -> int:
+    parser = simple_parser("generate", "Write k texts in answer to a prompt.")
+    parser.add_argument("model", type=str, help="a run, or any --model value")
+    parser.add_argument("prompt", type=str, help='for example "make a pun about bakers"')
+    parser.add_argument("-k", "--count", type=int, default=1, help="how many texts")
+    parser.add_argument("--best-of", type=int, default=0, help="each text is the best of so many samples (needs -c)")
+    parser.add_argument("-c", "--reward-model", type=str | None, default=None, help="reward-model run that chooses")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass")
+    parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens of at least this share of the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: discourage repeated tokens")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="longest text")
+    parser.add_argument("--prompt-format", type=str, default="auto", help="for plain models: auto, chat, or a text with {prompt}")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto, fp32, bf16")
+    names = ("model", "prompt", "count", "best_of", "reward_model", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+             "max_new_tokens", "prompt_format", "seed", "device", "dtype")  # fmt: skip
+    o = parsed_values(parser, rest, names)
+    from punster.api import load
+
+    model = load(o["model"], device=o["device"], dtype=o["dtype"], prompt_format=o["prompt_format"])
+    judge = load(o["reward_model"], device=o["device"], dtype=o["dtype"]) if o["reward_model"] else None
+    texts = model.generate(
+        o["prompt"], o["count"], best_of=o["best_of"], judge=judge, seed=o["seed"], max_new_tokens=o["max_new_tokens"],
+        temperature=o["temperature"], top_k=o["top_k"], top_p=o["top_p"], min_p=o["min_p"],
+        repetition_penalty=o["repetition_penalty"], distinct=o["temperature"] > 0,
+    )  # fmt: skip
+    for text in texts:
+        print(plain(text))
+    return 0
+
+
+def plain(text: str) -> str:
+    """One line without control characters: generated text must not drive the terminal."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def score_verb(rest: list[str]) -> int:
+    parser = simple_parser("score", "Score texts with a reward model: one {score, spread} a line, order kept.")
+    parser.add_argument("model", type=str, help="a reward-model run")
+    parser.add_argument("file", type=str, help='JSONL with {"text"} or {"prompt", "completion"} a line')
+    parser.add_argument("--out", type=str | None, default=None, help="write here instead of to the terminal")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto, fp32, bf16")
+    o = parsed_values(parser, rest, ("model", "file", "out", "device", "dtype"))
+    from punster.api import GENERIC_PROMPT, load
+    from punster.data.schema import read_texts
+    from punster.train.run import write_text
+
+    rows = read_texts(o["file"])
+    model = load(o["model"], device=o["device"], dtype=o["dtype"])
+    scores = model.score([row.get("prompt", GENERIC_PROMPT) for row in rows], [row["completion"] for row in rows])
+    # A single model has no spread; an ensemble's members would differ.
+    lines = "".join(json.dumps({"score": round(score, 6), "spread": 0.0}) + "\n" for score in scores)
+    if o["out"]:
+        write_text(Path(o["out"]), lines)
+    else:
+        print(lines, end="")
+    return 0
+
+
+def evaluate_verb(rest: list[str]) -> int:
+    from punster.config import EvaluateConfig
+    from punster.evaluate.compare import evaluate
+    from punster.evaluate.table import print_table
+
+    summary = evaluate(parse("evaluate", EvaluateConfig, rest, positional=("models",)))
+    print_table(summary)
+    return 0
+
+
+def report_verb(rest: list[str]) -> int:
+    parser = simple_parser("report", "Write report.html and the model card of a run.")
+    parser.add_argument("run", type=str, help="a run folder, or the folder of a pipeline")
+    folder = Path(parsed_values(parser, rest, ("run",))["run"])
+    if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
+        raise UserError(f"{folder}: no such run")
+    from punster.evaluate.card import write_card
+    from punster.evaluate.report import write_report
+
+    print(write_report(folder))
+    print(write_card(folder))
+    return 0
+
+
+def export_verb(rest: list[str]) -> int:
+    parser = simple_parser("export", "Write a run for transformers (hf: merged) or peft (adapter).")
+    parser.add_argument("run", type=str, help="a run folder")
+    parser.add_argument("--format", type=str, default="hf", help="hf or peft")
+    parser.add_argument("--out", type=str, help="new folder")
+    o = parsed_values(parser, rest, ("run", "format", "out"))
+    if not o["out"]:
+        raise UserError("--out DIR is needed")
+    if o["format"] not in ("hf", "peft"):
+        raise UserError(f"--format {o['format']}: hf or peft")
+    from punster.api import load
+    from punster.model.export import export
+
+    model = load(o["run"], dtype="fp32", device="cpu")
+    print(export(model.role, model.tokenizer, o["format"], Path(o["out"])))
+    return 0
+
+
+def doctor_verb(rest: list[str]) -> int:
+    parser = simple_parser("doctor", "Versions, machine, cache, and a short speed check.")
+    parsed_values(parser, rest, ())
+    from punster.doctor import doctor
+
+    return doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""punster doctor: what a bug report needs, and what explains a slow or failing run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from punster import __version__
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "gguf",
+    "datasets",
+    "jsonargparse",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+    "peft",
+    "trl",
+)
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, memory, accelerator and versions, for summaries and cards."""
+    import torch
+
+    return {
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gb": round(memory_bytes() / 1e9, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), "system": platform.system(),
+        "torch": torch.__version__, "punster": __version__,
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def doctor() -> int:
+    """Print the findings; exit code 1 if something will not work."""
+    import torch
+
+    from punster.model.load import BUILT_IN, DEFAULT_MODEL, cache_folder, sha256_of
+    from punster.train.plan import measured_speed
+    from punster.train.setup import fast_bf16, pick_device, pick_dtype
+
+    print(f"punster {__version__}, Python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            print(f"  {package:13s} {version(package)}")
+        except PackageNotFoundError:
+            print(f"  {package:13s} not installed")
+    found = machine()
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    print(f"machine        {found['cpu']}, {found['cores']} cores ({found['threads']} threads used), {found['memory_gb']} GB")
+    print(
+        f"device         {device}; fast bf16: {'yes' if fast_bf16(device) else 'no'}; frozen weights default to {str(dtype).removeprefix('torch.')}"
+    )
+    speed = 2 * measured_speed(dtype, device, 2.0) / 1e9
+    print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size")
+    cache, healthy = cache_folder(), True
+    free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
+    print(f"cache          {cache} ({free / 1e9:.0f} GB free)")
+    model = BUILT_IN[DEFAULT_MODEL]
+    path = cache / "models" / model.name / Path(model.member).name
+    if not path.exists():
+        print(f"default model  {model.name}: not fetched yet (it will be, on first use)")
+    elif sha256_of(path) == model.sha256:
+        print(f"default model  {model.name}: present, checksum correct")
+    else:
+        print(f"default model  {model.name}: damaged (wrong checksum); it will be fetched again on first use")
+        healthy = False
+    if torch.get_num_threads() < (os.cpu_count() or 1):
+        print("note           fewer threads than cores: OMP_NUM_THREADS may be set")
+    return 0 if healthy else 1

@@ -1,0 +1,37 @@
+"""What can be counted in texts: diversity, copying, length, ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_WORD = re.compile(r"[a-z0-9']+")
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Unique n-grams over all n-grams of the texts (Li et al. 2016). Falls with the number of texts: compare equal counts only."""
+    grams = [tuple(w[i : i + n]) for w in map(words, texts) for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def jaccard(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b) if a or b else 0.0
+
+
+def copy_rate(texts: Sequence[str], training: Sequence[str], threshold: float = 0.6) -> float:
+    """Share of texts whose token set has Jaccard >= threshold with any training text."""
+    known = [set(words(text)) for text in training]
+    by_word: dict[str, list[int]] = {}
+    for index, tokens in enumerate(known):
+        for word in tokens:
+            by_word.setdefault(word, []).append(index)
+    copies = 0
+    for text in texts:
+        tokens = set(words(text))
+        candidates = {index for word in tokens for index in by_word.get(word, ())}
+        copies += any(jaccard(tokens, known[index]) >= threshold for index in candidates)
+    return copies / len(texts) if texts else 0.0

@@ -1,0 +1,31 @@
+"""Intervals and win rates. The unit of resampling is the prompt: samples of one prompt are not independent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def bootstrap(per_prompt: Sequence[float], seed: int = 1, resamples: int = 2000, level: float = 0.95) -> dict[str, float]:
+    """Mean over prompts with its percentile bootstrap interval."""
+    values = torch.tensor(list(per_prompt), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[drawn].mean(1)
+    edges = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return {"mean": float(values.mean()), "low": float(edges[0]), "high": float(edges[1])}
+
+
+def win_share(a: Sequence[float], b: Sequence[float]) -> float:
+    """P(a random sample of a scores above a random sample of b), ties half."""
+    mine, theirs = torch.tensor(list(a)), torch.tensor(list(b))
+    return float(((mine[:, None] > theirs) + 0.5 * (mine[:, None] == theirs)).double().mean())
+
+
+def win_share_in_pool(values: Sequence[float], weights: Sequence[float]) -> float:
+    """P(a sample chosen from a pool with these weights scores above another random sample of the pool), ties half."""
+    pool = torch.tensor(list(values))
+    wins = ((pool[:, None] > pool) + 0.5 * (pool[:, None] == pool)).double()
+    others = (wins.sum(1) - 0.5) / (len(pool) - 1)  # without the comparison with itself
+    return float((others * torch.tensor(list(weights)).double()).sum())

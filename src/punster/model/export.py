@@ -1,0 +1,87 @@
+"""Export: a merged Hugging Face folder, or a PEFT adapter. The only place where adapters are merged, in fp32."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from punster.errors import UserError
+from punster.model.load import BUILT_IN
+from punster.model.lora import join, merged_weights
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+
+
+def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
+    """Write `role` to a new folder. hf: AutoModelForCausalLM or, with a head, AutoModelForSequenceClassification. peft: adapter."""
+    if format not in ("hf", "peft"):
+        raise UserError(f"--format {format}: hf or peft")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists and is not an empty folder")
+    temporary = out.with_name(out.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (_export_hf if format == "hf" else _export_peft)(role, tokenizer, temporary)
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    return out
+
+
+def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
+    model = role.model
+    weights = merged_weights(model.weights, role.adapters)
+    config: dict[str, Any] = {**model.config.raw, "tie_word_embeddings": model.config.tied, "torch_dtype": "float32"}
+    layers = "n_layer" if model.config.family == "gpt2" else "num_hidden_layers"
+    prefix = "GPT2" if model.config.family == "gpt2" else "Llama"
+    if role.head is None:
+        config["architectures"] = [f"{prefix}LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"]
+    else:
+        if role.pooling != "last":
+            raise UserError(
+                "a head that averages over the response has no counterpart in transformers; train with --pooling last"
+            )
+        config |= {"architectures": [f"{prefix}ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+        config[layers] = role.last_layer
+        weights = {k: t for k, t in weights.items() if model.layer_of(k) < role.last_layer or "norm" in k or "ln_f" in k}
+        weights.pop("lm_head.weight", None)
+        gain, offset = role.normalisation
+        weights["score.weight"] = role.head.weight.detach().cpu()[None] * gain
+        # transformers' score head has no bias: the constant is recorded, and does not change any comparison.
+        config["punster_score_bias"] = float(role.head.bias) * gain + offset
+    config["pad_token_id"] = distinct_pad(tokenizer)
+    config["eos_token_id"] = tokenizer.eos_id
+    save_file(hub_layout(weights, model.config.family), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": config["pad_token_id"], "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    tokenizer.hf.save_pretrained(folder)
+
+
+def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
+    if role.head is not None or not role.adapters or role.model.trained_from is not None:
+        raise UserError("--format peft needs a policy trained with --adapter lora; use --format hf for this run")
+    known = BUILT_IN.get(role.model.name)
+    base = known.origin if known else role.model.name
+    join(role.adapters).save(folder, base, role.model.config)
+    tokenizer.hf.save_pretrained(folder)
+
+
+def hub_layout(weights: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Back to the orientation of Hugging Face's files (GPT-2's Conv1D is in x out)."""
+    turn = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+    return {k: (t.t() if family == "gpt2" and turn.search(k) else t).contiguous() for k, t in weights.items()}
+
+
+def distinct_pad(tokenizer: Tokenizer) -> int:
+    """A pad id that is not EOS, so that readers that look for the last token that is not a pad find EOS."""
+    for candidate in (tokenizer.hf.pad_token_id, tokenizer.hf.unk_token_id, 0):
+        if candidate is not None and candidate != tokenizer.eos_id:
+            return int(candidate)
+    return 1

@@ -1,0 +1,54 @@
+"""Estimated seconds of each stage of a pipeline on this machine: counted products over measured speed."""
+
+from __future__ import annotations
+
+from punster.config import DpoConfig, GrpoConfig, PipelineConfig, PolicyConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.data import corpus
+from punster.train.plan import measured_speed
+from punster.train.setup import pick_device, pick_dtype, shared_base, top_layers
+
+PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
+
+
+def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> dict[str, float]:
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    base = shared_base(config.model, dtype, device)
+    speed = 0.75 * measured_speed(dtype, device)
+    block = sum(out * into for out, into in base.config.sites(0).values())
+    head, layers = base.head_weight.numel(), base.config.n_layer
+    sampled = (PROMPT + RESPONSE) * block * layers + RESPONSE * head  # one sampled response
+    result = {}
+    for name, stage in stages.items():
+        depth = (stage.depth if isinstance(stage, RewardConfig) else 0) or layers
+        branch = len(top_layers(stage, base, depth))
+        trunk, tokens = depth - branch, PROMPT + RESPONSE
+        if isinstance(stage, RewardConfig):
+            records = len(corpus.part(stage.split))
+            texts = records * (1 + len(stage.negatives))
+            trained = 2 * records * len(stage.negatives) * stage.epochs
+            work = tokens * block * (texts * trunk + 2 * trained * branch) + stage.normalise_samples * (
+                sampled + tokens * block * depth
+            )
+            work += stage.test_limit * 6 * tokens * block * depth
+        elif isinstance(stage, SftConfig):
+            records = len(corpus.part("train"))
+            work = records * tokens * block * trunk + stage.epochs * records * (2 * tokens * block * branch + 3 * RESPONSE * head)
+        elif isinstance(stage, PolicyConfig):
+            passes = stage.epochs if isinstance(stage, PpoConfig | GrpoConfig) else 1
+            roles = 2 if isinstance(stage, PpoConfig) else 1
+            once = sampled + tokens * block * (layers + (1 + roles) * branch) + 2 * RESPONSE * head
+            each = 2 * roles * tokens * block * branch + 3 * RESPONSE * head
+            work = (stage.steps or 1) * stage.batch_size * (once + passes * each)
+        else:
+            assert isinstance(stage, DpoConfig)
+            count = stage.prompt_limit or len(corpus.part("train"))
+            work = (
+                count * stage.samples * (sampled + tokens * block * layers) if stage.pairs == "sampled" or stage.online else 0.0
+            )
+            work += 2 * count * (tokens * block * layers + stage.epochs * (2 * tokens * block * branch + 3 * RESPONSE * head))
+        result[name] = work / speed
+    samples = config.evaluate.get("samples", 4) * (len(stages) - 1) + 2 * config.evaluate.get("best_of", 0)
+    prompts = config.evaluate.get("limit") or len(corpus.part("test"))
+    result["evaluate"] = prompts * samples * (sampled + (PROMPT + RESPONSE) * block * layers * 0.6) / speed
+    return result

@@ -1,0 +1,214 @@
+"""punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report, as one folder of runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from punster.config import (
+    DpoConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    PipelineConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)  # fmt: skip
+from punster.errors import UserError, near_matches
+from punster.train.run import config_dict, write_json, write_text
+
+STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {
+    "sft": (SftConfig, "punster.train.sft:sft", "supervised fine-tuning on puns"),
+    "reward": (RewardConfig, "punster.train.reward:train_reward", "reward model that is trained against"),
+    "gold": (RewardConfig, "punster.train.reward:train_reward", "yardstick reward model, never trained against"),
+    "ppo": (PpoConfig, "punster.train.ppo:ppo", "PPO"),
+    "grpo": (GrpoConfig, "punster.train.grpo:grpo", "GRPO"),
+    "dpo": (DpoConfig, "punster.train.dpo:dpo", "DPO"),
+    "placebo_reward": (RewardConfig, "punster.train.reward:train_reward", "reward model with shuffled labels"),
+    "placebo": (PpoConfig, "punster.train.ppo:ppo", "PPO against shuffled labels"),
+}
+
+
+def recipe_folder() -> Path:
+    """Recipes ship inside the package; in a checkout they lie at its root."""
+    packaged = Path(str(files("punster"))) / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "recipes"
+
+
+def load_recipe(recipe: str, rest: Sequence[str] = ()) -> PipelineConfig:
+    """A recipe's name or a YAML file, with options of the command line on top."""
+    from punster.cli import parse
+
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = recipe_folder() / f"{recipe}.yaml"
+        if not path.exists():
+            known = sorted(p.stem for p in recipe_folder().glob("*.yaml") if "stages" in p.read_text())
+            raise UserError(f"unknown recipe {recipe!r}.{near_matches(recipe, known)} Known: {', '.join(known)}; or a .yaml file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    config: PipelineConfig = parse("run", PipelineConfig, ["--config", str(path), *rest])
+    config.name = config.name or path.stem
+    return config
+
+
+def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
+    """A stage's dataclass: the verb's defaults, what the pipeline shares, the recipe's section, and the scale."""
+    kind, _, _ = STAGES[stage]
+    section = dict(getattr(config, stage))
+    known = [item.name for item in fields(kind)]
+    for key in section:
+        if key not in known:
+            raise UserError(f"section {stage!r} of the recipe: unknown key {key!r}.{near_matches(key, known)}")
+    folder = Path(config.out) / config.name
+    shared: dict[str, Any] = {
+        "name": stage, "out": str(folder), "model": config.model, "prompt_format": config.prompt_format, "device": config.device,
+        "dtype": config.dtype, "seed": config.seed, "quiet": config.quiet,
+    }  # fmt: skip
+    if stage in ("reward", "gold", "placebo_reward"):
+        shared["pretrained"] = str(folder / "sft")
+    if stage in ("ppo", "grpo", "dpo", "placebo"):
+        shared |= {
+            "actor": str(folder / "sft"),
+            "reward_model": str(folder / ("placebo_reward" if stage == "placebo" else "reward")),
+        }
+    if stage == "placebo_reward":
+        shared["shuffle_labels"] = True
+    if stage == "gold":
+        shared["seed"] = config.seed + 1
+    if config.scale != 1:
+        section = scaled(section, kind, config.scale)
+    return kind(**{**shared, **section})
+
+
+def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
+    """The same recipe at a fraction of its cost: fewer steps or passes, smaller rollouts, fewer samples."""
+    defaults = {item.name: item.default for item in fields(kind)}
+
+    def value(key: str) -> Any:
+        return section.get(key, defaults.get(key))
+
+    changed = dict(section)
+    if value("steps") is not None:
+        changed["steps"] = max(1, round(value("steps") * scale))
+    elif value("epochs") is not None:
+        changed["epochs"] = value("epochs") * scale
+    if issubclass(kind, PpoConfig | GrpoConfig):
+        changed["batch_size"] = max(8, int(value("batch_size") * min(1.0, scale * 4)) // 8 * 8)
+        changed["eval_prompts"] = max(2, round(value("eval_prompts") * min(1.0, scale)))
+    if issubclass(kind, RewardConfig):
+        changed["normalise_samples"] = max(8, round(value("normalise_samples") * min(1.0, scale)))
+        changed["test_limit"] = max(4, round(value("test_limit") * min(1.0, scale)))
+    if issubclass(kind, DpoConfig):
+        changed["prompt_limit"] = max(8, round((value("prompt_limit") or 500) * scale))
+    return changed
+
+
+def run_pipeline(config: PipelineConfig) -> int:
+    """All stages, the evaluation, the report; prints the closing table. Returns the exit code."""
+    from punster.cli import resolve
+
+    folder = Path(config.out) / config.name
+    stages = {stage: stage_config(config, stage) for stage in config.stages}
+    evaluation = evaluation_config(config, folder)
+    if config.dry_run:
+        return plan(config, stages)
+    if folder.exists() and not config.resume:
+        raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
+    if config.resume and not folder.exists():
+        raise UserError(f"--resume: there is no run {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
+    started = time.monotonic()
+    say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
+    seconds: dict[str, Any] = {}
+    for number, (stage, stage_settings) in enumerate(stages.items(), 1):
+        _, target, title = STAGES[stage]
+        if (folder / stage / "summary.json").exists():
+            say(f"[{number}/{len(stages) + 1}] {title}: done before")
+            seconds[stage] = {"seconds": stage_summary(folder, stage)["wall_seconds"]}
+            continue
+        say(f"[{number}/{len(stages) + 1}] {title}")
+        stage_settings.resume = (folder / stage / "config.yaml").exists()
+        stage_started = time.monotonic()
+        resolve(target)(stage_settings)
+        seconds[stage] = {"seconds": round(time.monotonic() - stage_started, 1)}
+    say(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation on held-out prompts, report")
+    evaluated = time.monotonic()
+    from punster.doctor import machine
+    from punster.evaluate.card import write_card
+    from punster.evaluate.compare import evaluate
+    from punster.evaluate.report import write_report
+    from punster.evaluate.table import print_table
+
+    summary = evaluate(evaluation)
+    seconds["evaluate"] = {"seconds": round(time.monotonic() - evaluated, 1)}
+    summary |= {
+        "wall_seconds": round(sum(item["seconds"] for item in seconds.values()), 1), "machine": machine(), "seed": config.seed,
+        "commit": commit(), "stages": seconds, "scale": config.scale,
+        "reward_models": {n: {"accuracy": stage_summary(folder, n)["accuracy"]} for n in ("reward", "gold") if n in stages},
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary)
+    report = write_report(folder)
+    write_card(folder)
+    if not config.quiet:
+        print_table(summary)
+        print(
+            f"wall time {summary['wall_seconds'] / 60:.1f} minutes (this call {(time.monotonic() - started) / 60:.1f}); report: {report}"
+        )
+    return 0
+
+
+def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
+    section = dict(config.evaluate)
+    known = [item.name for item in fields(EvaluateConfig)]
+    for key in section:
+        if key not in known:
+            raise UserError(f"section 'evaluate' of the recipe: unknown key {key!r}.{near_matches(key, known)}")
+    if config.scale < 1:
+        section["limit"] = max(4, round((section.get("limit") or 100) * config.scale))
+    policies = [stage for stage in config.stages if stage not in ("reward", "gold", "placebo_reward")]
+    shared = {
+        "models": ["base", *(str(folder / stage) for stage in policies)], "seed": config.seed, "device": config.device,
+        "dtype": config.dtype, "out": str(folder),
+    }  # fmt: skip
+    return EvaluateConfig(**{**shared, **section})
+
+
+def stage_summary(folder: Path, stage: str) -> dict[str, Any]:
+    import json
+
+    result: dict[str, Any] = json.loads((folder / stage / "summary.json").read_text())
+    return result
+
+
+def commit() -> str | None:
+    """The commit of a checkout that holds this package; None for an installed wheel."""
+    here = Path(__file__).resolve()
+    if not (here.parents[3] / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(here.parents[3]), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def plan(config: PipelineConfig, stages: dict[str, TrainConfig]) -> int:
+    """--dry-run: the stages with their settings and an estimate of the time on this machine."""
+    from punster.train.estimate import pipeline_seconds
+
+    print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
+    total = 0.0
+    for stage, seconds in pipeline_seconds(config, stages).items():
+        print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
+        total += seconds
+    print(f"  {'in all':15s} about {total / 60:5.1f} minutes on this machine, about 3 GB of memory")
+    return 0

@@ -1,0 +1,87 @@
+"""KL estimators in exact expectation over a small categorical, and the coefficient controllers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from punster.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
+
+P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
+Q = torch.tensor([0.1, 0.3, 0.2, 0.05, 0.35], dtype=torch.float64)
+KL = float((P * (P / Q).log()).sum())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(kind: str) -> None:
+    """The expectation over all five symbols, so no sampling error is left."""
+    assert float((P * kl_estimate(P.log(), Q.log(), kind)).sum()) == pytest.approx(KL, abs=1e-14)
+
+
+def test_k3_with_policy_and_reference_exchanged_is_wrong() -> None:
+    inverted = float((P * kl_estimate(Q.log(), P.log(), "k3")).sum())
+    assert abs(inverted - KL) > 0.5
+
+
+def test_k1_of_exchanged_arguments_has_the_wrong_sign() -> None:
+    assert float((P * kl_estimate(Q.log(), P.log(), "k1")).sum()) == pytest.approx(-KL, abs=1e-14)
+
+
+def test_k2_is_half_the_square_and_biased() -> None:
+    x = Q.log() - P.log()
+    torch.testing.assert_close(kl_estimate(P.log(), Q.log(), "k2"), x.square() / 2, rtol=0, atol=1e-15)
+    assert abs(float((P * kl_estimate(P.log(), Q.log(), "k2")).sum()) - KL) > 0.05
+
+
+def test_values_by_hand() -> None:
+    """log pi = -1, log ref = -1.5: x = -.5, k1 = .5, k2 = .125, k3 = e^-.5 - .5 = .10653."""
+    pi, ref = torch.tensor(-1.0, dtype=torch.float64), torch.tensor(-1.5, dtype=torch.float64)
+    assert float(kl_estimate(pi, ref, "k1")) == pytest.approx(0.5)
+    assert float(kl_estimate(pi, ref, "k2")) == pytest.approx(0.125)
+    assert float(kl_estimate(pi, ref, "k3")) == pytest.approx(0.1065306597, abs=1e-10)
+
+
+def test_k3_is_never_negative_and_zero_for_equal_policies() -> None:
+    x = torch.linspace(-5, 5, 201)
+    assert (kl_estimate(torch.zeros(201), x, "k3") >= 0).all()
+    assert torch.equal(kl_estimate(x, x, "k3"), torch.zeros(201))
+
+
+def test_k3_keeps_its_precision_near_zero_in_fp32() -> None:
+    """e^x - 1 - x by subtraction would be 0 or noise here; the true value is about x^2 / 2."""
+    x = torch.tensor([1e-2, -1e-2])
+    torch.testing.assert_close(kl_estimate(torch.zeros(2), x, "k3"), x.square() / 2, rtol=1e-2, atol=0)
+
+
+def test_gradients_of_k3_in_the_policy() -> None:
+    log_prob = P.log().clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda lp: kl_estimate(lp, Q.log(), "k3"), (log_prob,))
+
+
+def test_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="k1, k2 or k3"):
+        kl_estimate(P, Q, "k4")
+
+
+def test_adaptive_controller_follows_a_hand_trace() -> None:
+    """Target 4, horizon 100, 10 sequences: errors +.2 (cut from 1), -.1, -.2 (cut from -.75), 0, +.2 (cut from 24)."""
+    controller = AdaptiveKL(beta=0.1, target=4.0, horizon=100)
+    trace = []
+    for kl in (8.0, 3.6, 1.0, 4.0, 100.0):
+        controller.update(kl, sequences=10)
+        trace.append(controller.beta)
+    by_hand = [0.102, 0.100980, 0.0989604, 0.0989604, 0.100939608]
+    assert trace == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_adaptive_controller_moves_by_the_number_of_sequences() -> None:
+    small, large = AdaptiveKL(1.0, 2.0, 1000), AdaptiveKL(1.0, 2.0, 1000)
+    small.update(10.0, 50)
+    large.update(10.0, 500)
+    assert (small.beta, large.beta) == (pytest.approx(1.01), pytest.approx(1.1))
+
+
+def test_fixed_controller_stays() -> None:
+    controller = FixedKL(0.05)
+    controller.update(1e9, 1000)
+    assert controller.beta == 0.05

@@ -1,0 +1,439 @@
+"""The report and the model card, on synthetic run folders, in text and in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from punster.errors import UserError
+from punster.evaluate.card import COLUMNS, md, read_run, scrub, show, write_card
+from punster.evaluate.report import frontier_figure, hue, opening, write_report
+
+MODELS = ("base", "sft", "ppo", "grpo", "dpo", "best_of_8")
+PUNS = (
+    "Bakers trade bread recipes on a knead-to-know basis.",
+    "The tailor's jokes were sew-sew, but he had everyone in stitches by the end of the evening, seamstresses included.",
+    "I would tell a joke about the sea, but it is too deep.",
+)
+HOSTILE = '<script>window.hacked=1</script></svg></table><img src=x onerror="window.hacked=1"> "\'`| $x$ \x1b[31mred\x1b[0m \x1b]8;;http://evil.example\x07link'
+
+
+def interval(mean: float, half: float = 0.1) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def stage(folder: Path, verb: str, metrics: list[dict[str, float]], **config: Any) -> None:
+    folder.mkdir(parents=True)
+    shared = {
+        "name": folder.name,
+        "model": "smollm2-135m-instruct-q4",
+        "lr": 3e-4,
+        "batch_size": 16,
+        "adapter": "lora",
+        "data": ["embedded"],
+    }
+    (folder / "config.yaml").write_text(f"# punster {verb}\n" + yaml.safe_dump({**shared, **config}))
+    lines(folder / "metrics.jsonl", [{"step": i, "seconds": 1.5 * i, **row} for i, row in enumerate(metrics, 1)])
+
+
+def pipeline(root: Path, prompts: int = 24) -> Path:
+    """What `punster run` leaves behind, with known numbers."""
+    folder, noise = root / "demo", random.Random(1)
+    drift = lambda n: [i / n for i in range(n)]
+    stage(folder / "sft", "sft", [{"loss": 3 - 1.5 * t + noise.gauss(0, 0.1)} for t in drift(90)])
+    for name in ("reward", "gold"):
+        stage(folder / name, "reward", [{"loss": 0.69 - 0.4 * t, "accuracy": 0.5 + 0.4 * t} for t in drift(60)])
+    for name in ("ppo", "grpo"):
+        policy = [
+            {"objective/scores": 1.7 * t, "objective/exact_kl": 9 * t, "objective/entropy_per_token": 2 - t, "length": 17 + t}
+            for t in drift(20)
+        ]
+        stage(folder / name, name, policy, beta=0.02)
+    stage(folder / "dpo", "dpo", [{"loss": 0.693 - 0.3 * t, "rewards/margins": 2 * t} for t in drift(50)], loss_type="sigmoid")
+    models: dict[str, Any] = {}
+    for i, name in enumerate(MODELS):
+        kl = {"base": 6.25, "sft": 0.0, "best_of_8": None}.get(name, 4.0 + i)
+        models[name] = {
+            "held_out_reward": interval(-0.51 + 0.37 * i), "win_rate_vs_sft": None if name == "sft" else interval(0.4 + 0.06 * i, 0.03),
+            "exact_kl": kl, "distinct_2": 0.91, "length": 14.3, "eos_rate": 0.987, "copy_rate": 0.0123,
+        }  # fmt: skip
+    models["best_of_8"]["kl_bound"] = 1.2044
+    sizes = [1, 2, 4, 8, 16]
+    summary = {
+        "models": models, "prompts": 100, "samples": 4, "decoding": {"temperature": 1.0, "top_k": 0}, "wall_seconds": 1234.5, "seed": 1,
+        "machine": {"cpu": "Some CPU", "cores": 2, "torch": "2.99.0"}, "commit": "0123456789abcdef0123456789abcdef01234567",
+        "stages": {"sft": {"seconds": 61.0}, "ppo": {"seconds": 400.0}},
+        "reward_models": {"reward": {"accuracy": {"literal": 0.813, "off_topic": 0.942}}, "gold": {"accuracy": {"literal": 0.777}}},
+        "best_of_n": {"n": sizes, "gold": [0.1 * n**0.7 for n in sizes], "kl_bound": [math.log(n) - (n - 1) / n for n in sizes]},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text("# punster run\n" + yaml.safe_dump({"name": "demo", "model": "smollm2-135m-instruct-q4"}))
+    rows = [{"prompt": f"make a pun about topic {p}", "model": m, "completions": [PUNS[(p + i) % 3], "Not the first."], "gold": [0.25 * i, 0.0]}
+            for p in range(prompts) for i, m in enumerate(MODELS)]  # fmt: skip
+    lines(folder / "samples.jsonl", rows)
+    return folder
+
+
+def single(root: Path) -> Path:
+    """What `punster ppo` leaves behind."""
+    folder = root / "mine"
+    stage(folder, "ppo", [{"objective/scores": 0.1 * i, "objective/exact_kl": 0.2 * i} for i in range(5)], data=None)
+    (folder / "summary.json").write_text(json.dumps({"steps": 5, "eval/score": 0.4375, "wall_seconds": 12.0}))
+    rows = [{"step": 5, "prompt": "make a pun about bees", "completion": "Bee there.", "score": 0.5, "held_out": True},
+            {"step": 1, "prompt": "make a pun about cows", "completion": "Moo.", "score": 0.1}]  # fmt: skip
+    lines(folder / "samples.jsonl", rows)
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags with attributes, the visible text, and the cells of each table row."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.rows, self._skip, self._cell = "", [[]], False, False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._skip = tag == "style"
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skip = False
+        self._cell = self._cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if not self._skip:
+            self.text += data
+            if self._cell:
+                self.rows[-1][-1] += data
+
+    def row(self, head: str) -> list[str]:
+        return next([cell.strip() for cell in row] for row in self.rows if row and row[0].strip() == head)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def load(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(pipeline(tmp_path_factory.mktemp("report")))
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+def test_numbers_of_a_pipeline_are_shown(report: Path) -> None:
+    page = load(report)
+    assert page.row("PPO")[1:] == ["0.23 [0.13, 0.33]", "52.0 [49.0, 55.0] %", "6.00", "0.91", "14.3", "98.7 %", "1.2 %"]
+    assert page.row("best-of-8")[3] == "≤ 1.20"
+    assert page.row("SFT")[2:4] == ["–", "0.00"]
+    assert page.row("literal") == ["literal", "81.3 %", "77.7 %"]
+    assert page.row("off topic") == ["off topic", "94.2 %", "–"]
+    assert page.row("cpu")[1] == "Some CPU"
+    assert page.row("torch")[1] == "2.99.0"  # as recorded by the run, not as installed
+    lead = page.text[page.text.index("DPO has the highest") :]
+    assert lead.startswith(
+        "DPO has the highest gold reward of the trained models, 0.97 [0.87, 1.07] against -0.14 [-0.24, -0.04] of SFT"
+    )
+    assert "64.0 [61.0, 67.0] % of comparisons with SFT" in lead
+    assert "100 held-out prompts, 4 samples each; 20.6 minutes in all; seed 1." in lead
+    assert "4-bit (Q4_1) copy" in page.text
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in page.text
+    assert "First to last: SFT" in page.text
+    assert "0.693 to 0.399" in page.text  # DPO's loss in the caption of its figure
+
+
+def test_an_interval_across_one_half_is_called_no_improvement(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    for mean, words in ((0.51, "so no improvement is shown"), (0.3, "so it is worse"), (0.9, None)):
+        summary["models"]["dpo"]["win_rate_vs_sft"] = interval(mean, 0.05)
+        (folder / "summary.json").write_text(json.dumps(summary))
+        text = opening(read_run(folder))
+        assert [w for w in ("so no improvement is shown", "so it is worse") if w in text] == ([words] if words else [])
+
+
+def test_figures_tables_and_prompts(report: Path) -> None:
+    page = load(report)
+    assert len(page.all("figure")) == len(page.all("svg")) == len(page.all("figcaption")) == 10
+    prompts = [row[0].strip() for row in page.rows if row and row[0].startswith("make a pun about topic")]
+    assert prompts == [f"make a pun about topic {p}" for p in range(20)]
+    assert PUNS[1] in page.row("make a pun about topic 0")[2]
+    assert "Not the first." not in page.text
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    titles = {attributes["aria-labelledby"] for attributes in page.all("svg")}
+    assert titles <= set(identifiers)
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+
+
+def test_figures_hold_the_points_in_place(tmp_path: Path) -> None:
+    """The frontier's error bars: a higher gold reward lies higher (smaller y), a larger KL further right."""
+    figure = frontier_figure(read_run(pipeline(tmp_path)))
+    assert figure is not None
+    places = {}
+    for name in ("sft", "ppo", "grpo", "dpo"):
+        group = re.search(
+            rf'<use href="#[^"]*" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--hue{hue(name)}\); stroke', figure["svg"]
+        )
+        assert group is not None
+        places[name] = (float(group[1]), float(group[2]))
+    assert places["sft"][0] < places["ppo"][0] < places["grpo"][0] < places["dpo"][0]
+    assert places["sft"][1] > places["ppo"][1] > places["grpo"][1] > places["dpo"][1]
+    # 0 -> 6 -> 7 -> 8 nats on a square-root axis
+    ratio = (places["dpo"][0] - places["sft"][0]) / (places["ppo"][0] - places["sft"][0])
+    assert ratio == pytest.approx(math.sqrt(8 / 6), rel=0.01)
+
+
+def test_nothing_is_loaded_from_anywhere(report: Path) -> None:
+    page, text = load(report), report.read_text()
+    assert not [t for t, _ in page.tags if t in ("script", "iframe", "img", "object", "embed", "base", "form")]
+    assert not re.search(r"@import|url\(|javascript:", text)
+    for tag, attributes in page.tags:
+        assert "src" not in attributes
+        assert not [a for a in attributes if a.startswith("on")]
+        for name in ("href", "xlink:href", "action", "data"):
+            assert (attributes.get(name) or "#").startswith("#") or (tag, attributes[name]) == ("link", "data:,")
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert str(report.parents[2]) not in text  # no folders of this machine
+
+
+def test_text_of_samples_is_inert(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path, prompts=0)
+    lines(
+        folder / "samples.jsonl",
+        [{"prompt": HOSTILE, "model": m, "completions": [HOSTILE], "gold": [0.5]} for m in ("sft", HOSTILE)],
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["models"][HOSTILE] = {**summary["models"]["ppo"], "held_out_reward": interval(9.0)}
+    summary["machine"][HOSTILE] = HOSTILE
+    summary["reward_models"][HOSTILE] = {"accuracy": {HOSTILE: 0.5}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines(folder / "ppo" / "metrics.jsonl", [{"step": 1, HOSTILE: 1}, {"step": 2, HOSTILE: 2}])
+    path = write_report(folder)
+    page, text = load(path), path.read_text()
+    shown = scrub(HOSTILE)
+    assert "\x1b" not in shown
+    assert shown.endswith("red link")
+    assert page.text.count(shown) >= 6  # as text, whole: prompt, samples, model, machine, opening, legend
+    assert "\x1b" not in text
+    assert "evil.example" not in text
+    assert not [t for t, a in page.tags if t in ("script", "img") or any(k.startswith("on") for k in a)]
+    assert len(page.all("svg")) == text.count("</svg>")
+    card = write_card(folder).read_text()
+    for raw in ("<script", "<img", "</svg>", "\x1b", "evil.example"):
+        assert raw not in card
+    # every table row keeps its number of cells: no pipe of a sample splits one
+    table = [row for row in card.splitlines() if row.startswith("| ") and "window.hacked" in row]
+    cells = {len(re.findall(r"(?<!\\)\|", row)) - 1 for row in table}
+    assert cells == {3, 4, len(COLUMNS)}  # samples: prompt and 2 models; accuracies: kind and 3 reward models; results
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("\x1b[1;31mred\x1b[0m", "red"), ("\x1b]0;title\x07x", "x"), ("\x1b]8;;http://e.x\x1b\\link\x1b]8;;\x1b\\", "link"),
+        ("\x9b31mred", "red"), ("\x9d0;title\x9cx", "x"), ("\x1bPq#0\x1b\\x", "x"), ("\x1b[2J\x1b(Bx", "x"), ("a\x00b\x08c\rd\x7f", "abcd"),
+        ("\u202etxt\u2066", "txt"), ("tab\tline\n", "tab\tline\n"), ("caf\u00e9 \U0001f600", "caf\u00e9 \U0001f600"), ("\ud800x", "?x"),
+        ("end\x1b", "end"), ("\x1b]unfinished", "unfinished"),
+    ],
+)  # fmt: skip
+def test_control_sequences_are_stripped(given: str, left: str) -> None:
+    assert scrub(given) == left
+    assert scrub({given: [given, 1, None]}) == {left: [left, 1, None]}
+
+
+def test_missing_and_damaged_parts_are_left_out(tmp_path: Path) -> None:
+    full = pipeline(tmp_path / "full")
+    for parts in (["summary.json"], ["samples.jsonl", "config.yaml", "dpo"], ["sft", "reward", "gold", "ppo", "grpo"]):
+        folder = tmp_path / parts[0] / "demo"
+        shutil.copytree(full, folder)
+        for part in parts:
+            shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink()
+        page, card = load(write_report(folder)), write_card(folder).read_text()
+        assert ("PPO" in [r[0] for r in page.rows if r]) == ("summary.json" not in parts)
+        assert ("make a pun about topic 1" in page.text) == ("samples.jsonl" not in parts)
+        assert ("Loss of supervised" in page.text) == ("sft" not in parts)
+        assert ("Margins of DPO" in page.text) == ("- **DPO**" in card) == ("dpo" not in parts)
+    bare = tmp_path / "bare" / "demo"
+    bare.mkdir(parents=True)
+    page = load(write_report(bare))
+    assert not page.all("figure")
+    assert page.text.count("demo") >= 2
+    write_card(bare)
+    with pytest.raises(UserError, match="no such run"):
+        write_report(tmp_path / "nothing")
+
+
+def test_damaged_files_and_odd_values(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    with (folder / "grpo" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 21, "objective/scores": NaN}\n[1]\n{"step": 22, "objec')
+    (folder / "ppo" / "config.yaml").write_text("# punster ppo\n: [")
+    (folder / "reward" / "summary.json").write_text("{")
+    with (folder / "samples.jsonl").open("a") as handle:
+        handle.write(
+            '{"prompt": [{"role": "user", "content": "chat pun"}], "model": "sft", "completions": [], "gold": 3}\n"x"\n{'
+        )
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["models"] |= {"odd": {"held_out_reward": 3, "exact_kl": float("nan"), "win_rate_vs_sft": "?"}, "none": None}
+    summary["best_of_n"]["gold"] = [None, 1.0, "x"]
+    summary["stages"] = summary["decoding"] = None
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = load(write_report(folder))
+    assert page.row("odd") == ["odd", "3.00", *["–"] * 6]
+    assert page.row("none") == ["none", *["–"] * 7]
+    assert "nan" not in page.text.lower()
+    assert "Reward while training" in page.text
+    write_card(folder)
+
+
+def test_run_of_a_single_verb(tmp_path: Path) -> None:
+    folder = single(tmp_path)
+    page = load(write_report(folder))
+    assert "A run of punster ppo over 5 steps; reward while training: 0 at first, 0.4 at last." in page.text
+    assert page.row("eval/score")[1] == "0.4375"
+    assert page.row("make a pun about bees") == ["make a pun about bees", "Bee there.", "0.50"]
+    assert "cows" not in page.text  # an earlier step, and not held out
+    assert len(page.all("figure")) == 2
+    assert "punster ppo --config" in page.text
+    card = write_card(folder).read_text()
+    assert "| Bee there. |" in card
+    assert f"punster generate {folder.parent.name}/mine" in card
+
+
+def test_the_report_is_the_same_twice(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    first = write_report(folder).read_bytes()
+    card = write_card(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+    assert write_card(folder).read_bytes() == card
+    assert not list(folder.glob(".*.part"))
+
+
+# ---- the card -------------------------------------------------------------------------------------------------------
+def test_card(tmp_path: Path) -> None:
+    text = write_card(pipeline(tmp_path)).read_text()
+    _, head, body = text.split("---\n", 2)
+    parsed = yaml.safe_load(head)
+    assert parsed["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert parsed["base_model_relation"] == "adapter"
+    assert parsed["library_name"] == "punster"
+    assert parsed["license"] == "apache-2.0"
+    assert {"ppo", "dpo", "puns"} <= set(parsed["tags"])
+    assert "| DPO | 0.97 \\[0.87, 1.07\\] | 64.0 \\[61.0, 67.0\\] % | 8.00 |" in body
+    wanted = ["How to load", "Results", "Samples", "Method", "Data and what their licences allow", "Limits", "Hyper-parameters",
+              "Commands", "Versions and machine"]  # fmt: skip
+    assert re.findall(r"^## (.+)$", body, re.MULTILINE) == wanted
+    for words in ("4-bit (Q4\\_1) copy", "--model HuggingFaceTB/SmolLM2-135M-Instruct", "MIT licence", "offensive", "English", "- torch: 2.99.0",
+                  "git checkout 0123456789abcdef", "demo/config.yaml --name again", "/demo/gold --samples 4 --best-of 8", "| `lr` | 0.0003 |"):  # fmt: skip
+        assert words in body
+    assert f"punster generate {tmp_path.name}/demo/dpo " in body  # the best trained model
+    assert str(tmp_path) not in text
+
+
+def test_card_of_own_data_and_local_base(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    stage(folder, "sft", [{"loss": 1.0}], model=str(tmp_path / "weights"), data=[str(tmp_path / "puns.jsonl")])
+    text = write_card(folder).read_text()
+    head = yaml.safe_load(text.split("---\n", 2)[1])
+    assert "base_model" not in head
+    assert head["license"] == "other"
+    assert "`puns.jsonl`: the user's own file" in text
+    assert "Embedded corpus" not in text
+    assert "4-bit" not in text
+    stage(tmp_path / "judge", "reward", [{"loss": 1.0}])
+    assert "A reward model of puns" in write_card(tmp_path / "judge").read_text()
+    stage(tmp_path / "gpt2", "sft", [{"loss": 1.0}], model="gpt2")
+    head = yaml.safe_load(write_card(tmp_path / "gpt2").read_text().split("---\n", 2)[1])
+    assert (head["base_model"], head["license"]) == ("openai-community/gpt2", "mit")
+
+
+def test_words_and_numbers() -> None:
+    assert show({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.50 [0.25, 0.75]"
+    assert show({"mean": 0.5, "low": 0.25}, 0, percent=True) == "50 %"
+    assert [show(v) for v in (None, float("inf"), True, "1", {})] == ["–"] * 5
+    assert md("a|b *c* <d> `e` [f](http://g.h)\nnext") == r"a\|b \*c\* &lt;d&gt; \`e\` \[f\](http&#58;//g.h) next"
+
+
+# ---- a real browser -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no chromium found: the report is not rendered in a browser")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "single", "hostile"])
+def test_in_a_browser(browser: Any, tmp_path: Path, kind: str) -> None:
+    folder = single(tmp_path) if kind == "single" else pipeline(tmp_path)
+    if kind == "hostile":
+        rows = [
+            {"prompt": HOSTILE + "x" * 300, "model": m, "completions": [HOSTILE + "y" * 300], "gold": [1]}
+            for m in (*MODELS, HOSTILE)
+        ]
+        lines(folder / "samples.jsonl", rows)
+    address = write_report(folder).as_uri()
+    for scheme, width in (("light", 390), ("dark", 390), ("light", 1280)):
+        page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        messages: list[str] = []
+        requests: list[str] = []
+        page.on("console", lambda message, kept=messages: kept.append(message.text))
+        page.on("pageerror", lambda error, kept=messages: kept.append(str(error)))
+        page.on("request", lambda request, kept=requests: kept.append(request.url))
+        page.goto(address)
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+        assert messages == []
+        assert [url for url in requests if url not in (address, "data:,")] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("window.hacked") is None
+        body = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert body == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
+        # Figures are drawn, fill their column, and their text has the contrast of the page's.
+        for box in page.locator("figure svg").all():
+            size = box.bounding_box()
+            assert size is not None
+            assert size["width"] > 250
+            assert size["height"] > 120
+        ink = page.evaluate("[...document.querySelectorAll('figure svg text')].map(t => getComputedStyle(t).fill)")
+        assert set(ink) == {page.evaluate("getComputedStyle(document.body).color")}
+        smallest = page.evaluate(
+            "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
+        )
+        assert smallest > 9
+        if kind != "single" and width == 390:
+            wide = page.locator(".scroll:has(.puns)")
+            assert wide.evaluate("e => e.scrollWidth > e.clientWidth")  # the table scrolls, the page does not
+        page.close()

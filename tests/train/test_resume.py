@@ -1,0 +1,151 @@
+"""A run that was interrupted and resumed ends bit for bit where an uninterrupted one ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
+from punster.errors import UserError
+from punster.train.dpo import dpo
+from punster.train.grpo import grpo
+from punster.train.ppo import ppo
+from punster.train.reward import train_reward
+from punster.train.run import Interrupted, damage, newest_step
+from punster.train.sft import sft
+
+Make = Callable[..., Any]
+Train = Callable[[Any], Any]
+
+
+def vowels(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
+
+
+def jobs(out: str, model: str, sft_run: str, reward_run: str, make: Make) -> dict[str, tuple[Any, Train]]:
+    """Short runs of every loop, with all that has a state: adaptive KL, minibatches, several epochs, online sampling."""
+    shared = {"out": out, "model": model, "steps": 5, "save_every": 2, "keep": 99, "seed": 5}
+    policy = {**shared, "actor": sft_run, "max_new_tokens": 6, "eval_prompts": 2}
+    return {
+        "sft": (make(SftConfig, **shared, batch_size=5, weight_decay=0.01), sft),
+        "sft-none": (make(SftConfig, **shared, batch_size=5, adapter="none"), sft),
+        "reward": (make(RewardConfig, **shared, batch_size=5, pretrained=sft_run, normalise_samples=8), train_reward),
+        "ppo": (
+            make(PpoConfig, **policy, batch_size=6, reward_model=reward_run, epochs=2, minibatches=2, target_kl=0.5, kl_horizon=50),
+            lambda config: ppo(config, None, vowels),
+        ),
+        "ppo-none": (make(PpoConfig, **policy, batch_size=6, epochs=1, adapter="none"), lambda config: ppo(config, None, vowels)),
+        "grpo": (make(GrpoConfig, **policy, batch_size=8, samples=4, reward_model=reward_run), grpo),
+        "dpo": (make(DpoConfig, **shared, actor=sft_run, batch_size=5), dpo),
+        "dpo-online": (make(DpoConfig, **shared, actor=sft_run, reward_model=reward_run, batch_size=3, online=True, samples=3,
+                            max_new_tokens=6), dpo),
+    }  # fmt: skip
+
+
+NAMES = ("sft", "sft-none", "reward", "ppo", "ppo-none", "grpo", "dpo", "dpo-online")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("step", [2, 4])
+def test_resumed_equals_uninterrupted(
+    name: str, step: int, tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)[name]
+    whole = train(replace(config, name="whole"))
+    copy = reader.interrupted_copy(whole, tmp_path / "copy", step)
+    # The name is part of the settings, so the copy goes on under its own.
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("name: whole", "name: copy"))
+    assert newest_step(copy) == step
+    resumed = train(replace(config, name="copy", resume=True))
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(whole)
+    assert reader.lines(resumed) == reader.lines(whole)
+    assert [line["step"] for line in reader.lines(resumed)] == [1, 2, 3, 4, 5]
+    if (whole / "samples.jsonl").exists():
+        assert reader.lines(resumed, "samples.jsonl") == reader.lines(whole, "samples.jsonl")
+    ours, theirs = reader.summary(resumed), reader.summary(whole)
+    assert {**ours, "wall_seconds": 0} == {**theirs, "wall_seconds": 0}
+    state = [json.loads((reader.final(run) / "state.json").read_text()) for run in (resumed, whole)]
+    assert state[0] == state[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resuming_a_finished_run_changes_nothing(
+    name: str, tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)[name]
+    run = train(replace(config, name="done", steps=2))
+    before, lines, summary = reader.tensor_bytes(run), reader.lines(run), reader.summary(run)
+    train(replace(config, name="done", steps=2, resume=True))
+    assert reader.tensor_bytes(run) == before and reader.lines(run) == lines
+    assert {**reader.summary(run), "wall_seconds": 0} == {**summary, "wall_seconds": 0}
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["grpo"]
+    runs = [train(replace(config, name=name, steps=2, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert reader.tensor_bytes(runs[0]) == reader.tensor_bytes(runs[1]) and reader.lines(runs[0]) == reader.lines(runs[1])
+    assert reader.tensor_bytes(runs[0]) != reader.tensor_bytes(runs[2])
+
+
+def test_an_interrupt_finishes_the_step_and_can_be_resumed(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    """SIGINT in the third rollout: a checkpoint of step 3, whatever save_every says."""
+    import os
+    import signal
+
+    config, _ = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["ppo"]
+    config = replace(config, save_every=0)
+    whole = ppo(replace(config, name="whole"), None, vowels)
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    previous = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="step 3"):
+        ppo(replace(config, name="cut"), None, vowels, stop)
+    assert signal.getsignal(signal.SIGINT) is previous
+    assert newest_step(tmp_path / "cut") == 3 and not (tmp_path / "cut" / "summary.json").exists()
+    resumed = ppo(replace(config, name="cut", resume=True), None, vowels)
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(whole) and reader.lines(resumed) == reader.lines(whole)
+
+
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
+    run = train(replace(config, name="run"))
+    before = reader.tensor_bytes(run)
+    state = run / "checkpoints" / "step-5" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert "state.safetensors" in damage(run / "checkpoints" / "step-5")
+    assert newest_step(run) == 4
+    assert "step-5: state.safetensors is missing or damaged" in capsys.readouterr().err
+    train(replace(config, name="run", resume=True))
+    assert reader.tensor_bytes(run) == before
+
+
+def test_resume_refuses_other_settings_and_missing_runs(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make
+) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
+    train(replace(config, name="run", steps=1))
+    with pytest.raises(UserError, match=r"other settings.*lr: 0.0003 -> 0.1"):
+        train(replace(config, name="run", steps=1, lr=0.1, resume=True))
+    with pytest.raises(UserError, match="there is no run"):
+        train(replace(config, name="absent", resume=True))
+    assert not (tmp_path / "absent").exists()
+
+
+def test_old_checkpoints_are_removed(tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
+    run = train(replace(config, name="run", save_every=1, keep=2))
+    assert sorted(place.name for place in (run / "checkpoints").iterdir()) == ["step-4", "step-5"]

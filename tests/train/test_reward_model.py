@@ -1,0 +1,177 @@
+"""Reward models: the head learns under LoRA, scores are normalised, padding is harmless, the placebo flips labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from punster.config import RewardConfig
+from punster.data import corpus
+from punster.data.batch import collate
+from punster.errors import UserError
+from punster.model.heads import ScalarHead
+from punster.model.role import Role, score_examples
+from punster.rollout.sampler import Decoding, generate
+from punster.train.reward import encode_pairs, shuffled, train_reward
+from punster.train.run import load_run, seeded
+
+Make = Callable[..., Any]
+PAIRS = [{"prompt": f"pun: {i}", "chosen": f"the tide {i}!", "rejected": f"a fact {i}."} for i in range(8)]
+
+
+def test_head_and_adapter_change_under_lora(reward_run: str, reader: Any) -> None:
+    trained = load_file(reader.final(reward_run) / "head.safetensors")
+    fresh = ScalarHead.create(32, seeded(1, "head"))
+    assert float((trained["head.weight"] - fresh.weight).abs().min()) > 0
+    assert float((trained["head.weight"] - fresh.weight).abs().max()) < 0.1, "the head starts from the seeded initial weights"
+    adapter = reader.adapter(reward_run, "reward")
+    assert adapter and all(float(tensor.abs().max()) > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_the_head_starts_at_one_over_root_width() -> None:
+    head = ScalarHead.create(40_000, seeded(1, "head"))
+    assert head.weight.std().item() * math.sqrt(40_001) == pytest.approx(1, abs=0.02)
+    assert head.bias.item() == 0
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_samples_of_the_sft_model_have_mean_0_and_std_1(
+    pooling: str, sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make
+) -> None:
+    """Scored afresh with the loaded run, on the very samples that normalisation draws."""
+    run = train_reward(make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), pretrained=sft_run, steps=2,
+                            pooling=pooling, normalise_samples=40))  # fmt: skip
+    role, tokenizer = load_run(run)
+    policy, _ = load_run(sft_run)
+    prompts = corpus.prompts("train")
+    ids = [tokenizer.prompt_ids(prompts[i % len(prompts)]) for i in range(40)]
+    rollout = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(1, "normalise"))
+    scores = torch.tensor(score_examples(role, rollout.examples))
+    assert role.pooling == pooling and role.normalisation != (1.0, 0.0)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
+    assert role.normalisation[0] > 0, "a negative gain would turn preferences round"
+
+
+def test_no_normalisation_on_request(sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    run = train_reward(
+        make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, normalise_samples=0), PAIRS
+    )
+    assert load_run(run)[0].normalisation == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_padding_does_not_move_scores(pooling: str, reward_run: str) -> None:
+    role, tokenizer = load_run(reward_run)
+    role = replace(role, pooling=pooling)
+    examples, _ = encode_pairs([*PAIRS, {"prompt": "x", "chosen": "long " * 15, "rejected": "y"}], tokenizer, role.model)
+    alone = torch.cat([role.scores(collate([example])) for example in examples])
+    for pad in (0, tokenizer.eos_id, 77):
+        torch.testing.assert_close(role.scores(collate(examples, pad_id=pad)), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(score_examples(role, examples, max_tokens=64)), alone, rtol=0, atol=1e-5)
+    assert alone.std() > 0.01
+
+
+def test_the_last_token_is_eos_and_mean_covers_the_response_only(reward_run: str) -> None:
+    role, tokenizer = load_run(reward_run)
+    examples, _ = encode_pairs(PAIRS[:2], tokenizer, role.model)
+    batch = collate(examples)
+    assert role.head is not None
+    values = role.head(role.hidden(batch))
+    for row, example in enumerate(examples):
+        assert example.response[-1] == tokenizer.eos_id
+        at = values[row, : example.length]
+        assert role.raw_scores(batch)[row].item() == pytest.approx(at[-1].item(), abs=1e-6)
+        mean = at[len(example.prompt) :].mean().item()
+        assert replace(role, pooling="mean").raw_scores(batch)[row].item() == pytest.approx(mean, abs=1e-6)
+
+
+def test_first_loss_by_hand(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    """Bradley-Terry of the untrained head with margins subtracted, plus the centring term, mean over pairs."""
+    rows = [{**pair, "margin": 0.5 * i} for i, pair in enumerate(PAIRS)]
+    config = make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=8, normalise_samples=0)
+    run = train_reward(config, rows)
+    trained, tokenizer = load_run(run)
+    untrained = Role(trained.model, head=ScalarHead.create(32, seeded(1, "head")))
+    examples, margins = encode_pairs(rows, tokenizer, trained.model)
+    scores = torch.tensor(score_examples(untrained, examples), dtype=torch.float64)
+    chosen, rejected = scores[::2], scores[1::2]
+    loss = -torch.sigmoid(chosen - rejected - margins).log().mean() + 0.01 * (chosen + rejected).square().mean()
+    (line,) = reader.lines(run)
+    assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert line["accuracy"] == pytest.approx((chosen > rejected).double().mean().item())
+    assert line["margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
+
+
+def test_micro_batches_do_not_change_a_reward_run(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), steps=3, batch_size=8, normalise_samples=0)
+    runs = [train_reward(replace(config, name=name, max_tokens=size), PAIRS) for name, size in (("a", 64), ("b", 100_000))]
+    for metric in ("loss", "margin", "grad_norm"):
+        assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), abs=1e-5)
+
+
+def test_shuffled_labels_are_a_seeded_coin_for_each_pair(make: Make) -> None:
+    rows = [{"prompt": str(i), "chosen": f"good {i}", "rejected": f"bad {i}", "kind": "x"} for i in range(400)]
+    config = make(RewardConfig, name="x", shuffle_labels=True)
+    swapped = shuffled(rows, config)
+    flips = [row["chosen"].startswith("bad") for row in swapped]
+    assert 160 < sum(flips) < 240
+    for row, flip, number in zip(swapped, flips, range(400), strict=True):
+        assert {row["chosen"], row["rejected"]} == {f"good {number}", f"bad {number}"} and row["prompt"] == str(number)
+        assert row["chosen"] == (f"bad {number}" if flip else f"good {number}")
+    assert shuffled(rows, config) == swapped
+    assert shuffled(rows, replace(config, seed=2)) != swapped
+    assert shuffled(rows, replace(config, shuffle_labels=False)) == rows
+
+
+def test_depth_reads_lower_layers(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    config = make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, depth=2, normalise_samples=0)
+    role, tokenizer = load_run(train_reward(config, PAIRS))
+    assert role.depth == 2 and role.first_layer == 1
+    batch = collate(encode_pairs(PAIRS, tokenizer, role.model)[0])
+    before = role.scores(batch)
+    role.model.weights["model.layers.3.mlp.down_proj.weight"] += 1.0
+    assert torch.equal(role.scores(batch), before)
+    with pytest.raises(UserError, match="--depth 9"):
+        train_reward(replace(config, name="deep", depth=9), PAIRS)
+
+
+def test_reward_on_the_sft_adapter_keeps_it(sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    run = train_reward(make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), pretrained=sft_run, start="sft", steps=2,
+                            normalise_samples=0), PAIRS)  # fmt: skip
+    kept, given = reader.adapter(run, "sft"), reader.adapter(sft_run, "sft")
+    assert all(torch.equal(kept[name], given[name]) for name in given)
+
+
+def test_full_fine_tuning_of_a_reward_model_saves_and_loads(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    config = make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=40, batch_size=8, adapter="none",
+                  normalise_samples=0, lr=3e-3)  # fmt: skip
+    run = train_reward(config, PAIRS)
+    role, tokenizer = load_run(run)
+    scores = score_examples(role, encode_pairs(PAIRS, tokenizer, role.model)[0])
+    margin = sum(a - b for a, b in zip(scores[::2], scores[1::2], strict=True)) / 8
+    assert margin == pytest.approx(reader.values(run, "margin")[-1], abs=0.1) and margin > 1
+
+
+def test_summary_holds_accuracies_by_kind(reward_run: str, reader: Any) -> None:
+    accuracies = reader.summary(reward_run)["accuracy"]
+    assert set(accuracies) == set(corpus.NEGATIVES)
+    assert all(0 <= value <= 1 for value in accuracies.values())
+
+
+def test_bad_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"negatives": ["funny"]}, "unknown kind 'funny'"),
+        ({"negatives": ["sampled"]}, "needs an SFT run"),
+        ({"start": "sft"}, "needs an SFT run"),
+        ({"epochs": 0}, "--epochs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            RewardConfig(name="x", out=str(tmp_path), **settings)  # type: ignore[arg-type]
