@@ -54,10 +54,16 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ti
         assert main([*command, *extra]) == 0, command
 
 
-def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = next(block for block in blocks("python") if "import punster" in block)
-    short = {"SftConfig(": "epochs=1, ", "RewardConfig(": "normalise_samples=8, test_limit=4, ", "PpoConfig(": "steps=1, batch_size=4, eval_prompts=2, max_new_tokens=8, "}
+    short = {
+        "SftConfig(": "epochs=1, ",
+        "RewardConfig(": "normalise_samples=8, test_limit=4, ",
+        "PpoConfig(": "steps=1, batch_size=4, eval_prompts=2, max_new_tokens=8, ",
+    }
     for name, options in short.items():
         source = source.replace(f"{name}name", f"{name}model={str(tiny_llama)!r}, quiet=True, {options}name")
     exec(compile(source, "README.md", "exec"), {})

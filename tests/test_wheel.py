@@ -31,11 +31,21 @@ def test_wheel_runs_the_demo_elsewhere(tmp_path: Path) -> None:
     elsewhere.mkdir()
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PUNSTER_DATA")}
     found = subprocess.run(
-        [python, "-c", "import punster; print(punster.__file__)"], cwd=elsewhere, env=environment, check=True, capture_output=True, text=True
+        [python, "-c", "import punster; print(punster.__file__)"],
+        cwd=elsewhere,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert found.stdout.startswith(str(venv))
     done = subprocess.run(
-        [venv / "bin" / "punster", "run", "demo", "--scale", "0.01"], cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
+        [venv / "bin" / "punster", "run", "demo", "--scale", "0.01"],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "best-of-8" in done.stdout

@@ -114,7 +114,7 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
             flags.insert(0, short)
         options: dict[str, Any] = {"help": item.metadata.get("help", ""), "default": default}
         if item.name in positional:
-            parser.add_argument(item.name, type=hints[item.name], nargs="*", help=options["help"], default=default)
+            parser.add_argument(item.name, type=str, nargs="*", help=options["help"], default=default)
         elif hints[item.name] is bool:
             parser.add_argument(*flags, action="store_true", help=options["help"], default=default)
         elif item.name in ("data", "negatives", "stages", "reward") and hints[item.name] == list[str]:

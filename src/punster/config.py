@@ -43,7 +43,9 @@ class TrainConfig:
     adapter: Literal["lora", "none"] = opt("lora", "lora, or none to train the layers' own weights (fp32 masters)")
     lora_r: int = opt(16, "rank of the adapter")
     lora_alpha: float = opt(32.0, "scale of the adapter; its product is multiplied by alpha / r")
-    top_layers: str = opt("auto", "how many of the uppermost layers are adapted: a number, all, or auto (a third)")
+    top_layers: str = opt(
+        "auto", "how many of the uppermost layers are adapted: a number, a share below 1, all, or auto (a third)"
+    )
     prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
     device: str = opt("auto", "auto, cpu, cuda, mps")
     dtype: str = opt("auto", "type of the frozen weights: auto (bf16 where the CPU or GPU is fast at it), fp32, bf16")
@@ -65,8 +67,10 @@ class TrainConfig:
         require(self.max_grad_norm > 0, f"--max-grad-norm must be > 0, got {self.max_grad_norm}")
         require(self.lora_r >= 1, f"--lora-r must be at least 1, got {self.lora_r}")
         require(self.lora_alpha > 0, f"--lora-alpha must be > 0, got {self.lora_alpha}")
+        self.top_layers = str(self.top_layers)  # YAML may say 8
         good = self.top_layers in ("auto", "all") or (self.top_layers.isdigit() and int(self.top_layers) >= 1)
-        require(good, f"--top-layers must be a number of layers, all or auto, got {self.top_layers!r}")
+        good = good or bool(re.fullmatch(r"0?\.\d+", self.top_layers) and float(self.top_layers) > 0)
+        require(good, f"--top-layers must be a number of layers, a share below 1, all or auto, got {self.top_layers!r}")
         require(self.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {self.dtype!r}")
         require(
             bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
@@ -104,10 +108,11 @@ class RewardConfig(TrainConfig):
         factory=lambda: ["literal", "off_topic"],
         help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, sampled)",
     )
+    rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)")
     split: str = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
-    depth: int = opt(0, "layers that run before the head reads (0: all)")
+    depth: float = opt(0.0, "layers that run before the head reads: a number, a share below 1, or 0 for all")
     pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
     epochs: float = opt(1.0, "passes over the pairs")
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up")
@@ -119,7 +124,8 @@ class RewardConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
-        require(self.depth >= 0, f"--depth must be >= 0, got {self.depth}")
+        whole = self.depth < 1 or float(self.depth).is_integer()
+        require(self.depth >= 0 and whole, f"--depth must be a number of layers, a share below 1, or 0, got {self.depth}")
         known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
@@ -273,6 +279,7 @@ class EvaluateConfig:
     prompts: str = opt("embedded", "embedded (the test part), or a file with prompts")
     samples: int = opt(4, "responses to each prompt")
     best_of: int = opt(0, "also report best-of-n of the reference, chosen by the proxy")
+    pool: int = opt(0, "samples a prompt of the reference from which best-of-n is estimated (default: twice n)")
     limit: int = opt(0, "use only the first so many prompts (0: all)")
     max_new_tokens: int = opt(40, "longest response")
     temperature: float = opt(1.0, "sampling temperature; evaluation is untruncated")
@@ -285,6 +292,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
         require(self.best_of == 0 or self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
+        require(self.pool == 0 or self.pool >= self.best_of, f"--pool must be at least --best-of, got {self.pool}")
         require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
 
 

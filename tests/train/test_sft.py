@@ -203,9 +203,6 @@ def test_loss_of_random_weights_is_about_that_of_guessing(sft_run: str, tiny_lla
     assert abs(reader.values(sft_run, "loss")[0] - math.log(vocabulary)) < 1.5
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserError, reason="sft(), train_reward(): the embedded held-out texts must fit even if own rows are given"
-)
 def test_own_rows_train_where_the_embedded_held_out_texts_do_not_fit(
     tiny_llama: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ punster evaluate runs/demo/ppo base runs/demo/sft [--gold runs/demo/gold] [--sam
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,12 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = [row["completion"] for row in corpus.sft_rows("train")]
     decoding = Decoding(config.max_new_tokens, config.temperature)
-    pool = max(config.samples, 2 * config.best_of)
+    pool = max(config.samples, config.pool or 2 * config.best_of)
     results: dict[str, Any] = {}
     kept: list[dict[str, Any]] = []
     gold_by_model: dict[str, list[list[float]]] = {}
     proxy_scores: list[list[float]] = []
-    for label in order:
+    for label in shown_progress(order, config.quiet):
         role = reference if label == reference_label else opened(label, paths[label], reference, config, tokenizer)
         count = pool if label == reference_label else config.samples
         rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(config.seed, f"evaluate/{label}"), count)
@@ -90,6 +90,16 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         write_json(Path(config.out) / "summary.json", summary)
         write_text(Path(config.out) / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     return summary
+
+
+def shown_progress(labels: list[str], quiet: bool) -> Iterable[str]:
+    """The labels, with a progress bar and the time left unless quiet."""
+    if quiet:
+        return labels
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(labels, "evaluate " + ", ".join(labels), console=Console(stderr=True))
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------

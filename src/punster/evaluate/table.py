@@ -57,8 +57,7 @@ def print_table(summary: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in rows_of(summary):
         table.add_row(*row)
-    console = Console()
-    console.print(table, crop=False, overflow="ignore", width=max(console.width, 118))
+    Console(width=max(Console().width, 118)).print(table)
     print(
         "held-out reward: yardstick reward model, 95 % bootstrap over prompts; exact KL to SFT in nats a response; EOS: share that ends"
     )

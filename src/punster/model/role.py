@@ -136,7 +136,11 @@ def score_examples(role: Role, examples: Sequence[Example], trunk: Trunk | None 
     """Normalised scores of many examples, in their order."""
     scores = [0.0] * len(examples)
     for rows in token_batches([example.length for example in examples], max_tokens):
-        batch = trunk.collate(examples, rows) if trunk else collate([examples[row] for row in rows], device=role.model.device)
+        batch = (
+            trunk.collate(examples, rows, role.model.device)
+            if trunk
+            else collate([examples[row] for row in rows], device=role.model.device)
+        )
         for row, score in zip(rows, role.scores(batch).tolist(), strict=True):
             scores[row] = score
     return scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from punster.config import DpoConfig, GrpoConfig, PipelineConfig, PolicyConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.data import corpus
 from punster.train.plan import measured_speed
-from punster.train.setup import pick_device, pick_dtype, shared_base, top_layers
+from punster.train.setup import layer_count, pick_device, pick_dtype, shared_base, top_layers
 
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 
@@ -20,16 +20,17 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> 
     sampled = (PROMPT + RESPONSE) * block * layers + RESPONSE * head  # one sampled response
     result = {}
     for name, stage in stages.items():
-        depth = (stage.depth if isinstance(stage, RewardConfig) else 0) or layers
+        depth = (layer_count(stage.depth, layers) if isinstance(stage, RewardConfig) else 0) or layers
         branch = len(top_layers(stage, base, depth))
         trunk, tokens = depth - branch, PROMPT + RESPONSE
         if isinstance(stage, RewardConfig):
-            records = len(corpus.part(stage.split))
+            records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000)
             texts = records * (1 + len(stage.negatives))
             trained = 2 * records * len(stage.negatives) * stage.epochs
             work = tokens * block * (texts * trunk + 2 * trained * branch) + stage.normalise_samples * (
                 sampled + tokens * block * depth
             )
+            work += records * sampled if "sampled" in stage.negatives else 0.0
             work += stage.test_limit * 6 * tokens * block * depth
         elif isinstance(stage, SftConfig):
             records = len(corpus.part("train"))
@@ -48,7 +49,11 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> 
             )
             work += 2 * count * (tokens * block * layers + stage.epochs * (2 * tokens * block * branch + 3 * RESPONSE * head))
         result[name] = work / speed
-    samples = config.evaluate.get("samples", 4) * (len(stages) - 1) + 2 * config.evaluate.get("best_of", 0)
+    each = config.evaluate.get("samples", 4)
+    pool = config.evaluate.get("pool") or 2 * config.evaluate.get("best_of", 0)
+    samples = each * (len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")]) + 1) + max(
+        pool, each
+    )
     prompts = config.evaluate.get("limit") or len(corpus.part("test"))
     result["evaluate"] = prompts * samples * (sampled + (PROMPT + RESPONSE) * block * layers * 0.6) / speed
     return result

@@ -35,6 +35,7 @@ class Setup:
     decoding: Decoding
     max_tokens: int
     seed: int
+    eval_prompts: list[Any]
 
     @property
     def dry_examples(self) -> list[Example]:
@@ -56,7 +57,20 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     decoding = Decoding(config.max_new_tokens, config.temperature)
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     policy = extend(reference, config, "policy")
-    return Setup(policy, reference, tokenizer, texts, ids, Reward(model, functions), decoding, config.max_tokens, config.seed)
+    embedded = prompts is None and config.prompts == "embedded"
+    shown = corpus.prompts("val") if embedded else texts  # people's own prompts are all they have
+    return Setup(
+        policy,
+        reference,
+        tokenizer,
+        texts,
+        ids,
+        Reward(model, functions),
+        decoding,
+        config.max_tokens,
+        config.seed,
+        shown[: config.eval_prompts],
+    )
 
 
 @dataclass
@@ -169,9 +183,9 @@ def collect(
 
 
 @torch.no_grad()
-def sample_table(run: Run, step: int, setup: Setup, count: int) -> dict[str, float]:
+def sample_table(run: Run, step: int, setup: Setup) -> dict[str, float]:
     """Sample held-out prompts with a fixed stream, score them, keep the table in samples.jsonl."""
-    prompts = corpus.prompts("val")[:count]
+    prompts = setup.eval_prompts
     if not prompts:
         return {}
     ids = [setup.tokenizer.prompt_ids(prompt) for prompt in prompts]

@@ -82,7 +82,7 @@ def grpo(
                 "episode": state.numbers["episodes"],
             }
             if config.eval_every and step % config.eval_every == 0:
-                metrics |= sample_table(run, step, setup, config.eval_prompts)
+                metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
             run.samples(step, exp.sample_rows(setup, 4))
             if callback is not None:
@@ -90,9 +90,7 @@ def grpo(
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish(
-            {"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)}
-        )
+        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup)})
         return run.folder
 
 
@@ -129,7 +127,9 @@ def train_step(
         batch = exp.trunk.collate(exp.examples, rows, policy.model.device)
         mask = batch.mask
         cut = (rows, slice(0, mask.shape[1]))
-        flat, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature)
+        flat, _ = token_log_probs(
+            policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature, with_entropy=False
+        )
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
         loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)

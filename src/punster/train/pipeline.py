@@ -132,17 +132,20 @@ def run_pipeline(config: PipelineConfig) -> int:
     started = time.monotonic()
     say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
     seconds: dict[str, Any] = {}
+    clock = Clock(config, stages, say)
     for number, (stage, stage_settings) in enumerate(stages.items(), 1):
         _, target, title = STAGES[stage]
         if (folder / stage / "summary.json").exists():
             say(f"[{number}/{len(stages) + 1}] {title}: done before")
             seconds[stage] = {"seconds": stage_summary(folder, stage)["wall_seconds"]}
+            clock.skip(stage)
             continue
         say(f"[{number}/{len(stages) + 1}] {title}")
         stage_settings.resume = (folder / stage / "config.yaml").exists()
         stage_started = time.monotonic()
         resolve(target)(stage_settings)
         seconds[stage] = {"seconds": round(time.monotonic() - stage_started, 1)}
+        clock.done(stage, seconds[stage]["seconds"])
     say(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation on held-out prompts, report")
     evaluated = time.monotonic()
     from punster.doctor import machine
@@ -167,6 +170,26 @@ def run_pipeline(config: PipelineConfig) -> int:
             f"wall time {summary['wall_seconds'] / 60:.1f} minutes (this call {(time.monotonic() - started) / 60:.1f}); report: {report}"
         )
     return 0
+
+
+class Clock:
+    """Says how long the rest will take: counted work over measured speed, corrected by how long the stages so far took."""
+
+    def __init__(self, config: PipelineConfig, stages: dict[str, TrainConfig], say: Callable[[str], None]):
+        from punster.train.estimate import pipeline_seconds
+
+        self.left = {} if config.quiet else pipeline_seconds(config, stages)
+        self.say, self.expected, self.took = say, 0.0, 0.0
+        if self.left:
+            say(f"about {sum(self.left.values()) / 60:.0f} minutes in all on this machine")
+
+    def skip(self, stage: str) -> None:
+        self.left.pop(stage, None)
+
+    def done(self, stage: str, seconds: float) -> None:
+        self.expected, self.took = self.expected + self.left.pop(stage, 0.0), self.took + seconds
+        if self.left and self.expected:
+            self.say(f"    about {sum(self.left.values()) * self.took / self.expected / 60:.0f} minutes left")
 
 
 def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:

@@ -98,7 +98,7 @@ def ppo(
             controller.update(sequence_kl, len(rows))
             state.numbers["beta"] = controller.beta
             if config.eval_every and step % config.eval_every == 0:
-                metrics |= sample_table(run, step, setup, config.eval_prompts)
+                metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
             run.samples(step, exp.sample_rows(setup, 4))
             if callback is not None:
@@ -106,9 +106,7 @@ def ppo(
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish(
-            {"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup, config.eval_prompts)}
-        )
+        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup)})
         return run.folder
 
 
@@ -119,7 +117,7 @@ def train_step(
     """Accumulate both gradients over the micro-batches of one minibatch; statistics per token of the minibatch."""
     rows_all = [row for group in groups for row in group]
     tokens = float(exp.mask[rows_all].sum())
-    sums = dict.fromkeys(("policy", "value", "clipfrac", "approx_kl", "ratio", "ratio_sq", "value_clipfrac", "entropy"), 0.0)
+    sums = dict.fromkeys(("policy", "value", "clipfrac", "approx_kl", "ratio", "ratio_sq", "value_clipfrac"), 0.0)
     largest = 0.0
     for rows in groups:
         batch = exp.trunk.collate(exp.examples, rows, policy.model.device)
@@ -127,14 +125,13 @@ def train_step(
         cut = (rows, slice(0, width))
         mask = batch.mask
         if with_policy:
-            flat, entropy = token_log_probs(
-                policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature
+            flat, _ = token_log_probs(
+                policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature, with_entropy=False
             )
             log_prob = batch.scatter(flat)
             loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut], mask, config.clip)
             (loss / tokens).backward()
             sums["policy"] += float(loss.detach()) / tokens
-            sums["entropy"] += float(entropy.detach().sum()) / tokens
             for key in ("clipfrac", "approx_kl", "ratio"):
                 sums[key] += float(stats[key]) / tokens
             ratio = ((log_prob.detach() - exp.log_prob[cut]) * mask).exp()
@@ -168,7 +165,7 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     """Means over the optimizer steps of one rollout, under TRL's names."""
     names = {
         "policy/approxkl_avg": "approx_kl", "policy/clipfrac_avg": "clipfrac", "loss/policy_avg": "policy",
-        "loss/value_avg": "value", "val/clipfrac_avg": "value_clipfrac", "val/ratio": "ratio", "policy/entropy_avg": "entropy",
+        "loss/value_avg": "value", "val/clipfrac_avg": "value_clipfrac", "val/ratio": "ratio",
         "critic_grad_norm": "critic_grad_norm", "grad_norm": "grad_norm", "lr": "lr", "skipped_steps": "skipped_steps",
     }  # fmt: skip
     count = len(updates)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from punster.algorithms.losses import bradley_terry
 from punster.config import RewardConfig
 from punster.data import corpus
-from punster.data.batch import Example, token_batches
+from punster.data.batch import Example, epoch_order, token_batches
 from punster.data.schema import Row
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -33,7 +34,9 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import encode, extend, load_rows, open_base, open_role, with_head
+from punster.train.setup import encode, encode_fitting, extend, layer_count, load_rows, open_base, open_role, with_head
+
+SIDES = ("chosen", "rejected")
 
 
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
@@ -50,9 +53,12 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     )
     given = shuffled(given, config)
     examples, margins = encode_pairs(given, tokenizer, start.model)
-    validation, _ = encode_pairs(corpus.preference_rows(("literal", "off_topic"), "val"), tokenizer, start.model)
+    validation = fitting_pairs(corpus.preference_rows(("literal", "off_topic"), "val"), tokenizer, start.model)
     steps = total_steps(config, len(given), config.epochs)
-    model = with_head(replace(extend(start, config, "reward", config.depth), pooling=config.pooling), config)
+    model = with_head(
+        replace(extend(start, config, "reward", layer_count(config.depth, start.model.config.n_layer)), pooling=config.pooling),
+        config,
+    )
     if announce(config, "reward", model, steps, examples):
         return None
     optimizer, names = make_optimizer(model, config.lr, config.weight_decay)
@@ -82,7 +88,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             if run.save_due(step):
                 result = model
                 if step == steps and config.normalise_samples:
-                    result = normalised(model, sampled_from, tokenizer, config)
+                    result = normalised(model, sampled_from, tokenizer, config, [row["prompt"] for row in given])
                 save_checkpoint(run, step, state, tokenizer, result)
                 run.raise_if_stopped()
         summary = {"accuracy": accuracy_by_kind(model, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
@@ -93,14 +99,28 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:
     """Pairs of the embedded corpus; the kind "sampled" puts human puns against samples of the SFT model."""
     rows = corpus.preference_rows([kind for kind in config.negatives if kind != "sampled"], config.split, config.seed)
+    if config.rows_per_kind:
+        order = epoch_order(len(rows), seeded(config.seed, "rows"))
+        by_kind = {kind: [rows[i] for i in order if rows[i]["kind"] == kind][: config.rows_per_kind] for kind in config.negatives}
+        rows = [row for kind in config.negatives for row in by_kind[kind]]
     if "sampled" in config.negatives:
         people = corpus.part(config.split)
-        encoded = [tokenizer.prompt_ids(record["prompt"]) for record in people]
-        rollout = generate(policy, encoded, Decoding(40), tokenizer.eos_id, seeded(config.seed, "negatives"))
-        for record, example in zip(people, rollout.examples, strict=True):
-            if text := tokenizer.decode(example.response):
-                rows.append({"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled"})
+        people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.rows_per_kind or None]
+        texts = sampled_texts(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")[1]
+        rows += [
+            {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"]}
+            for record, text in zip(people, texts, strict=True) if text
+        ]  # fmt: skip
     return rows
+
+
+def sampled_texts(
+    policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str
+) -> tuple[list[Example], list[str]]:
+    """One sample of the SFT model to each prompt: as ids, and as text."""
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+    examples = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).examples
+    return examples, [tokenizer.decode(example.response) for example in examples]
 
 
 def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
@@ -117,9 +137,17 @@ def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
     """Examples 2i (chosen) and 2i + 1 (rejected) of every row, and the margins (P,)."""
     examples = []
     for number, row in enumerate(rows, 1):
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))
     return examples, torch.tensor([float(row.get("margin") or 0.0) for row in rows])
+
+
+def fitting_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> list[Example]:
+    """Held-out pairs of which both texts fit into the context."""
+    pairs = [
+        encode_fitting(tokenizer, model, [row], "chosen") + encode_fitting(tokenizer, model, [row], "rejected") for row in rows
+    ]
+    return [example for pair in pairs if len(pair) == 2 for example in pair]
 
 
 def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -131,13 +159,19 @@ def pair_accuracy(model: Role, examples: Sequence[Example], trunk: Trunk | None 
     """Share of pairs whose chosen text (even places) scores above the rejected one; ties count half."""
     scores = score_examples(model, examples, trunk)
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
-    return sum(wins) / len(wins)
+    return sum(wins) / max(1, len(wins))
 
 
 @torch.no_grad()
 def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int, split: str = "test") -> dict[str, float]:
     """Accuracy on each kind of negative, on pun words that no reward model was trained on."""
     rows = [row for kind in corpus.NEGATIVES for row in corpus.preference_rows((kind,), split)[:limit]]
+    longest = model.model.config.max_positions
+    rows = [
+        row
+        for row in rows
+        if all(len(tokenizer.prompt_ids(row["prompt"]) + tokenizer.response_ids(row[s])) <= longest for s in SIDES)
+    ]
     examples, _ = encode_pairs(rows, tokenizer, model.model)
     unique = list(dict.fromkeys(examples))
     scores = dict(zip(unique, score_examples(model, unique), strict=True))
@@ -148,13 +182,11 @@ def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int, split: str =
     return {kind: sum(values) / len(values) for kind, values in wins.items()}
 
 
-def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig) -> Role:
-    """The same scores with gain and offset that give samples of the policy mean 0 and standard deviation 1."""
-    prompts = corpus.prompts("train")
-    chosen = [prompts[i % len(prompts)] for i in range(config.normalise_samples)]
-    rollout = generate(
-        policy, [tokenizer.prompt_ids(p) for p in chosen], Decoding(40), tokenizer.eos_id, seeded(config.seed, "normalise")
-    )
-    scores = torch.tensor(score_examples(replace(model, normalisation=(1.0, 0.0)), rollout.examples))
+def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig, prompts: Sequence[Any]) -> Role:
+    """The same scores with gain and offset that give samples of the policy, on the training prompts, mean 0 and std 1."""
+    distinct = list({str(prompt): prompt for prompt in prompts}.values())
+    chosen = [distinct[i % len(distinct)] for i in range(config.normalise_samples)]
+    examples, _ = sampled_texts(policy, tokenizer, chosen, config.seed, "normalise")
+    scores = torch.tensor(score_examples(replace(model, normalisation=(1.0, 0.0)), examples))
     gain = 1 / max(float(scores.std()), 1e-6)
     return replace(model, normalisation=(gain, -float(scores.mean()) * gain))

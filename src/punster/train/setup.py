@@ -84,14 +84,20 @@ def open_base(config: TrainConfig) -> tuple[Decoder, Tokenizer]:
     return base, Tokenizer.load(config.model, config.prompt_format)
 
 
+def layer_count(value: float, layers: int) -> int:
+    """A number of layers, or a share of them below 1 (at least one layer)."""
+    return max(1, round(value * layers)) if 0 < value < 1 else int(value)
+
+
 def top_layers(config: TrainConfig, model: Decoder, last: int = 0) -> range:
     """The layers that are adapted: the top k of those below the read-out, or all; auto is a third of the model."""
-    last = last or model.config.n_layer
-    if last > model.config.n_layer:
-        raise UserError(f"--depth {last}: the model has {model.config.n_layer} layers")
+    layers = model.config.n_layer
+    last = last or layers
+    if last > layers:
+        raise UserError(f"--depth {last}: the model has {layers} layers")
     if config.top_layers == "all":
         return range(last)
-    count = max(1, round(model.config.n_layer / 3)) if config.top_layers == "auto" else int(config.top_layers)
+    count = max(1, round(layers / 3)) if config.top_layers == "auto" else layer_count(float(config.top_layers), layers)
     if count > last:
         raise UserError(f"--top-layers {count}: only {last} layers run before the read-out")
     return range(last - count, last)
@@ -172,6 +178,12 @@ def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, w
     if not example.prompt:
         raise UserError(f"{where or 'a row'}: the prompt has no tokens in this prompt format")
     return example
+
+
+def encode_fitting(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row], side: str = "completion") -> list[Example]:
+    """Held-out rows of the embedded corpus as examples, without those that a short context has no room for."""
+    examples = (Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(tokenizer.response_ids(r[side]))) for r in rows)
+    return [example for example in examples if example.length <= model.config.max_positions]
 
 
 def check_prompts(tokenizer: Tokenizer, model: Decoder, prompts: Sequence[Any], new_tokens: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import encode, extend, load_rows, open_base, open_role
+from punster.train.setup import encode, encode_fitting, extend, load_rows, open_base, open_role
 
 
 def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft") -> Path | None:
@@ -41,8 +41,7 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
         start = Role(base)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows)
     examples = [encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(given, 1)]
-    held_out = corpus.sft_rows("val")
-    validation = [encode(tokenizer, start.model, r["prompt"], r["completion"]) for r in held_out]
+    validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
     if announce(config, verb, policy, steps, examples):
@@ -60,7 +59,9 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
             loss_sum = 0.0
             for group in token_batches([examples[row].length for row in rows_now], config.max_tokens):
                 batch = trunk.collate(examples, [rows_now[i] for i in group], policy.model.device)
-                log_probs, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets())
+                log_probs, _ = token_log_probs(
+                    policy.response_hidden(batch), policy.model.head_weight, batch.targets(), with_entropy=False
+                )
                 loss = -log_probs.sum() / tokens
                 loss.backward()
                 loss_sum += float(loss.detach())
@@ -78,10 +79,12 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
 
 @torch.no_grad()
 def held_out_loss(policy: Role, examples: Sequence[Example], trunk: Trunk) -> float:
-    """Cross-entropy per response token over all examples."""
+    """Cross-entropy per response token over all examples; 0 if there are none."""
     total, tokens = 0.0, 0
     for group in token_batches([example.length for example in examples], 4096):
         batch = trunk.collate(examples, group, policy.model.device)
-        log_probs, _ = token_log_probs(policy.response_hidden(batch), policy.model.head_weight, batch.targets())
+        log_probs, _ = token_log_probs(
+            policy.response_hidden(batch), policy.model.head_weight, batch.targets(), with_entropy=False
+        )
         total, tokens = total - float(log_probs.sum()), tokens + log_probs.numel()
-    return total / tokens
+    return total / max(1, tokens)
