@@ -109,6 +109,7 @@ class RewardConfig(TrainConfig):
         help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, sampled)",
     )
     rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)")
+    sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)")
     split: str = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")

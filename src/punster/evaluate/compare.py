@@ -28,7 +28,7 @@ from punster.train.setup import check_prompts, load_prompts, open_role
 
 
 def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
-    """The summary as written to summary.json; see DESIGN of the run folder in docs/EVALUATION.md."""
+    """The summary as written to summary.json: one row a model, intervals by bootstrap over prompts."""
     if not config.models:
         raise UserError("nothing to evaluate: give runs, or 'base'")
     reference_path = config.reference or sibling(config.models, "sft")

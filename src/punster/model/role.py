@@ -6,7 +6,7 @@ of either, through `Trunk`: activations that were computed once and are handed t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -104,13 +104,16 @@ class Trunk:
 
     @classmethod
     @torch.no_grad()
-    def compute(cls, model: Decoder, examples: Sequence[Example], depths: Sequence[int], max_tokens: int = 4096) -> Trunk:
-        """Run the base once over all examples, keeping the states after each of `depths` layers (0 is not kept).
+    def compute(
+        cls, model: Decoder, examples: Sequence[Example], depths: Sequence[int], max_tokens: int = 4096,
+        only: Collection[int] | None = None,
+    ) -> Trunk:  # fmt: skip
+        """Run the base once over all examples (or `only` these rows), keeping the states after each of `depths` layers.
 
-        Examples that occur more than once (a pun in several pairs) are run and stored once.
+        Depth 0 is not kept. Examples that occur more than once (a pun in several pairs) are run and stored once.
         """
         wanted = sorted({depth for depth in depths if depth > 0})
-        unique = list(dict.fromkeys(examples))
+        unique = list(dict.fromkeys(examples[row] for row in (range(len(examples)) if only is None else sorted(only))))
         states: dict[int, dict[Example, Tensor]] = {depth: {} for depth in wanted}
         for rows in token_batches([example.length for example in unique], max_tokens) if wanted else []:
             batch = collate([unique[row] for row in rows], device=model.device)
@@ -120,7 +123,8 @@ class Trunk:
                 for place, row in enumerate(rows):
                     states[depth][unique[row]] = state[place, : unique[row].length].clone()
         keys = {depth: model.trunk_key(depth) for depth in wanted}
-        return cls(keys, {depth: [states[depth][example] for example in examples] for depth in wanted})
+        absent = torch.empty(0, model.config.d_model)
+        return cls(keys, {depth: [states[depth].get(example, absent) for example in examples] for depth in wanted})
 
     def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """A padded batch of some of the examples, with their activations."""

@@ -14,7 +14,7 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     base = shared_base(config.model, dtype, device)
-    speed = 0.75 * measured_speed(dtype, device)
+    speed = 0.6 * measured_speed(dtype, device)
     block = sum(out * into for out, into in base.config.sites(0).values())
     head, layers = base.head_weight.numel(), base.config.n_layer
     sampled = (PROMPT + RESPONSE) * block * layers + RESPONSE * head  # one sampled response
@@ -25,12 +25,13 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> 
         trunk, tokens = depth - branch, PROMPT + RESPONSE
         if isinstance(stage, RewardConfig):
             records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000)
-            texts = records * (1 + len(stage.negatives))
-            trained = 2 * records * len(stage.negatives) * stage.epochs
+            drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
+            pairs = records * len([kind for kind in stage.negatives if kind != "sampled"]) + drawn
+            texts, trained = records + pairs, 2 * pairs * stage.epochs
             work = tokens * block * (texts * trunk + 2 * trained * branch) + stage.normalise_samples * (
                 sampled + tokens * block * depth
             )
-            work += records * sampled if "sampled" in stage.negatives else 0.0
+            work += drawn * sampled
             work += stage.test_limit * 6 * tokens * block * depth
         elif isinstance(stage, SftConfig):
             records = len(corpus.part("train"))

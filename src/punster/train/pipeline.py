@@ -106,6 +106,8 @@ def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
         changed["batch_size"] = max(8, int(value("batch_size") * min(1.0, scale * 4)) // 8 * 8)
         changed["eval_prompts"] = max(2, round(value("eval_prompts") * min(1.0, scale)))
     if issubclass(kind, RewardConfig):
+        changed["rows_per_kind"] = max(8, round((value("rows_per_kind") or 540) * scale))
+        changed["sampled_rows"] = max(8, round(value("sampled_rows") * scale))
         changed["normalise_samples"] = max(8, round(value("normalise_samples") * min(1.0, scale)))
         changed["test_limit"] = max(4, round(value("test_limit") * min(1.0, scale)))
     if issubclass(kind, DpoConfig):

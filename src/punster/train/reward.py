@@ -30,6 +30,7 @@ from punster.train.run import (
     make_optimizer,
     optimizer_step,
     restore,
+    rows_used,
     save_checkpoint,
     seeded,
     total_steps,
@@ -66,7 +67,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     state = State(model, {"reward": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor})
     with Run(config, "reward", steps) as run:
         restore(run, state)
-        trunk = Trunk.compute(plain.model, examples, [model.first_layer], config.max_tokens)
+        used = rows_used(len(given), config.seed, steps * config.batch_size)
+        texts_used = {text for pair in used for text in (2 * pair, 2 * pair + 1)}
+        trunk = Trunk.compute(plain.model, examples, [model.first_layer], config.max_tokens, texts_used)
         held_out = Trunk.compute(plain.model, validation, [model.first_layer], config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             pairs = cursor.next(config.batch_size)
@@ -105,7 +108,7 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         rows = [row for kind in config.negatives for row in by_kind[kind]]
     if "sampled" in config.negatives:
         people = corpus.part(config.split)
-        people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.rows_per_kind or None]
+        people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
         texts = sampled_texts(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")[1]
         rows += [
             {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"]}

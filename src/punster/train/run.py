@@ -58,6 +58,11 @@ class Cursor:
         return taken
 
 
+def rows_used(rows: int, seed: int, count: int) -> set[int]:
+    """The rows that a fresh cursor of this seed hands out in its first `count`: all of them, unless the run is short."""
+    return set(Cursor(rows, seeded(seed, "data")).next(count))
+
+
 class Run:
     """One run's folder, log and checkpoints."""
 

@@ -25,6 +25,7 @@ from punster.train.run import (
     make_optimizer,
     optimizer_step,
     restore,
+    rows_used,
     save_checkpoint,
     seeded,
     total_steps,
@@ -51,7 +52,8 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
     state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor})
     with Run(config, verb, steps) as run:
         restore(run, state)
-        trunk = Trunk.compute(start.model, examples, [policy.first_layer], config.max_tokens)
+        used = rows_used(len(examples), config.seed, steps * config.batch_size)
+        trunk = Trunk.compute(start.model, examples, [policy.first_layer], config.max_tokens, used)
         held_out_trunk = Trunk.compute(start.model, validation, [policy.first_layer], config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
