@@ -87,7 +87,10 @@ if __name__ == "__main__":
         for name, pairs in sets.items():
             texts = sorted({(p, t) for item in pairs.values() for p, a, b in item for t in (a, b)})
             scores = dict(zip(texts, model.score([p for p, _ in texts], [t for _, t in texts]), strict=True))
-            shares = [sum(scores[p, a] > scores[p, b] for p, a, b in item) / len(item) for item in pairs.values()]
+            shares = [
+                sum((scores[p, a] > scores[p, b]) + 0.5 * (scores[p, a] == scores[p, b]) for p, a, b in item) / len(item)
+                for item in pairs.values()
+            ]
             count = sum(len(item) for item in pairs.values())
             length = sum(len(a.split()) < len(b.split()) for item in pairs.values() for _, a, b in item) / count
             value = bootstrap(shares)

@@ -56,7 +56,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     rows = [json.loads(line) for path in options.files for line in path.read_text(encoding="utf-8").splitlines()]
     split(rows)
-    rows.sort(key=lambda record: record["id"])
+    # In no order of meaning, so that the first n of a part are a fair sample of it.
+    rows.sort(key=lambda record: hashlib.sha256(record["id"].encode()).hexdigest())
     options.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     counts: dict[str, int] = defaultdict(int)
     for row in rows:

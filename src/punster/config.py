@@ -127,6 +127,7 @@ class RewardConfig(TrainConfig):
         require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
         whole = self.depth < 1 or float(self.depth).is_integer()
         require(self.depth >= 0 and whole, f"--depth must be a number of layers, a share below 1, or 0, got {self.depth}")
+        require(self.normalise_samples == 0 or self.normalise_samples >= 2, "--normalise-samples must be 0 or at least 2")
         known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
@@ -293,7 +294,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
         require(self.best_of == 0 or self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
-        require(self.pool == 0 or self.pool >= self.best_of, f"--pool must be at least --best-of, got {self.pool}")
+        require(self.pool == 0 or self.pool > self.best_of, f"--pool must be more than --best-of, got {self.pool}")
         require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
 
 

@@ -7,9 +7,9 @@ from itertools import combinations
 
 import pytest
 
-from punster.algorithms.bestofn import selection_weights
+from punster.algorithms.bestofn import best_of_win_share
 from punster.evaluate.metrics import copy_rate, distinct_n
-from punster.evaluate.winrate import bootstrap, win_share, win_share_in_pool
+from punster.evaluate.winrate import bootstrap, win_share
 
 
 def test_win_share_by_hand() -> None:
@@ -18,15 +18,21 @@ def test_win_share_by_hand() -> None:
     assert win_share([0.0], [1.0]) + win_share([1.0], [0.0]) == 1.0
 
 
-def test_win_share_in_pool_is_the_enumeration() -> None:
-    """Best of 2 by a proxy against a third sample drawn from the rest, over all choices."""
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_best_of_win_share_is_the_enumeration(n: int) -> None:
+    """Best of n by a proxy against a sample that is not among the n, over all choices."""
     proxy, gold = [0.1, 0.9, 0.4, 0.7, 0.2], [0.3, 0.1, 0.9, 0.5, 0.2]
-    share = win_share_in_pool(gold, selection_weights(proxy, 2))
     wins = []
-    for pair in combinations(range(5), 2):
-        best = max(pair, key=lambda i: proxy[i])
-        wins += [float(gold[best] > gold[other]) for other in range(5) if other != best]
-    assert share == pytest.approx(sum(wins) / len(wins))
+    for subset in combinations(range(5), n):
+        best = max(subset, key=lambda i: proxy[i])
+        wins += [float(gold[best] > gold[other]) for other in range(5) if other not in subset]
+    assert best_of_win_share(proxy, gold, n) == pytest.approx(sum(wins) / len(wins))
+    assert best_of_win_share(gold, gold, n) == pytest.approx(n / (n + 1))
+
+
+def test_best_of_win_share_needs_an_opponent() -> None:
+    with pytest.raises(ValueError, match="more than 3"):
+        best_of_win_share([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], 3)
 
 
 def test_bootstrap_covers_a_planted_mean() -> None:

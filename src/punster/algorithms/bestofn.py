@@ -37,3 +37,21 @@ def selection_weights(scores: Sequence[float], n: int) -> list[float]:
 def best_of_n(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
     """Expected gold value of the sample that the proxy prefers among n: the unbiased estimator over all subsets."""
     return sum(w * g for w, g in zip(selection_weights(proxy, n), gold, strict=True))
+
+
+def best_of_win_share(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
+    """P(the proxy's best of n has more gold than a sample outside those n), ties half, over all subsets of the pool.
+
+    Unbiased; needs a pool larger than n. With proxy = gold it is n / (n + 1). Ties of the proxy are broken by place.
+    """
+    size = len(proxy)
+    if size <= n:
+        raise ValueError(f"the win rate of best of {n} needs a pool of more than {n} samples, got {size}")
+    order = sorted(range(size), key=lambda i: proxy[i])
+    total = 0.0
+    for rank_i, i in enumerate(order):
+        for rank_j, j in enumerate(order):
+            if i != j:  # i wins its n-subset, j is not in it: n - 1 others from below i, j excluded
+                subsets = math.comb(rank_i - 1, n - 1) if rank_j < rank_i else math.comb(rank_i, n - 1)
+                total += subsets * ((gold[i] > gold[j]) + 0.5 * (gold[i] == gold[j]))
+    return total / (math.comb(size, n) * (size - n))

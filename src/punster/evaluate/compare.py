@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from punster.algorithms.bestofn import kl_bound, selection_weights
+from punster.algorithms.bestofn import best_of_win_share, kl_bound, selection_weights
 from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.errors import UserError
 from punster.evaluate.metrics import copy_rate, distinct_n, words
-from punster.evaluate.winrate import bootstrap, win_share, win_share_in_pool
+from punster.evaluate.winrate import bootstrap, win_share
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.run import seeded, write_json, write_text
-from punster.train.setup import check_prompts, load_prompts, open_role
+from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_role, plain_base
 
 
 def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         raise UserError("--reference RUN is needed: the runs lie beside no run named 'sft'")
     if gold_path is None:
         raise UserError("--gold RUN is needed: a reward model that no training used")
-    reference, tokenizer = open_role(reference_path, config)
+    reference, tokenizer = open_policy_role(reference_path, config)
     gold, _ = open_role(gold_path, config, tokenizer)
     if gold.head is None:
         raise UserError(f"--gold {gold_path}: this run is not a reward model")
@@ -45,9 +45,13 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     paths = {label_of(path): path for path in config.models}
+    if len(paths) < len(set(config.models)) or (
+        label_of(reference_path) in paths and Path(paths[label_of(reference_path)]).resolve() != Path(reference_path).resolve()
+    ):
+        raise UserError("two different runs have the same folder name: the table could not tell them apart; copy or rename one")
     reference_label = label_of(reference_path)
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
-    training = [row["completion"] for row in corpus.sft_rows("train")]
+    training = training_texts(reference_path)
     decoding = Decoding(config.max_new_tokens, config.temperature)
     pool = max(config.samples, config.pool or 2 * config.best_of)
     results: dict[str, Any] = {}
@@ -67,7 +71,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
             None if label == reference_label else exact_kl(role, reference, first_of(rollout.examples, count), config.temperature)
         )
         shown = Rollout(first_of(rollout.examples, count, config.samples), [], first_of(rollout.finished, count, config.samples))
-        results[label] = describe(shown, scores, tokenizer, training, config)
+        results[label] = describe(shown, scores, tokenizer, training, config, config.samples)
         results[label] |= {"exact_kl": 0.0 if label == reference_label else kl}
         kept += sample_lines(
             label, texts, by_prompt([tokenizer.decode(e.response) for e in shown.examples], config.samples), scores
@@ -117,14 +121,24 @@ def label_of(path: str) -> str:
 
 def opened(label: str, path: str, reference: Role, config: EvaluateConfig, tokenizer: Tokenizer) -> Role:
     if path == "base":
-        plain = reference.model.trunk_of or reference.model
-        return Role(plain)
+        return Role(plain_base(reference, config))
     role, other = open_role(path, config, tokenizer)
     if role.model.name != reference.model.name or other.prompt_format != tokenizer.prompt_format:
         raise UserError(f"{path}: another base model or prompt format than the reference run")
     if role.head is not None:
         raise UserError(f"{path} is a reward model, not a policy")
     return role
+
+
+def training_texts(path: str) -> list[str] | None:
+    """What the reference run was fine-tuned on, as its config.yaml names it; None if that cannot be read."""
+    import yaml
+
+    try:
+        sources = yaml.safe_load((Path(path) / "config.yaml").read_text())["data"]
+        return [row["completion"] for row in load_rows(sources, "sft", corpus.sft_rows)]
+    except (OSError, KeyError, TypeError, UserError):
+        return None
 
 
 def by_prompt(values: Sequence[Any], count: int) -> list[list[Any]]:
@@ -146,8 +160,8 @@ def proxy_of(config: EvaluateConfig, rollout: Rollout, tokenizer: Tokenizer) -> 
 @torch.no_grad()
 def exact_kl(role: Role, reference: Role, examples: Sequence[Example], temperature: float, max_tokens: int = 2048) -> float:
     """KL(role || reference) in nats a response: full-vocabulary KL summed over each response's tokens, averaged."""
-    plain = reference.model.trunk_of or reference.model
-    trunk = Trunk.compute(plain, examples, [min(role.first_layer, reference.first_layer)], max_tokens)
+    plain = reference.model if reference.model.trained_from is None else reference.model.trunk_of
+    trunk = Trunk.compute(plain or role.model, examples, [min(role.first_layer, reference.first_layer)], max_tokens)
     total = 0.0
     for rows in token_batches([example.length for example in examples], max_tokens):
         batch = trunk.collate(examples, rows, reference.model.device)
@@ -160,22 +174,30 @@ def exact_kl(role: Role, reference: Role, examples: Sequence[Example], temperatu
 
 
 def describe(
-    rollout: Rollout, gold: Sequence[Sequence[float]], tokenizer: Tokenizer, training: Sequence[str], config: EvaluateConfig
+    rollout: Rollout,
+    gold: Sequence[Sequence[float]],
+    tokenizer: Tokenizer,
+    training: Sequence[str] | None,
+    config: EvaluateConfig,
+    per_prompt: int,
 ) -> dict[str, Any]:
-    """One model's row: reward by the yardstick with its interval, and what can be counted in its texts."""
+    """One model's row: reward by the yardstick with its interval, and what can be counted in its texts.
+
+    distinct-2 falls with the number of texts, so it is taken over one text a prompt and averaged over the samples.
+    """
     texts = [tokenizer.decode(example.response) for example in rollout.examples]
     return {
         "held_out_reward": bootstrap([sum(scores) / len(scores) for scores in gold], config.seed),
-        "distinct_2": distinct_n(texts, 2),
+        "distinct_2": sum(distinct_n(texts[k::per_prompt], 2) for k in range(per_prompt)) / per_prompt,
         "length": sum(len(words(text)) for text in texts) / len(texts),
         "eos_rate": sum(rollout.finished) / len(rollout.finished),
-        "copy_rate": copy_rate(texts, training),
+        "copy_rate": None if training is None else copy_rate(texts, training),
     }
 
 
 def best_of_row(
     config: EvaluateConfig, prompts: Sequence[Any], pool: Rollout, proxy: list[list[float]], gold: list[list[float]],
-    tokenizer: Tokenizer, training: Sequence[str],
+    tokenizer: Tokenizer, training: Sequence[str] | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Best-of-n of the reference: unbiased reward and win rate from the whole pool; texts from disjoint n-blocks of it."""
     n, size = config.best_of, len(proxy[0])
@@ -183,13 +205,13 @@ def best_of_row(
     for row, (proxy_row, gold_row) in enumerate(zip(proxy, gold, strict=True)):
         weights = selection_weights(proxy_row, n)
         expected.append(sum(w * g for w, g in zip(weights, gold_row, strict=True)))
-        shares.append(win_share_in_pool(gold_row, weights))
+        shares.append(best_of_win_share(proxy_row, gold_row, n))
         for start in range(0, size - n + 1, n):
             best = max(range(start, start + n), key=lambda i: proxy_row[i])
             chosen.append(row * size + best)
     picked = Rollout([pool.examples[i] for i in chosen], [], [pool.finished[i] for i in chosen])
     blocks = size // n
-    row_of = describe(picked, [[value] for value in expected], tokenizer, training, config)
+    row_of = describe(picked, [[value] for value in expected], tokenizer, training, config, blocks)
     row_of |= {"win_rate_vs_sft": bootstrap(shares, config.seed), "exact_kl": None, "kl_bound": kl_bound(n)}
     texts = by_prompt([tokenizer.decode(e.response) for e in picked.examples], blocks)
     scores = by_prompt([gold[i // size][i % size] for i in chosen], blocks)

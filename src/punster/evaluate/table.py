@@ -35,7 +35,7 @@ def rows_of(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             label(name), interval(row["held_out_reward"]), interval(row["win_rate_vs_sft"], percent=True), kl_text(row),
-            f"{row['distinct_2']:.2f}", f"{row['length']:.1f}", f"{row['eos_rate']:.0%}", f"{row['copy_rate']:.1%}",
+            f"{row['distinct_2']:.2f}", f"{row['length']:.1f}", f"{row['eos_rate']:.0%}", "–" if row["copy_rate"] is None else f"{row['copy_rate']:.1%}",
         )
         for name, row in summary["models"].items()
     ]  # fmt: skip

@@ -21,11 +21,3 @@ def win_share(a: Sequence[float], b: Sequence[float]) -> float:
     """P(a random sample of a scores above a random sample of b), ties half."""
     mine, theirs = torch.tensor(list(a)), torch.tensor(list(b))
     return float(((mine[:, None] > theirs) + 0.5 * (mine[:, None] == theirs)).double().mean())
-
-
-def win_share_in_pool(values: Sequence[float], weights: Sequence[float]) -> float:
-    """P(a sample chosen from a pool with these weights scores above another random sample of the pool), ties half."""
-    pool = torch.tensor(list(values))
-    wins = ((pool[:, None] > pool) + 0.5 * (pool[:, None] == pool)).double()
-    others = (wins.sum(1) - 0.5) / (len(pool) - 1)  # without the comparison with itself
-    return float((others * torch.tensor(list(weights)).double()).sum())

@@ -49,7 +49,9 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
             )
         config |= {"architectures": [f"{prefix}ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
         config[layers] = role.last_layer
-        weights = {k: t for k, t in weights.items() if model.layer_of(k) < role.last_layer or "norm" in k or "ln_f" in k}
+        weights = {
+            k: t for k, t in weights.items() if model.layer_of(k) < role.last_layer or model.layer_of(k) == model.config.n_layer
+        }
         weights.pop("lm_head.weight", None)
         gain, offset = role.normalisation
         weights["score.weight"] = role.head.weight.detach().cpu()[None] * gain
@@ -70,6 +72,9 @@ def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     known = BUILT_IN.get(role.model.name)
     base = known.origin if known else role.model.name
     join(role.adapters).save(folder, base, role.model.config)
+    if known:
+        note = f"Trained on {known.name}, a 4-bit copy of {known.origin}: on the full model the logits differ slightly.\n"
+        (folder / "README.md").write_text(note)
     tokenizer.hf.save_pretrained(folder)
 
 

@@ -130,6 +130,8 @@ class Trunk:
         """A padded batch of some of the examples, with their activations."""
         batch = collate([examples[row] for row in rows], device=device)
         for depth, states in self.rows.items():
+            if any(len(states[row]) != examples[row].length for row in rows):
+                raise KeyError(f"the trunk was not computed for one of the rows {list(rows)[:8]}")
             batch.trunk[depth] = torch.nn.utils.rnn.pad_sequence([states[row] for row in rows], batch_first=True)
         batch.trunk_keys = self.keys
         return batch

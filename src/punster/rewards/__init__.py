@@ -18,7 +18,7 @@ RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]
 
 @dataclass
 class Reward:
-    """weight * reward model + sum of weighted functions; one number for each completion."""
+    """The reward model's score (weight 1) plus the weighted functions; one number for each completion."""
 
     model: Role | None = None
     functions: list[tuple[str, RewardFunction, float]] = field(default_factory=list)

@@ -101,7 +101,7 @@ def _generate(
     for row, prompt in enumerate(prompts):
         ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
         mask[row, widest - len(prompt) :] = True
-    cache = KeyValueCache(model.config, len(prompts), widest + decoding.max_new_tokens, model.dtype, device)
+    cache = KeyValueCache(model.config, len(prompts), widest + decoding.max_new_tokens, torch.float32, device)
     logits = prefill(role, ids, mask, cache)
     if samples > 1:  # the prompt was run once for all its samples
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)

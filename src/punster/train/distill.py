@@ -5,15 +5,15 @@ punster distill -n NAME -a runs/SFT -c runs/REWARD --best-of 8
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
-from punster.config import DistillConfig, SftConfig
+from punster.config import DistillConfig
 from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import seeded
-from punster.train.setup import check_prompts, load_prompts, open_reward_model, open_role
+from punster.train.setup import check_prompts, load_prompts, open_policy_role, open_reward_model
 from punster.train.sft import sft
 
 
@@ -23,7 +23,7 @@ def distill(config: DistillConfig) -> Path | None:
         raise UserError("distill needs a run to sample from (-a) and a reward-model run (-c)")
     if not config.name or ((Path(config.out) / config.name).exists() and not config.resume):
         raise UserError("distill needs a new name for the run: -n NAME")
-    policy, tokenizer = open_role(config.actor, config)
+    policy, tokenizer = open_policy_role(config.actor, config)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
     prompts = load_prompts(config.prompts)
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
@@ -39,8 +39,8 @@ def distill(config: DistillConfig) -> Path | None:
             if places:
                 best = max(places, key=lambda k: scores[k])
                 if text := tokenizer.decode(rollout.examples[best].response):
-                    rows.append({"prompt": prompt, "completion": text})
+                    ids_kept = list(rollout.examples[best].response)
+                    rows.append({"prompt": prompt, "completion": text, "completion_ids": ids_kept})
     if not rows:
         raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
-    shared = {item.name: getattr(config, item.name) for item in fields(SftConfig)}
-    return sft(SftConfig(**{**shared, "pretrained": config.actor}), rows, "distill")
+    return sft(replace(config, pretrained=config.actor), rows, "distill")

@@ -39,14 +39,14 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import check_prompts, encode, extend, load_prompts, load_rows, open_reward_model, open_role
+from punster.train.setup import check_prompts, encode, extend, load_prompts, load_rows, open_policy_role, open_reward_model
 
 
 def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT")
-    reference, tokenizer = open_role(config.actor, config)
+    reference, tokenizer = open_policy_role(config.actor, config)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
     prompts = sampling_prompts(config) if config.online or config.pairs == "sampled" else []
@@ -160,11 +160,15 @@ def sampled_pairs(
     pairs = []
     for start in range(0, len(ranked), config.samples):
         places = range(start, start + config.samples)
-        done = [place for place in places if rollout.finished[place]] or list(places)
-        best, worst = max(places, key=lambda i: ranked[i]), min(done, key=lambda i: ranked[i])
+        done = [place for place in places if rollout.finished[place]]
+        if not done:
+            continue  # nothing that ends could be preferred
+        best, worst = max(done, key=lambda i: ranked[i]), min(done, key=lambda i: ranked[i])
         if best == worst:
             worst = min(places, key=lambda i: ranked[i])
         pairs += [rollout.examples[best], rollout.examples[worst]]
+    if not pairs:
+        raise UserError("no sample ended with EOS, so there are no pairs; raise --max-new-tokens")
     return pairs
 
 

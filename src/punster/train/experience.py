@@ -19,7 +19,7 @@ from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import Run, seeded
-from punster.train.setup import check_prompts, extend, load_prompts, open_reward_model, open_role
+from punster.train.setup import check_prompts, extend, load_prompts, open_policy_role, open_reward_model
 
 
 @dataclass
@@ -48,7 +48,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     """Policy = SFT run + a fresh adapter; reference = the SFT run; rewards as configured."""
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT")
-    reference, tokenizer = open_role(config.actor, config)
+    reference, tokenizer = open_policy_role(config.actor, config)
     model = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     functions = [load_function(specification) for specification in config.reward]
     if function is not None:

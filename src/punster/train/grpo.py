@@ -75,7 +75,10 @@ def grpo(
             state.numbers["episodes"] += len(exp.examples)
             metrics = {
                 **exp.metrics(config.beta, scores),
-                **{f"policy/{key}": sum(u[key] for u in updates) / len(updates) for key in updates[0]},
+                **{f"policy/{k}": sum(u[k] for u in updates) / len(updates) for k in ("loss", "clipfrac", "approx_kl", "ratio")},
+                "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates),
+                "skipped_steps": sum(u["skipped_steps"] for u in updates),
+                "lr": rate,
                 "reward": float(scores.mean()),
                 "reward_std": float(groups.std(1).mean()),
                 "frac_reward_zero_std": float((groups.std(1) < 1e-6).float().mean()),

@@ -24,7 +24,7 @@ from punster.config import (
     TrainConfig,
 )  # fmt: skip
 from punster.errors import UserError, near_matches
-from punster.train.run import config_dict, write_json, write_text
+from punster.train.run import changed_settings, config_dict, write_json, write_text
 
 STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {
     "sft": (SftConfig, "punster.train.sft:sft", "supervised fine-tuning on puns"),
@@ -129,8 +129,12 @@ def run_pipeline(config: PipelineConfig) -> int:
     if config.resume and not folder.exists():
         raise UserError(f"--resume: there is no run {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
+    for stage, settings in stages.items():
+        if (folder / stage / "config.yaml").exists() and (changed := changed_settings(folder / stage, settings)):
+            raise UserError(
+                f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage} to run it again"
+            )
+    write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
     started = time.monotonic()
     say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
     seconds: dict[str, Any] = {}

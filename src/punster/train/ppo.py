@@ -83,10 +83,11 @@ def ppo(
                     if step > config.critic_warmup:
                         stats |= optimizer_step(optimizer, config.lr * rate, config.max_grad_norm)
                     value_stats = optimizer_step(critic_optimizer, config.critic_lr * rate, config.max_grad_norm)
-                    updates.append(stats | {"critic_grad_norm": value_stats["grad_norm"]})
+                    updates.append(
+                        stats | {"critic_grad_norm": value_stats["grad_norm"], "critic_skipped": value_stats["skipped_steps"]}
+                    )
                 if updates[-1]["approx_kl"] > config.stop_kl:
                     break
-            sequence_kl = float(((exp.log_prob - exp.ref_log_prob) * exp.mask).sum(1).mean())
             state.numbers["episodes"] += len(rows)
             metrics = {
                 **exp.metrics(controller.beta, scores),
@@ -95,7 +96,7 @@ def ppo(
                 "episode": state.numbers["episodes"],
                 "beta": controller.beta,
             }
-            controller.update(sequence_kl, len(rows))
+            controller.update(metrics["objective/exact_kl"], len(rows))
             state.numbers["beta"] = controller.beta
             if config.eval_every and step % config.eval_every == 0:
                 metrics |= sample_table(run, step, setup)
@@ -166,13 +167,14 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     names = {
         "policy/approxkl_avg": "approx_kl", "policy/clipfrac_avg": "clipfrac", "loss/policy_avg": "policy",
         "loss/value_avg": "value", "val/clipfrac_avg": "value_clipfrac", "val/ratio": "ratio",
-        "critic_grad_norm": "critic_grad_norm", "grad_norm": "grad_norm", "lr": "lr", "skipped_steps": "skipped_steps",
+        "critic_grad_norm": "critic_grad_norm", "grad_norm": "grad_norm", "lr": "lr", "skipped_steps": "skipped_steps", "critic_skipped_steps": "critic_skipped",
     }  # fmt: skip
     count = len(updates)
     means = {name: sum(u.get(key, 0.0) for u in updates) / count for name, key in names.items()}
     squares = sum(u["ratio_sq"] for u in updates) / count
     means["val/ratio_var"] = max(0.0, squares - means["val/ratio"] ** 2) if means["val/ratio"] else 0.0
     means["skipped_steps"] *= count
+    means["critic_skipped_steps"] *= count
     means["updates"] = count
     return means
 

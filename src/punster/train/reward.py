@@ -17,6 +17,7 @@ from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order, token_batches
 from punster.data.schema import Row
+from punster.errors import UserError
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
@@ -35,7 +36,17 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import encode, encode_fitting, extend, layer_count, load_rows, open_base, open_role, with_head
+from punster.train.setup import (
+    encode,
+    encode_fitting,
+    extend,
+    layer_count,
+    load_rows,
+    open_base,
+    open_policy_role,
+    plain_base,
+    with_head,
+)
 
 SIDES = ("chosen", "rejected")
 
@@ -43,11 +54,11 @@ SIDES = ("chosen", "rejected")
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train a reward model on rows with prompt, chosen and rejected; returns the run folder (None for a dry run)."""
     if config.pretrained:
-        sampled_from, tokenizer = open_role(config.pretrained, config)
+        sampled_from, tokenizer = open_policy_role(config.pretrained, config)
     else:
         base, tokenizer = open_base(config)
         sampled_from = Role(base)
-    plain = Role(sampled_from.model if sampled_from.model.trained_from is None else open_base(config)[0])
+    plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
     given = load_rows(
         rows if rows is not None else config.data, "preference", lambda: embedded_pairs(config, sampled_from, tokenizer)
@@ -107,23 +118,32 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         by_kind = {kind: [rows[i] for i in order if rows[i]["kind"] == kind][: config.rows_per_kind] for kind in config.negatives}
         rows = [row for kind in config.negatives for row in by_kind[kind]]
     if "sampled" in config.negatives:
-        people = corpus.part(config.split)
+        room = policy.model.config.max_positions - 40
+        people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
         people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
-        texts = sampled_texts(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")[1]
-        rows += [
-            {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"]}
-            for record, text in zip(people, texts, strict=True) if text
-        ]  # fmt: skip
+        examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
+        for record, example in zip(people, examples, strict=True):
+            # The ids are kept, so that the negatives are what the policy emits; cut-off samples would give themselves away.
+            if example.response[-1] == tokenizer.eos_id and (text := tokenizer.decode(example.response)):
+                row = {
+                    "prompt": record["prompt"],
+                    "chosen": record["pun"],
+                    "rejected": text,
+                    "rejected_ids": list(example.response),
+                }
+                rows.append({**row, "kind": "sampled", "id": record["id"]})
     return rows
 
 
-def sampled_texts(
-    policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str
-) -> tuple[list[Example], list[str]]:
-    """One sample of the SFT model to each prompt: as ids, and as text."""
+def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
+    """One sample of the SFT model to each prompt that leaves room for it."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
-    examples = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).examples
-    return examples, [tokenizer.decode(example.response) for example in examples]
+    ids = [prompt for prompt in ids if len(prompt) + 40 <= policy.model.config.max_positions]
+    if not ids:
+        raise UserError(
+            "no prompt leaves room for a sample of 40 tokens, which the score is normalised on; use --normalise-samples 0"
+        )
+    return generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).examples
 
 
 def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
@@ -141,7 +161,10 @@ def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
     examples = []
     for number, row in enumerate(rows, 1):
         for side in SIDES:
-            examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))
+            if ids := row.get(f"{side}_ids"):
+                examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
+            else:
+                examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))
     return examples, torch.tensor([float(row.get("margin") or 0.0) for row in rows])
 
 
@@ -189,7 +212,7 @@ def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardCo
     """The same scores with gain and offset that give samples of the policy, on the training prompts, mean 0 and std 1."""
     distinct = list({str(prompt): prompt for prompt in prompts}.values())
     chosen = [distinct[i % len(distinct)] for i in range(config.normalise_samples)]
-    examples, _ = sampled_texts(policy, tokenizer, chosen, config.seed, "normalise")
+    examples = sft_samples(policy, tokenizer, chosen, config.seed, "normalise")
     scores = torch.tensor(score_examples(replace(model, normalisation=(1.0, 0.0)), examples))
     gain = 1 / max(float(scores.std()), 1e-6)
     return replace(model, normalisation=(gain, -float(scores.mean()) * gain))

@@ -89,12 +89,8 @@ class Run:
         self._events: Any = None
 
     def _same_config(self) -> None:
-        saved = yaml.safe_load((self.folder / "config.yaml").read_text())
-        ignored = {"resume", "quiet", "dry_run", "save_every", "keep", "eval_every", "out"}
-        changed = [k for k, v in config_dict(self.config).items() if k not in ignored and saved.get(k, v) != v]
-        if changed:
-            shown = ", ".join(f"{k}: {saved[k]!r} -> {getattr(self.config, k)!r}" for k in changed)
-            raise UserError(f"--resume with other settings than the run was started with ({shown})")
+        if changed := changed_settings(self.folder, self.config):
+            raise UserError(f"--resume with other settings than the run was started with ({changed})")
 
     # ---- while training -----------------------------------------------------------------------------------------
     def __enter__(self) -> Run:
@@ -164,6 +160,14 @@ class Run:
         write_json(self.folder / "summary.json", {**summary, "wall_seconds": round(time.monotonic() - self.started, 1)})
 
 
+def changed_settings(folder: Path, config: TrainConfig) -> str:
+    """How a run's saved settings differ from these, as text; what does not change the result is left aside."""
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    ignored = {"resume", "quiet", "dry_run", "save_every", "keep", "eval_every", "out"}
+    changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved.get(k, v) != v}
+    return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())
+
+
 # ---- files --------------------------------------------------------------------------------------------------------
 def config_dict(config: Any) -> dict[str, Any]:
     return {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
@@ -185,9 +189,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def _cut_log(path: Path, step: int) -> None:
     """Drop lines after a step, so that a resumed run's log equals an uninterrupted one's."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in lines))
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            if line and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue  # torn by a kill or a full disk: its step is done again
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------

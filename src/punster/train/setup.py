@@ -127,6 +127,24 @@ def with_head(role: Role, config: TrainConfig) -> Role:
     return replace(role, head=head.trainable())
 
 
+def open_policy_role(path: str, config: Any, tokenizer: Tokenizer | None = None) -> tuple[Role, Tokenizer]:
+    """A run that writes: reward models are refused."""
+    role, tokenizer = open_role(path, config, tokenizer)
+    if role.head is not None:
+        raise UserError(f"{path} is a reward model: it scores texts and cannot write them; an SFT or policy run is needed here")
+    return role, tokenizer
+
+
+def plain_base(role: Role, config: Any) -> Decoder:
+    """The untrained base of a role, whatever was trained on top of it."""
+    if role.model.trained_from is None:
+        return role.model
+    if role.model.trunk_of is not None:
+        return role.model.trunk_of
+    device = pick_device(config.device)
+    return shared_base(role.model.name, pick_dtype(config.dtype, device), device)
+
+
 def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer) -> Role:
     """A reward-model run that fits a policy: same base, same prompt format."""
     model, own = open_role(path, config, tokenizer)

@@ -30,18 +30,23 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import encode, encode_fitting, extend, load_rows, open_base, open_role
+from punster.train.setup import encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
 
 def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft") -> Path | None:
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
     if config.pretrained:
-        start, tokenizer = open_role(config.pretrained, config)
+        start, tokenizer = open_policy_role(config.pretrained, config)
     else:
         base, tokenizer = open_base(config)
         start = Role(base)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows)
-    examples = [encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(given, 1)]
+    examples = [
+        Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["completion_ids"]))  # sampled: never tokenised again
+        if "completion_ids" in r
+        else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
+        for i, r in enumerate(given, 1)
+    ]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
