@@ -47,6 +47,12 @@ class Model:
             raise UserError(f"-k must be at least 1, got {k}")
         if best_of and judge is None:
             raise UserError("--best-of needs a reward model to choose by: -c runs/REWARD")
+        if judge is not None:
+            fits = judge.role.model.name == self.role.model.name and judge.tokenizer.prompt_format == self.tokenizer.prompt_format
+            if judge.role.head is None or not fits:
+                raise UserError("-c must be a reward model on the same base and prompt format as the model that writes")
+            if not best_of:
+                raise UserError("-c chooses among samples: give --best-of N too")
         decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
         ids = check_prompts(self.tokenizer, self.role.model, [prompt], max_new_tokens)
         generator = seeded(seed, "generate")

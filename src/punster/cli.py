@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"punster {verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except Exception as error:
         from punster.train.run import Interrupted
 
@@ -164,8 +169,15 @@ def readable(message: str, parser: Any) -> str:
 def run_verb(rest: list[str]) -> int:
     from punster.train.pipeline import load_recipe, run_pipeline
 
-    recipe = rest[0] if rest and not rest[0].startswith("-") else None
-    return run_pipeline(load_recipe(recipe or "demo", rest[1:] if recipe else rest))
+    if any(word == "--config" or word.startswith("--config=") for word in rest):
+        raise UserError("give the file itself: punster run FILE.yaml")
+    if not rest or rest[0].startswith("-"):
+        raise (
+            UserError("which recipe? For example: punster run demo (options come after it)")
+            if rest
+            else UserError("which recipe? For example: punster run demo")
+        )
+    return run_pipeline(load_recipe(rest[0], rest[1:]))
 
 
 def simple_parser(verb: str, description: str) -> Any:

@@ -110,7 +110,7 @@ class RewardConfig(TrainConfig):
     )
     rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)")
     sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)")
-    split: str = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
+    split: Literal["train", "gold"] = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
     depth: float = opt(0.0, "layers that run before the head reads: a number, a share below 1, or 0 for all")
@@ -127,6 +127,9 @@ class RewardConfig(TrainConfig):
         require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
         whole = self.depth < 1 or float(self.depth).is_integer()
         require(self.depth >= 0 and whole, f"--depth must be a number of layers, a share below 1, or 0, got {self.depth}")
+        counts = {"rows-per-kind": self.rows_per_kind, "sampled-rows": self.sampled_rows, "test-limit": self.test_limit}
+        for flag, count in counts.items():
+            require(count >= 0, f"--{flag} must be >= 0, got {count}")
         require(self.normalise_samples == 0 or self.normalise_samples >= 2, "--normalise-samples must be 0 or at least 2")
         known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "sampled")
         for kind in self.negatives:
@@ -158,6 +161,7 @@ class PolicyConfig(TrainConfig):
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
         require(self.beta >= 0, f"--beta must be >= 0, got {self.beta}")
         require(0 < self.clip < 1, f"--clip must lie in (0, 1), got {self.clip}")
+        require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
         require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
 
 
@@ -199,6 +203,7 @@ class GrpoConfig(PolicyConfig):
     variant: Variant = opt("grpo", "grpo, dr_grpo, dapo, rloo or reinforce++")
     samples: int = opt(8, "responses to one prompt")
     epochs: int = opt(2, "passes over each rollout")
+    minibatches: int = opt(1, "optimizer steps in one pass")
     clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)")
     beta: float = opt(
         0.02, "coefficient of the KL: k3 in the loss for grpo, dr_grpo and dapo; k1 in the reward for rloo and reinforce++"
@@ -207,6 +212,7 @@ class GrpoConfig(PolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
+        require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
         require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
         require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
 
@@ -246,6 +252,7 @@ class DpoConfig(TrainConfig):
         require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
         require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
+        require(self.prompt_limit >= 0, f"--prompt-limit must be >= 0, got {self.prompt_limit}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
         needs = self.online or self.pairs == "sampled"
         require(not needs or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
@@ -293,6 +300,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
+        require(self.limit >= 0, f"--limit must be >= 0, got {self.limit}")
+        require(self.temperature > 0, f"--temperature must be > 0 in evaluation, got {self.temperature}")
         require(self.best_of == 0 or self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
         require(self.pool == 0 or self.pool > self.best_of, f"--pool must be more than --best-of, got {self.pool}")
         require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
@@ -328,6 +337,14 @@ class PipelineConfig:
         known = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
         for stage in self.stages:
             require(stage in known, f"unknown stage {stage!r}: {', '.join(known)}")
+        needs = {"reward": ["sft"], "gold": ["sft"], "placebo_reward": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
+                 "dpo": ["sft", "reward"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
+        for place, stage in enumerate(self.stages):
+            for needed in needs.get(stage, []):
+                require(needed in self.stages[:place], f"--stages: {stage} needs {needed} before it")
+        for needed in ("sft", "gold"):
+            require(needed in self.stages, f"--stages: the evaluation needs {needed}")
+        require("reward" in self.stages or not self.evaluate.get("best_of"), "--stages: best-of-n needs reward")
         require(0 < self.scale <= 100, f"--scale must lie in (0, 100], got {self.scale}")
         require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
                 f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip

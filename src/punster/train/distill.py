@@ -13,7 +13,7 @@ from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import seeded
-from punster.train.setup import check_prompts, load_prompts, open_policy_role, open_reward_model
+from punster.train.setup import check_model, check_prompts, load_prompts, open_policy_role, open_reward_model
 from punster.train.sft import sft
 
 
@@ -24,6 +24,7 @@ def distill(config: DistillConfig) -> Path | None:
     if not config.name or ((Path(config.out) / config.name).exists() and not config.resume):
         raise UserError("distill needs a new name for the run: -n NAME")
     policy, tokenizer = open_policy_role(config.actor, config)
+    check_model(config, config.actor, policy)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
     prompts = load_prompts(config.prompts)
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)

@@ -39,7 +39,16 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import check_prompts, encode, extend, load_prompts, load_rows, open_policy_role, open_reward_model
+from punster.train.setup import (
+    check_model,
+    check_prompts,
+    encode,
+    extend,
+    load_prompts,
+    load_rows,
+    open_policy_role,
+    open_reward_model,
+)
 
 
 def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
@@ -47,6 +56,7 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT")
     reference, tokenizer = open_policy_role(config.actor, config)
+    check_model(config, config.actor, reference)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
     prompts = sampling_prompts(config) if config.online or config.pairs == "sampled" else []

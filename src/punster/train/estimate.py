@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from punster.config import DpoConfig, GrpoConfig, PipelineConfig, PolicyConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.config import (
+    DpoConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    PipelineConfig,
+    PolicyConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)
 from punster.data import corpus
 from punster.train.plan import measured_speed
 from punster.train.setup import layer_count, pick_device, pick_dtype, shared_base, top_layers
@@ -10,7 +20,7 @@ from punster.train.setup import layer_count, pick_device, pick_dtype, shared_bas
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 
 
-def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> dict[str, float]:
+def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> dict[str, float]:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     base = shared_base(config.model, dtype, device)
@@ -50,11 +60,8 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig]) -> 
             )
             work += 2 * count * (tokens * block * layers + stage.epochs * (2 * tokens * block * branch + 3 * RESPONSE * head))
         result[name] = work / speed
-    each = config.evaluate.get("samples", 4)
-    pool = config.evaluate.get("pool") or 2 * config.evaluate.get("best_of", 0)
-    samples = each * (len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")]) + 1) + max(
-        pool, each
-    )
-    prompts = config.evaluate.get("limit") or len(corpus.part("test"))
-    result["evaluate"] = prompts * samples * (sampled + (PROMPT + RESPONSE) * block * layers * 0.6) / speed
+    policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
+    pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
+    texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
+    result["evaluate"] = texts * (sampled + (PROMPT + RESPONSE) * block * layers * 0.6) / speed
     return result

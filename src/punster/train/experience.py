@@ -19,7 +19,7 @@ from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import Run, seeded
-from punster.train.setup import check_prompts, extend, load_prompts, open_policy_role, open_reward_model
+from punster.train.setup import check_model, check_prompts, extend, load_prompts, open_policy_role, open_reward_model
 
 
 @dataclass
@@ -49,6 +49,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT")
     reference, tokenizer = open_policy_role(config.actor, config)
+    check_model(config, config.actor, reference)
     model = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     functions = [load_function(specification) for specification in config.reward]
     if function is not None:

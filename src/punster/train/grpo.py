@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from punster.algorithms.advantages import group_advantages, reinforce_pp_advantages
@@ -61,17 +62,19 @@ def grpo(
         restore(run, state)
         for step in range(run.step + 1, steps + 1):
             rows = cursor.next(config.batch_size // config.samples)
-            exp = collect(setup, rows, sampling, shuffling, samples=config.samples)
+            exp = collect(setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
             advantages = advantages_of(config, exp, scores)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             updates: list[dict[str, float]] = []
-            for _ in range(config.epochs):
-                stats = train_step(config, exp, exp.groups[0], policy, advantages)
-                if not updates and stats["ratio_gap"] > 1e-5:
-                    raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
-                updates.append(stats | optimizer_step(optimizer, rate, config.max_grad_norm))
-            groups = scores.view(-1, config.samples)
+            for epoch in range(config.epochs):
+                minibatches = exp.groups if epoch == 0 else exp.regroup(config.minibatches, shuffling)
+                for groups in minibatches:
+                    stats = train_step(config, exp, groups, policy, advantages)
+                    if not updates and stats["ratio_gap"] > 1e-5:
+                        raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
+                    updates.append(stats | optimizer_step(optimizer, rate, config.max_grad_norm))
+            spread = scores.view(-1, config.samples).std(1)
             state.numbers["episodes"] += len(exp.examples)
             metrics = {
                 **exp.metrics(config.beta, scores),
@@ -80,8 +83,8 @@ def grpo(
                 "skipped_steps": sum(u["skipped_steps"] for u in updates),
                 "lr": rate,
                 "reward": float(scores.mean()),
-                "reward_std": float(groups.std(1).mean()),
-                "frac_reward_zero_std": float((groups.std(1) < 1e-6).float().mean()),
+                "reward_std": float(spread.mean()),
+                "frac_reward_zero_std": float((spread < 1e-6).float().mean()),
                 "episode": state.numbers["episodes"],
             }
             if config.eval_every and step % config.eval_every == 0:
@@ -120,10 +123,12 @@ def token_weights(config: GrpoConfig, mask: Tensor) -> Tensor:
 def train_step(
     config: GrpoConfig, exp: Experience, groups: list[list[int]], policy: Role, advantages: Tensor
 ) -> dict[str, float]:
-    """Accumulate the gradient over the micro-batches of the rollout."""
-    weights = token_weights(config, exp.mask)
+    """Accumulate the gradient over the micro-batches of one minibatch (with one: of the whole rollout)."""
+    chosen = [row for group in groups for row in group]
+    weights = torch.zeros_like(exp.mask, dtype=torch.float32)
+    weights[chosen] = token_weights(config, exp.mask[chosen])
     high = config.clip_high if config.clip_high is not None else (0.28 if config.variant == "dapo" else None)
-    tokens = float(exp.mask.sum())
+    tokens = float(exp.mask[chosen].sum())
     sums = dict.fromkeys(("loss", "clipfrac", "approx_kl", "ratio"), 0.0)
     largest = 0.0
     for rows in groups:

@@ -25,6 +25,7 @@ from punster.config import (
 )  # fmt: skip
 from punster.errors import UserError, near_matches
 from punster.train.run import changed_settings, config_dict, write_json, write_text
+from punster.train.setup import open_base
 
 STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {
     "sft": (SftConfig, "punster.train.sft:sft", "supervised fine-tuning on puns"),
@@ -87,7 +88,22 @@ def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
         shared["seed"] = config.seed + 1
     if config.scale != 1:
         section = scaled(section, kind, config.scale)
-    return kind(**{**shared, **section})
+    settings: TrainConfig = typed(kind, stage, {**shared, **section})
+    return settings
+
+
+def typed(kind: type, section: str, values: dict[str, Any]) -> Any:
+    """A verb's dataclass from a recipe's section, with types checked as on the command line."""
+    from jsonargparse import ArgumentError
+
+    from punster.cli import parser_for, readable
+
+    parser = parser_for(section, kind)
+    try:
+        checked = parser.parse_object(values).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"section {section!r} of the recipe: {readable(str(error), parser)}") from None
+    return kind(**{item.name: checked[item.name] for item in fields(kind)})
 
 
 def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
@@ -123,22 +139,23 @@ def run_pipeline(config: PipelineConfig) -> int:
     stages = {stage: stage_config(config, stage) for stage in config.stages}
     evaluation = evaluation_config(config, folder)
     if config.dry_run:
-        return plan(config, stages)
+        return plan(config, stages, evaluation)
     if folder.exists() and not config.resume:
         raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
     if config.resume and not folder.exists():
         raise UserError(f"--resume: there is no run {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     for stage, settings in stages.items():
         if (folder / stage / "config.yaml").exists() and (changed := changed_settings(folder / stage, settings)):
             raise UserError(
                 f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage} to run it again"
             )
+    open_base(stages["sft"])  # a model that cannot be had is found out before anything is written
+    say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
+    clock = Clock(config, stages, evaluation, say)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
     started = time.monotonic()
-    say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
     seconds: dict[str, Any] = {}
-    clock = Clock(config, stages, say)
     for number, (stage, stage_settings) in enumerate(stages.items(), 1):
         _, target, title = STAGES[stage]
         if (folder / stage / "summary.json").exists():
@@ -181,10 +198,12 @@ def run_pipeline(config: PipelineConfig) -> int:
 class Clock:
     """Says how long the rest will take: counted work over measured speed, corrected by how long the stages so far took."""
 
-    def __init__(self, config: PipelineConfig, stages: dict[str, TrainConfig], say: Callable[[str], None]):
+    def __init__(
+        self, config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, say: Callable[[str], None]
+    ):  # fmt: skip
         from punster.train.estimate import pipeline_seconds
 
-        self.left = {} if config.quiet else pipeline_seconds(config, stages)
+        self.left = {} if config.quiet else pipeline_seconds(config, stages, evaluation)
         self.say, self.expected, self.took = say, 0.0, 0.0
         if self.left:
             say(f"about {sum(self.left.values()) / 60:.0f} minutes in all on this machine")
@@ -211,7 +230,8 @@ def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
         "models": ["base", *(str(folder / stage) for stage in policies)], "seed": config.seed, "device": config.device,
         "dtype": config.dtype, "out": str(folder),
     }  # fmt: skip
-    return EvaluateConfig(**{**shared, **section})
+    settings: EvaluateConfig = typed(EvaluateConfig, "evaluate", {**shared, **section})
+    return settings
 
 
 def stage_summary(folder: Path, stage: str) -> dict[str, Any]:
@@ -230,13 +250,13 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def plan(config: PipelineConfig, stages: dict[str, TrainConfig]) -> int:
+def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> int:
     """--dry-run: the stages with their settings and an estimate of the time on this machine."""
     from punster.train.estimate import pipeline_seconds
 
     print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
     total = 0.0
-    for stage, seconds in pipeline_seconds(config, stages).items():
+    for stage, seconds in pipeline_seconds(config, stages, evaluation).items():
         print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
         total += seconds
     print(f"  {'in all':15s} about {total / 60:5.1f} minutes on this machine, about 3 GB of memory")

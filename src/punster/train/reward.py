@@ -37,6 +37,7 @@ from punster.train.run import (
     total_steps,
 )  # fmt: skip
 from punster.train.setup import (
+    check_model,
     encode,
     encode_fitting,
     extend,
@@ -55,6 +56,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     """Train a reward model on rows with prompt, chosen and rejected; returns the run folder (None for a dry run)."""
     if config.pretrained:
         sampled_from, tokenizer = open_policy_role(config.pretrained, config)
+        check_model(config, config.pretrained, sampled_from)
     else:
         base, tokenizer = open_base(config)
         sampled_from = Role(base)

@@ -121,6 +121,8 @@ class Run:
             self._progress.stop()
         if self._events:
             self._events.close()
+        if kind is not None and issubclass(kind, UserError) and not self.config.resume and not steps_of(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)  # bad input found late leaves nothing half-written
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop:

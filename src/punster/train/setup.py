@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from punster.data.batch import Example
 from punster.data.schema import Row, read_rows
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
-from punster.model.load import load_model
+from punster.model.load import DEFAULT_MODEL, load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
@@ -25,6 +26,8 @@ _BASES: dict[tuple[str, torch.dtype, str], Decoder] = {}
 
 
 def pick_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device must be auto, cpu, cuda or mps, got {name!r}")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -46,6 +49,8 @@ def fast_bf16(device: str) -> bool:
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
     """Type of the frozen weights; auto is bf16 where it is fast, else fp32."""
+    if name not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype must be auto, fp32 or bf16, got {name!r}")
     if name == "auto":
         return torch.bfloat16 if fast_bf16(device) else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32
@@ -133,6 +138,13 @@ def open_policy_role(path: str, config: Any, tokenizer: Tokenizer | None = None)
     if role.head is not None:
         raise UserError(f"{path} is a reward model: it scores texts and cannot write them; an SFT or policy run is needed here")
     return role, tokenizer
+
+
+def check_model(config: TrainConfig, path: str, role: Role) -> None:
+    """A run that continues another one uses its base: a --model that says otherwise is a mistake, not a wish."""
+    if config.model not in (DEFAULT_MODEL, role.model.name):
+        raise UserError(f"--model {config.model}: {path} was trained on {role.model.name}, and this run continues it")
+    config.model = role.model.name
 
 
 def plain_base(role: Role, config: Any) -> Decoder:

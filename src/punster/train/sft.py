@@ -30,13 +30,14 @@ from punster.train.run import (
     seeded,
     total_steps,
 )  # fmt: skip
-from punster.train.setup import encode, encode_fitting, extend, load_rows, open_base, open_policy_role
+from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
 
 def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft") -> Path | None:
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
     if config.pretrained:
         start, tokenizer = open_policy_role(config.pretrained, config)
+        check_model(config, config.pretrained, start)
     else:
         base, tokenizer = open_base(config)
         start = Role(base)
