@@ -43,7 +43,7 @@ class TrainConfig:
     adapter: Literal["lora", "none"] = opt("lora", "lora, or none to train the layers' own weights (fp32 masters)")
     lora_r: int = opt(16, "rank of the adapter")
     lora_alpha: float = opt(32.0, "scale of the adapter; its product is multiplied by alpha / r")
-    top_layers: str = opt(
+    top_layers: str | int | float = opt(
         "auto", "how many of the uppermost layers are adapted: a number, a share below 1, all, or auto (a third)"
     )
     prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
@@ -67,9 +67,9 @@ class TrainConfig:
         require(self.max_grad_norm > 0, f"--max-grad-norm must be > 0, got {self.max_grad_norm}")
         require(self.lora_r >= 1, f"--lora-r must be at least 1, got {self.lora_r}")
         require(self.lora_alpha > 0, f"--lora-alpha must be > 0, got {self.lora_alpha}")
-        self.top_layers = str(self.top_layers)  # YAML may say 8
-        good = self.top_layers in ("auto", "all") or (self.top_layers.isdigit() and int(self.top_layers) >= 1)
-        good = good or bool(re.fullmatch(r"0?\.\d+", self.top_layers) and float(self.top_layers) > 0)
+        top = self.top_layers = str(self.top_layers)  # YAML may say 8
+        good = top in ("auto", "all") or (top.isdigit() and int(top) >= 1)
+        good = good or bool(re.fullmatch(r"0?\.\d+", top) and float(top) > 0)
         require(good, f"--top-layers must be a number of layers, a share below 1, all or auto, got {self.top_layers!r}")
         require(self.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {self.dtype!r}")
         require(

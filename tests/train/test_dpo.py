@@ -119,9 +119,10 @@ def test_sampled_pairs_are_best_against_worst(config: Config, reward_run: str) -
     prompts = [tokenizer.prompt_ids(f"pun: {word}") for word in ("sea", "bread", "time")]
     examples = sampled_pairs(policy, judge, prompts, settings, tokenizer, seeded(1, "pairs"))
     scores = score_examples(judge, examples)
-    for number, prompt in enumerate(prompts):
+    assert 0 < len(examples) <= 2 * len(prompts)  # prompts of which no sample ends are left out
+    for number in range(len(examples) // 2):
         best, worst = examples[2 * number], examples[2 * number + 1]
-        assert best.prompt == worst.prompt == tuple(prompt)
+        assert best.prompt == worst.prompt and list(best.prompt) in [list(prompt) for prompt in prompts]
         ended = [example.response[-1] == tokenizer.eos_id for example in (best, worst)]
         assert ended[0] >= ended[1]
         assert scores[2 * number] >= scores[2 * number + 1] or ended[0] > ended[1]

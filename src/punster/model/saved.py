@@ -57,7 +57,7 @@ def load_role(
     model = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
     same_type = described["dtype"] == str(model.dtype).removeprefix("torch.")
     if described["base_sha256"] and same_type and described["base_sha256"] != model.fingerprint():
-        raise UserError(f"{folder}: was trained on other weights than {described['model']} has now (their SHA-256 differs)")
+        raise UserError(f"{folder}: was trained on other base weights than {described['model']} has now (their SHA-256 differs)")
     if tokenizer is None or tokenizer.prompt_format != described["prompt_format"] or model is not base:
         tokenizer = Tokenizer.load(described["model"], described["prompt_format"])
     if described["trained_from"] is not None:

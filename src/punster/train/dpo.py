@@ -167,18 +167,16 @@ def sampled_pairs(
     rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
     scores = score_examples(judge, rollout.examples)
     ranked = [score - 1e3 * (not done) for score, done in zip(scores, rollout.finished, strict=True)]
+    # Where nothing ends nothing should be preferred, unless there is no other choice at all.
+    groups = [range(start, start + config.samples) for start in range(0, len(ranked), config.samples)]
+    ending = [places for places in groups if any(rollout.finished[place] for place in places)]
     pairs = []
-    for start in range(0, len(ranked), config.samples):
-        places = range(start, start + config.samples)
-        done = [place for place in places if rollout.finished[place]]
-        if not done:
-            continue  # nothing that ends could be preferred
-        best, worst = max(done, key=lambda i: ranked[i]), min(done, key=lambda i: ranked[i])
+    for places in ending or groups:
+        done = [place for place in places if rollout.finished[place]] or list(places)
+        best, worst = max(places, key=lambda i: ranked[i]), min(done, key=lambda i: ranked[i])
         if best == worst:
             worst = min(places, key=lambda i: ranked[i])
         pairs += [rollout.examples[best], rollout.examples[worst]]
-    if not pairs:
-        raise UserError("no sample ended with EOS, so there are no pairs; raise --max-new-tokens")
     return pairs
 
 

@@ -24,7 +24,7 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     base = shared_base(config.model, dtype, device)
-    speed = 0.6 * measured_speed(dtype, device)
+    speed = 0.95 * measured_speed(dtype, device)
     block = sum(out * into for out, into in base.config.sites(0).values())
     head, layers = base.head_weight.numel(), base.config.n_layer
     sampled = (PROMPT + RESPONSE) * block * layers + RESPONSE * head  # one sampled response
