@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from punster.errors import UserError
-from punster.evaluate.card import COLUMNS, md, read_run, scrub, show, write_card
+from punster.evaluate.card import md, write_card
+from punster.evaluate.folder import COLUMNS, read_run, scrub, show
 from punster.evaluate.report import frontier_figure, hue, opening, write_report
 
 MODELS = ("base", "sft", "ppo", "grpo", "dpo", "best_of_8")

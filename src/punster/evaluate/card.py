@@ -8,329 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
-import math
-import platform
 import re
-import shlex
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from punster import __version__
-from punster.errors import UserError
+from punster.evaluate.folder import (
+    COLUMNS,
+    COLUMNS_EXPLAINED,
+    LICENCES,
+    METHODS,
+    SHOWN_SETTINGS,
+    SIZES,
+    RunData,
+    as_dict,
+    base_of,
+    commands,
+    data_used,
+    final_figures,
+    last_samples,
+    listed,
+    prompt_text,
+    read_run,
+    result_rows,
+    seconds_text,
+    show,
+    side_by_side,
+    usage,
+    versions,
+)
 from punster.evaluate.table import label
-from punster.model.load import ALIASES, BUILT_IN
-
-STAGES = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
-VERB_OF_STAGE = {"gold": "reward", "placebo_reward": "reward", "placebo": "ppo"}
-LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0", "HuggingFaceTB/SmolLM2-135M": "apache-2.0",
-            "HuggingFaceTB/SmolLM2-360M-Instruct": "apache-2.0", "openai-community/gpt2": "mit",
-            "openai-community/gpt2-medium": "mit", "distilbert/distilgpt2": "apache-2.0"}  # fmt: skip
-METHODS = {
-    "sft": "supervised fine-tuning: cross-entropy on the pun and its end token, not on the prompt",
-    "reward": "Bradley-Terry reward model on pairs of a preferred and a rejected text, normalised on samples",
-    "ppo": "proximal policy optimisation (Schulman et al. 2017) with a per-token critic, GAE and a KL penalty to the SFT model",
-    "grpo": "group-relative policy optimisation (Shao et al. 2024) or a relative (see `variant`): no critic, samples in groups",
-    "dpo": "direct preference optimisation (Rafailov et al. 2023) or a relative (see `loss_type`)",
-    "distill": "rejection sampling: supervised fine-tuning on the best of n samples, chosen by the reward model",
-}
-SIZES = (("prompts", "held-out prompts"), ("samples", "samples each"))
-SHOWN_SETTINGS = (
-    "batch_size", "steps", "epochs", "lr", "critic_lr", "beta", "clip", "temperature", "max_new_tokens", "adapter", "lora_r",
-    "lora_alpha", "top_layers", "variant", "samples", "loss_type", "pairs", "negatives", "split", "dtype", "seed",
-)  # fmt: skip
-
-# OSC, DCS and their kin with their whole content; CSI; any other escape; then bare control and bidirectional characters.
-_CONTROL = re.compile(
-    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def scrub(value: Any) -> Any:
-    """Strings without control sequences and lone surrogates, through lists and dicts."""
-    if isinstance(value, str):
-        return _CONTROL.sub("", value.encode("utf-8", "replace").decode("utf-8"))
-    if isinstance(value, dict):
-        return {scrub(str(k)): scrub(v) for k, v in value.items()}
-    return [scrub(v) for v in value] if isinstance(value, list) else value
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-@dataclass
-class Stage:
-    """One verb's run."""
-
-    name: str
-    verb: str
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class RunData:
-    """A run folder; `stages` of a single verb's run is that run alone."""
-
-    name: str
-    shown: str  # the path as commands show it: relative, without the machine's own folders
-    pipeline: bool
-    config: dict[str, Any]
-    summary: dict[str, Any]
-    samples: list[dict[str, Any]]
-    stages: list[Stage]
-    config_sha256: str = ""
-
-    @property
-    def models(self) -> dict[str, dict[str, Any]]:
-        """Entries of summary["models"] in the order of the pipeline; best-of-n stands behind the model it samples from."""
-        given = as_dict(self.summary.get("models"))
-        first = ("base", "sft", *sorted(n for n in given if n.startswith("best_of")), *STAGES)
-        names = [n for n in dict.fromkeys((*first, *given)) if n in given]
-        return {name: as_dict(given[name]) for name in names}
-
-    @property
-    def model(self) -> str:
-        return str(self.config.get("model") or next((s.config["model"] for s in self.stages if s.config.get("model")), ""))
-
-    @property
-    def policies(self) -> list[str]:
-        """Names of the stages whose result writes text."""
-        return [s.name for s in self.stages if s.verb in ("sft", "ppo", "grpo", "dpo", "distill")]
-
-    @property
-    def accuracies(self) -> dict[str, dict[str, Any]]:
-        """{reward model: {kind of negative: accuracy}}, from the pipeline's summary or the reward runs' own."""
-        given = {n: as_dict(as_dict(v).get("accuracy")) for n, v in as_dict(self.summary.get("reward_models")).items()}
-        own = {s.name: as_dict(s.summary.get("accuracy")) for s in self.stages if s.verb == "reward"}
-        return {name: kinds for name, kinds in {**own, **given}.items() if kinds}
-
-
-def read_run(folder: Path) -> RunData:
-    """Everything that the report and the card show of a run folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder")
-    summary = _read_json(folder / "summary.json")
-    inner = {p.name for p in folder.iterdir() if p.is_dir() and any((p / f).is_file() for f in ("metrics.jsonl", "config.yaml"))}
-    names = [n for n in STAGES if n in inner] + sorted(inner.difference(STAGES))
-    config_file = folder / "config.yaml"
-    config, verb = _read_config(config_file)
-    pipeline = "models" in summary or bool(names) or verb == "run"
-    place = folder.resolve()
-    try:
-        shown = place.relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        shown = f"{place.parent.name}/{place.name}"
-    shown = shlex.quote(" ".join(scrub(shown).split()))
-    stages = [_read_stage(folder / name, name) for name in names] if pipeline else [_read_stage(folder, place.name)]
-    return RunData(
-        name=scrub(place.name), shown=shown, pipeline=pipeline, config=config, summary=summary,
-        samples=read_lines(folder / "samples.jsonl"), stages=stages,
-        config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file.is_file() else "",
-    )  # fmt: skip
-
-
-def _read_stage(folder: Path, name: str) -> Stage:
-    config, verb = _read_config(folder / "config.yaml")
-    verb = verb or VERB_OF_STAGE.get(name, name if name in STAGES else "")
-    return Stage(scrub(name), verb, config, read_lines(folder / "metrics.jsonl"), _read_json(folder / "summary.json"))
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    """Settings, and the verb that the first line names ("# punster ppo")."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = re.match(r"# punster ([a-z]+)", text)
-        return as_dict(scrub(yaml.safe_load(text))), found[1] if found else ""
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}, ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return as_dict(scrub(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError):
-        return {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line cut short by an interruption is skipped."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(scrub(row))
-    return rows
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-# ---- words and numbers ----------------------------------------------------------------------------------------------
-def number(value: Any) -> float | None:
-    """A finite number (the mean, of an interval), or None."""
-    value = value.get("mean") if isinstance(value, dict) else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def show(value: Any, digits: int = 2, percent: bool = False) -> str:
-    """'mean [low, high]' of an interval, or a plain number; a dash where there is none."""
-    scale, unit = (100, " %") if percent else (1, "")
-    mean, low, high = number(value), number(as_dict(value).get("low")), number(as_dict(value).get("high"))
-    if mean is None:
-        return "–"
-    bounds = "" if low is None or high is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-    return f"{scale * mean:.{digits}f}{bounds}{unit}"
-
-
-def show_kl(entry: dict[str, Any]) -> str:
-    """Exact KL; for best-of-n, which has none, its upper bound."""
-    if number(entry.get("exact_kl")) is None and number(entry.get("kl_bound")) is not None:
-        return f"≤ {show(entry['kl_bound'])}"
-    return show(entry.get("exact_kl"))
-
-
-COLUMNS = (
-    "Model", "Gold reward", "Win rate against SFT", "Exact KL (nats)", "Distinct-2", "Words", "Ends by itself", "Copies",
-)  # fmt: skip
-COLUMNS_EXPLAINED = (
-    "Mean [95 % interval]. Gold reward: score by a second reward model, trained on puns that no other stage saw; compare it "
-    "within this run only. Win rate: chance that a sample scores above one of the SFT model. Exact KL: full-vocabulary KL to the "
-    "SFT model, summed over a response; for best-of-n, an upper bound (≤). Distinct-2: share of distinct word pairs. Ends by "
-    "itself: share of texts that end before the length limit. Copies: share of texts that nearly repeat a training pun."
-)
-
-
-def result_rows(run: RunData) -> list[list[str]]:
-    """A row a model, in the order of COLUMNS."""
-    return [
-        [
-            label(name), show(e.get("held_out_reward")), show(e.get("win_rate_vs_sft"), 1, percent=True), show_kl(e),
-            show(e.get("distinct_2")), show(e.get("length"), 1), show(e.get("eos_rate"), 1, percent=True),
-            show(e.get("copy_rate"), 1, percent=True),
-        ]
-        for name, e in run.models.items()
-    ]  # fmt: skip
-
-
-def best_model(run: RunData) -> str | None:
-    """The trained model of the highest gold reward (best-of-n is not a model of its own, a placebo no candidate)."""
-    names = [n for n in run.models if n not in ("base", "sft", "placebo") and not n.startswith("best_of")]
-    scores = {n: reward for n in names if (reward := number(run.models[n].get("held_out_reward"))) is not None}
-    return max(scores, key=lambda n: scores[n]) if scores else None
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as text; of chat messages, their contents."""
-    if isinstance(prompt, list):
-        return "\n".join(str(as_dict(message).get("content", "")) for message in prompt)
-    return str(prompt)
-
-
-def side_by_side(run: RunData, count: int) -> tuple[list[str], list[tuple[str, dict[str, tuple[str, float | None]]]]]:
-    """Model names, and for the first prompts each model's first completion with its gold reward."""
-    table: dict[str, dict[str, tuple[str, float | None]]] = {}
-    for row in run.samples:
-        texts, gold = row.get("completions"), row.get("gold")
-        if "model" in row and isinstance(texts, list) and texts:
-            score = number(gold[0]) if isinstance(gold, list) and gold else None
-            table.setdefault(prompt_text(row.get("prompt", "")), {}).setdefault(str(row["model"]), (str(texts[0]), score))
-    chosen = list(table.items())[:count]
-    found = {name for _, cells in chosen for name in cells}
-    return [n for n in dict.fromkeys((*run.models, *sorted(found))) if n in found], chosen
-
-
-def last_samples(run: RunData, count: int) -> list[dict[str, Any]]:
-    """Of a single verb's run: the last step's samples, those to held-out prompts if there are any."""
-    rows = [r for r in run.samples if isinstance(r.get("completion"), str)]
-    rows = [r for r in rows if r.get("held_out")] or rows
-    return [r for r in rows if r.get("step") == rows[-1].get("step")][:count] if rows else []
-
-
-def base_of(run: RunData) -> tuple[str, str]:
-    """Hub id of the (full) base model, empty if unknown or local, and one sentence on what was used."""
-    model = ALIASES.get(run.model, run.model)
-    if model in BUILT_IN:
-        origin = BUILT_IN[model].origin
-        note = f"The base is {model}, a 4-bit (Q4_1) copy of {origin}; the full model is used with --model {origin}."
-        return origin, note
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.endswith(".gguf") and not Path(model).exists():
-        return model, f"The base is {model}."
-    return "", f"The base is a local model, {Path(model).name}." if model else ""
-
-
-def versions(run: RunData) -> dict[str, str]:
-    """Versions that the run recorded with its machine; others as installed where this is written."""
-    found = {"punster": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "safetensors"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    machine = as_dict(run.summary.get("machine"))
-    return {name: str(machine.get(name) or given) for name, given in found.items()}
-
-
-def commands(run: RunData) -> list[str]:
-    """Shell lines that repeat the run and use its result."""
-    lines = [f"git checkout {commit}"] if re.fullmatch(r"[0-9a-f]{7,40}", commit := str(run.summary.get("commit", ""))) else []
-    if run.pipeline:
-        if run.config:
-            lines.append(f"punster run {run.shown}/config.yaml --name again")
-        if policies := run.policies:
-            options = f" --gold {run.shown}/gold" if any(s.name == "gold" for s in run.stages) else ""
-            options += f" --samples {number(run.summary.get('samples')):.0f}" if number(run.summary.get("samples")) else ""
-            options += "".join(f" --best-of {n[8:]}" for n in run.models if re.fullmatch(r"best_of_\d+", n))
-            lines.append(f"punster evaluate base {' '.join(f'{run.shown}/{p}' for p in policies)}{options}")
-    elif run.config and run.stages[0].verb:
-        lines.append(f"punster {run.stages[0].verb} --config {run.shown}/config.yaml -n again")
-    return [*lines, f"punster report {run.shown}"]
-
-
-def usage(run: RunData) -> tuple[str, str]:
-    """The folder of the policy to use and the shell line that does, empty for a folder without one."""
-    policies, best = run.policies, best_model(run)
-    if not policies:
-        return "", ""
-    last = [p for p in policies if p != "placebo"][-1:] or policies
-    place = run.shown if not run.pipeline else f"{run.shown}/{best if best in policies else last[0]}"
-    return place, f'punster generate {place} "make a pun about bakers" -k 8'
-
-
-def data_used(run: RunData) -> list[str]:
-    """Names of the data of all stages: 'embedded', or file names."""
-    found = [d for s in run.stages for key in ("data", "prompts") for d in listed(s.config.get(key))]
-    return list(dict.fromkeys("embedded" if d == "embedded" else Path(d).name for d in found))
-
-
-def listed(value: Any) -> list[str]:
-    return [] if value is None else [str(v) for v in value] if isinstance(value, list) else [str(value)]
-
-
-def final_figures(run: RunData) -> dict[str, str]:
-    """The numbers in the summary of a single verb's run."""
-    return {} if run.pipeline else {k: f"{v:g}" for k, raw in run.summary.items() if (v := number(raw)) is not None}
-
-
-def seconds_text(seconds: Any) -> str:
-    value = number(seconds)
-    if value is None:
-        return ""
-    return f"{value:.0f} seconds" if value < 120 else f"{value / 60:.1f} minutes" if value < 7200 else f"{value / 3600:.1f} hours"
+from punster.model.load import BUILT_IN
 
 
 # ---- the card -------------------------------------------------------------------------------------------------------

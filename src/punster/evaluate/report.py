@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from punster.evaluate import card
-from punster.evaluate.card import RunData, Stage, as_dict, number, show
+from punster.evaluate import folder as folder_data
+from punster.evaluate.folder import RunData, Stage, as_dict, number, show
 from punster.evaluate.table import label
 
 SAMPLED_PROMPTS = 20
@@ -300,14 +300,14 @@ def root_ticks(largest: float) -> list[float]:
 def opening(run: RunData) -> str:
     """Two sentences with the key figures."""
     summary = run.summary
-    size = ", ".join(f"{summary[key]} {what}" for key, what in card.SIZES if key in summary)
-    time = card.seconds_text(summary.get("wall_seconds"))
+    size = ", ".join(f"{summary[key]} {what}" for key, what in folder_data.SIZES if key in summary)
+    time = folder_data.seconds_text(summary.get("wall_seconds"))
     facts = [f"model {run.model}" if run.model else "", f"evaluated on {size}" if size else "", f"{time} in all" if time else "",
              f"seed {seed}" if (seed := summary.get("seed", run.config.get("seed"))) is not None else ""]  # fmt: skip
     second = "; ".join(filter(None, facts))
     second = f" {second[0].upper()}{second[1:]}." if second else ""
     if run.pipeline:
-        best = card.best_model(run)
+        best = folder_data.best_model(run)
         names = ", ".join(label(s.name) for s in run.stages)
         return (
             verdict(run, best) if best else f"A pipeline of {names or 'no stages yet'}; no trained model was compared."
@@ -335,7 +335,7 @@ def verdict(run: RunData, best: str) -> str:
         text += f"; it wins {show(wins, 1, percent=True)} of comparisons with SFT"
         if low is not None and high is not None and low <= 0.5:
             text += ", so no improvement is shown" if high >= 0.5 else ", so it is worse"
-    return text + (f", at an exact KL of {kl} nats." if (kl := card.show_kl(entry)) != "–" else ".")
+    return text + (f", at an exact KL of {kl} nats." if (kl := folder_data.show_kl(entry)) != "–" else ".")
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -350,15 +350,15 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def settings(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
     """Titled tables: evaluation, time, machine, versions, and every config."""
     summary = run.summary
-    times = [(label(n), card.seconds_text(as_dict(v).get("seconds"))) for n, v in as_dict(summary.get("stages")).items()]
+    times = [(label(n), folder_data.seconds_text(as_dict(v).get("seconds"))) for n, v in as_dict(summary.get("stages")).items()]
     tables = [
         ("Decoding in the evaluation", flat(as_dict(summary.get("decoding")))),
         (
             "Time",
-            [*times, *([("in all", all_)] if (all_ := card.seconds_text(summary.get("wall_seconds"))) else [])],
+            [*times, *([("in all", all_)] if (all_ := folder_data.seconds_text(summary.get("wall_seconds"))) else [])],
         ),
         ("Machine", flat(as_dict(summary.get("machine")))),
-        ("Versions", flat({**card.versions(run), **{k: summary[k] for k in ("commit", "seed") if k in summary}})),
+        ("Versions", flat({**folder_data.versions(run), **{k: summary[k] for k in ("commit", "seed") if k in summary}})),
         ("Settings of the run", flat(run.config)),
         *((f"Settings of the stage {s.name}", flat(s.config)) for s in run.stages if run.pipeline),
     ]
@@ -372,27 +372,27 @@ def write_report(folder: Path) -> Path:
 
     from punster.train.run import write_text
 
-    run = card.read_run(Path(folder))
+    run = folder_data.read_run(Path(folder))
     frontier = frontier_figure(run)
-    models, table = card.side_by_side(run, SAMPLED_PROMPTS)
+    models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)
     cells = [
         (p, [(found[m][0], show(found[m][1]) if found[m][1] is not None else "") if m in found else ("", "") for m in models])
         for p, found in table
     ]
     last = [
-        (card.prompt_text(r.get("prompt", "")), r["completion"], show(r.get("score")))
-        for r in card.last_samples(run, SAMPLED_PROMPTS)
+        (folder_data.prompt_text(r.get("prompt", "")), r["completion"], show(r.get("score")))
+        for r in folder_data.last_samples(run, SAMPLED_PROMPTS)
     ]
     judges = run.accuracies
     kinds = list(dict.fromkeys(kind for given in judges.values() for kind in given))
     accuracies = [[kind.replace("_", " "), *(show(a.get(kind), 1, percent=True) for a in judges.values())] for kind in kinds]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE).render(
-        run=run, opening=opening(run), note=card.base_of(run)[1], columns=card.COLUMNS, explained=card.COLUMNS_EXPLAINED,
-        rows=card.result_rows(run), plain=list(card.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
+        run=run, opening=opening(run), note=folder_data.base_of(run)[1], columns=folder_data.COLUMNS, explained=folder_data.COLUMNS_EXPLAINED,
+        rows=folder_data.result_rows(run), plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
         frontier=frontier and {**frontier, "svg": Markup(frontier["svg"])}, last=last, accuracies=accuracies,
         figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *map(label, judges)],
-        settings=settings(run), commands="\n".join([*card.commands(run), *filter(None, [card.usage(run)[1]])]),
+        settings=settings(run), commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),
     )  # fmt: skip
     path = Path(folder) / "report.html"
     write_text(path, page)

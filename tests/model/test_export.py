@@ -1,0 +1,104 @@
+"""Exports are opened by transformers and peft with the same logits and scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from punster.data.batch import Example, collate
+from punster.errors import UserError
+from punster.model.export import export
+from punster.model.heads import ScalarHead
+from punster.model.load import load_model
+from punster.model.lora import Adapter
+from punster.model.role import Role, score_examples
+from punster.model.tokenizer import Tokenizer
+
+IDS = torch.tensor([[5, 9, 11, 40, 7, 3, 250, 30]])
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_llama_tied", "tiny_gpt2"])
+def trained(request: pytest.FixtureRequest) -> tuple[Role, Tokenizer]:
+    """Two stacked adapters (all layers; top two) with weights of some size, as an SFT run and a policy on it have them."""
+    folder = str(request.getfixturevalue(request.param))
+    model, generator = load_model(folder), torch.Generator().manual_seed(3)
+    adapters = []
+    for name, layers in (("sft", range(4)), ("policy", range(2, 4))):
+        adapter = Adapter.create(name, model.config, rank=3, alpha=5.0, layers=layers, generator=generator)
+        for tensor in adapter.b.values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+        adapters.append(adapter)
+    return Role(model, tuple(adapters)), Tokenizer.load(folder)
+
+
+def test_hf_has_the_same_logits(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    role, tokenizer = trained
+    out = export(role, tokenizer, "hf", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        ours = role.model.forward(IDS, role.adapters)
+        torch.testing.assert_close(theirs(IDS).logits, ours, rtol=0, atol=1e-4)
+        plain = role.model.forward(IDS)
+    assert (ours - plain).abs().max() > 1e-2  # the adapters did something
+    assert AutoTokenizer.from_pretrained(out)("hello").input_ids == tokenizer.hf("hello").input_ids
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_peft_has_the_same_logits(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    role, tokenizer = trained
+    out = export(role, tokenizer, "peft", tmp_path / "out")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == role.model.name
+    base = AutoModelForCausalLM.from_pretrained(role.model.name, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, out)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, role.model.forward(IDS, role.adapters), rtol=0, atol=1e-4)
+
+
+def test_reward_model_has_the_same_scores(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    """With a head that reads below the last layer, padding, and a pad id that is not EOS."""
+    from transformers import AutoModelForSequenceClassification
+
+    role, tokenizer = trained
+    head = ScalarHead.create(32, torch.Generator().manual_seed(5))
+    below = tuple(
+        replace(a, a={s: t for s, t in a.a.items() if ".3." not in s}, b={s: t for s, t in a.b.items() if ".3." not in s})
+        for a in role.adapters
+    )
+    scorer = replace(role, adapters=below, head=head, depth=3, normalisation=(2.0, -0.5))
+    eos = tokenizer.eos_id
+    examples = [Example((5, 9), (11, 40, eos)), Example((5, 9, 30), (7, 3, 8, 10, eos))]
+    out = export(scorer, tokenizer, "hf", tmp_path / "out")
+    theirs = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    config = json.loads((out / "config.json").read_text())
+    assert config["pad_token_id"] != eos
+    batch = collate(examples, pad_id=config["pad_token_id"])
+    mask = torch.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
+    with torch.no_grad():
+        found = theirs(batch.ids, attention_mask=mask.long()).logits[:, 0] + config["punster_score_bias"]
+    torch.testing.assert_close(found, torch.tensor(score_examples(scorer, examples)), rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    role, tokenizer = trained
+    scorer = replace(role, head=ScalarHead.create(32, torch.Generator().manual_seed(5)))
+    for case, format, message in (
+        (scorer, "peft", "policy"),
+        (replace(scorer, pooling="mean"), "hf", "pooling last"),
+        (role, "onnx", "hf or peft"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(case, tokenizer, format, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="not an empty folder"):
+        export(role, tokenizer, "hf", tmp_path / "full")
