@@ -209,3 +209,13 @@ def test_homophone_is_dropped_in_with_its_case() -> None:
     assert homophone_dropped_in({**record, "pun_word": "doe"}) == record["plain"]
     # Nothing in a word is taken for a pattern.
     assert homophone_dropped_in({"pun_word": r"\1", "alternative_word": "a.b", "plain": "a.b axb"}) == r"\1 axb"
+
+
+@pytest.mark.parametrize("split", ["train", "gold", "test"])
+def test_length_does_not_tell_a_homophone_negative(split: str) -> None:
+    """Plain sentences are half as long as puns; joined to the pun's length they are not given away by it."""
+    rows = preference_rows(("homophone",), split)
+    differences = [len(row["rejected"].split()) - len(row["chosen"].split()) for row in rows]
+    longer = sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(differences)
+    assert 0.4 <= longer <= 0.6
+    assert sum(abs(d) <= 1 for d in differences) / len(differences) > 0.8

@@ -51,7 +51,7 @@ def preference_rows(negatives: Iterable[str], split: str = "train", seed: int = 
             if kind == "off_topic":
                 rejected = chosen[(index + shift) % len(chosen)]["pun"]
             elif kind == "homophone":
-                rejected = joined(homophone_dropped_in(record), chosen[(index + shift) % len(chosen)]["plain"])
+                rejected = homophone_sentence(record, index, chosen)
             else:
                 rejected = record[kind]
             rows.append(
@@ -70,11 +70,23 @@ _LOWERED = {"a", "an", "the", "she", "he", "they", "we", "it", "his", "her", "my
             "both", "after", "before", "when", "each", "most", "some", "one", "you", "your", "at", "on", "in"}  # fmt: skip
 
 
-def joined(first: str, second: str) -> str:
-    """Two plain sentences as one, as long as a pun: alone they are half its length, which would give them away."""
+_CONNECTIVES = ("and", "but", "so", "while")
+
+
+def homophone_sentence(record: dict[str, str], index: int, others: list[dict[str, str]]) -> str:
+    """The pun word dropped into a plain sentence, joined with another plain one to exactly the pun's length where possible.
+
+    Alone plain sentences are half as long as puns, and any two of them a little longer: either would give them away.
+    """
+    first = homophone_dropped_in(record)
+    missing = len(record["pun"].split()) - len(first.split()) - 1
+    nearest = sorted(range(1, len(others)), key=lambda k: abs(len(others[(index + k) % len(others)]["plain"].split()) - missing))
+    second = others[(index + nearest[0]) % len(others)]["plain"] if nearest else ""
+    if not second:
+        return first
     word = second.split(" ", 1)[0].lower()
     second = second[:1].lower() + second[1:] if word in _LOWERED else second
-    return f"{first.rstrip('.!?')}, and {second}"
+    return f"{first.rstrip('.!?')}, {_CONNECTIVES[index % len(_CONNECTIVES)]} {second}"
 
 
 def _cased(word: str, like: str) -> str:
