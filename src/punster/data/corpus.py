@@ -79,7 +79,8 @@ def homophone_sentence(record: dict[str, str], index: int, others: list[dict[str
     Alone plain sentences are half as long as puns, and any two of them a little longer: either would give them away.
     """
     first = homophone_dropped_in(record)
-    missing = len(record["pun"].split()) - len(first.split()) - 1
+    # A third aims one word lower, since where no partner is short enough the sentence comes out longer.
+    missing = len(record["pun"].split()) - len(first.split()) - 1 - (index % 3 == 0)
     nearest = sorted(range(1, len(others)), key=lambda k: abs(len(others[(index + k) % len(others)]["plain"].split()) - missing))
     second = others[(index + nearest[0]) % len(others)]["plain"] if nearest else ""
     if not second:
