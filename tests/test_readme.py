@@ -76,4 +76,4 @@ def test_readme_reward_function_is_a_reward() -> None:
     exec(compile(source, "README.md", "exec"), scope)
     from punster.rewards import call_reward
 
-    assert call_reward("reward", scope["reward"], ["p", "p"], ["a!", "b"]) == [0.0, 1.0]  # type: ignore[arg-type]
+    assert call_reward("reward", scope["reward"], ["p", "p"], ["a!", "b"]) == [0.0, 1.0]

@@ -162,7 +162,7 @@ def test_no_text_is_taken_from_public_data(punster_data: Path) -> None:
     queries = {f"{r['id']}.{field}": words(r[field]) for r in records() for field in ("pun", "literal")}
     seen = 0
 
-    def texts():  # type: ignore[no-untyped-def]
+    def texts():
         nonlocal seen
         for text in check.texts_under(punster_data):
             seen += 1

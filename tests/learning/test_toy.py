@@ -108,7 +108,7 @@ def test_ppo_raises_the_reward(start: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"])
 def test_grpo_and_its_variants_raise_the_reward(variant: str, start: str, options: dict[str, Any]) -> None:
     name = variant.replace("+", "p")
-    config = GrpoConfig(name=name, **options, **POLICY, actor=start, steps=22, lr=1e-2, samples=8, epochs=2, variant=variant)  # type: ignore[arg-type]
+    config = GrpoConfig(name=name, **options, **POLICY, actor=start, steps=22, lr=1e-2, samples=8, epochs=2, variant=variant)
     check_learned(grpo(config, PROMPTS, share))
 
 
@@ -140,7 +140,7 @@ def sums(run: str | Path | None, examples: list[Example]) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo"])
 def test_dpo_separates_held_out_pairs(loss_type: str, start: str, options: dict[str, Any]) -> None:
-    config = DpoConfig(name=loss_type, **options, actor=start, steps=30, batch_size=16, lr=3e-3, beta=0.3, loss_type=loss_type)  # type: ignore[arg-type]
+    config = DpoConfig(name=loss_type, **options, actor=start, steps=30, batch_size=16, lr=3e-3, beta=0.3, loss_type=loss_type)
     run = dpo(config, pairs(200, seed=3))
     role, tokenizer = load_run(start)
     held_out = pairs(100, seed=4)

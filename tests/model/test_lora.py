@@ -32,7 +32,7 @@ def fresh(
 
 
 def trained(model: Decoder, name: str = "policy", seed: int = 0, **options: object) -> Adapter:
-    adapter = fresh(model, name, seed, **options)  # type: ignore[arg-type]
+    adapter = fresh(model, name, seed, **options)
     generator = torch.Generator().manual_seed(seed + 1000)
     for site in adapter.b:
         adapter.b[site] = torch.randn(adapter.b[site].shape, generator=generator) * 0.2
@@ -133,7 +133,7 @@ def test_adapter_of_another_base_is_refused(
     with pytest.raises(UserError, match="does not belong to this base model"):
         Adapter.load(tmp_path, "policy", other_family.config)
     changed = {"n_embd": 48} if model.config.family == "gpt2" else {"hidden_size": 48}
-    wider = load_model(str(make_model(model.config.family, **changed)))  # type: ignore[operator]
+    wider = load_model(str(make_model(model.config.family, **changed)))
     with pytest.raises(UserError, match=r"is \(.*32.*\), this base model needs \(.*48.*\)"):
         Adapter.load(tmp_path, "policy", wider.config)
     with pytest.raises(UserError, match="does not belong to this base model"):

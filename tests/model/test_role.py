@@ -50,7 +50,7 @@ def adapter(model: Decoder, first: int = 2, seed: int = 0, name: str = "policy")
 
 def role_on(model: Decoder, *adapters: Adapter, **options: object) -> Role:
     head = ScalarHead.create(model.config.d_model, torch.Generator().manual_seed(5))
-    return Role(model, adapters, head, **options)  # type: ignore[arg-type]
+    return Role(model, adapters, head, **options)
 
 
 def real(batch: Batch, hidden: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_cache_is_really_used_where_it_fits(model: Decoder) -> None:
 
 @torch.no_grad()
 def test_a_trunk_of_another_model_is_not_used(model: Decoder, make_model: object, folder: Path) -> None:
-    other = load_model(str(make_model(model.config.family, seed=99)))  # type: ignore[operator]
+    other = load_model(str(make_model(model.config.family, seed=99)))
     some = examples()
     foreign, plain = Trunk.compute(other, some, [2]).collate(some, [0, 5]), collate([some[0], some[5]])
     role = role_on(model, adapter(model))
@@ -251,7 +251,7 @@ def test_a_role_is_refused_on_other_weights_of_the_same_name(
     model: Decoder, folder: Path, tmp_path: Path, make_model: object
 ) -> None:
     save_role(tmp_path, role_on(model, adapter(model)), Tokenizer.load(str(folder)))
-    other = load_model(str(make_model(model.config.family, seed=99)))  # type: ignore[operator]
+    other = load_model(str(make_model(model.config.family, seed=99)))
     other.name = model.name  # the folder was filled with another model since
     with pytest.raises(UserError, match="base"):
         load_role(tmp_path, base=other)

@@ -174,4 +174,4 @@ def test_bad_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
         ({"epochs": 0}, "--epochs"),
     ):
         with pytest.raises(UserError, match=message):
-            RewardConfig(name="x", out=str(tmp_path), **settings)  # type: ignore[arg-type]
+            RewardConfig(name="x", out=str(tmp_path), **settings)

@@ -174,7 +174,7 @@ def small_role() -> Role:
     class Model:
         trained_from = None
 
-    return Role(Model(), (adapter,), trained=("a",))  # type: ignore[arg-type]
+    return Role(Model(), (adapter,), trained=("a",))
 
 
 def test_optimizer_step_clips_after_accumulation_and_uses_adam_eps() -> None:
