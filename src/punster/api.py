@@ -61,7 +61,7 @@ class Model:
             rollout = generate(self.role, ids, decoding, self.tokenizer.eos_id, generator, max(1, best_of) * (k - len(found)))
             examples = rollout.examples
             if judge is not None and best_of:
-                scores = score_examples(judge.role, examples)
+                scores = score_examples(judge.role, rollout.closed)
                 blocks = [range(i, i + best_of) for i in range(0, len(examples), best_of)]
                 examples = [examples[max(block, key=lambda i: scores[i])] for block in blocks]
             for example in examples:

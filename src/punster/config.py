@@ -106,7 +106,7 @@ class RewardConfig(TrainConfig):
     data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected")
     negatives: list[str] = opt(
         factory=lambda: ["literal", "off_topic"],
-        help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, sampled)",
+        help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, sampled)",
     )
     rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)")
     sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)")
@@ -131,7 +131,7 @@ class RewardConfig(TrainConfig):
         for flag, count in counts.items():
             require(count >= 0, f"--{flag} must be >= 0, got {count}")
         require(self.normalise_samples == 0 or self.normalise_samples >= 2, "--normalise-samples must be 0 or at least 2")
-        known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "sampled")
+        known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
         require("sampled" not in self.negatives or self.pretrained is not None, "--negatives sampled needs an SFT run (-p)")

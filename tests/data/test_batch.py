@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from punster.data.batch import Example, collate, epoch_order, token_batches
+from punster.data.batch import Example, PrefixTree, collate, epoch_order, prefix_batches, token_batches
 from punster.model.load import load_model
 from punster.model.role import Role
 
@@ -54,6 +54,49 @@ def test_the_pad_id_is_irrelevant(pad: int, tiny_llama: Path) -> None:
     role = Role(load_model(str(tiny_llama)))
     with torch.no_grad():
         assert torch.equal(role.response_hidden(first), role.response_hidden(second))
+
+
+def test_prefix_tree_by_hand() -> None:
+    rows = [(1, 2, 3), (1, 2, 4, 5), (2, 3), (1, 2, 3)]
+    tree = PrefixTree.of(rows)
+    assert tree.nodes.tolist() == [[0, 1, 2, 0], [0, 1, 3, 4], [5, 6, 0, 0], [0, 1, 2, 0]]
+    assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
+    assert tree.starts == [0, 2, 0, 3]
+    ids = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 5], [2, 3, 0, 0], [1, 2, 3, 0]])
+    assert tree.gather(ids).tolist() == [[1, 2, 3, 4, 5, 2, 3]]
+    left = PrefixTree.of(rows, left=True)
+    assert left.nodes.tolist() == [[0, 0, 1, 2], [0, 1, 3, 4], [0, 0, 5, 6], [0, 0, 1, 2]]
+    assert left.gather(torch.tensor([[0, 1, 2, 3], [1, 2, 4, 5], [0, 0, 2, 3], [0, 1, 2, 3]])).tolist() == [[1, 2, 3, 4, 5, 2, 3]]
+
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=9), min_size=1, max_size=12)
+
+
+@given(rows=SEQUENCES, left=st.booleans())
+@settings(deadline=None, max_examples=200, derandomize=True)
+def test_a_prefix_tree_holds_every_distinct_prefix_once(rows: list[list[int]], left: bool) -> None:
+    tree, longest = PrefixTree.of(rows, left=left), max(map(len, rows))
+    distinct = {tuple(row[: k + 1]) for row in rows for k in range(len(row))}
+    assert tree.first.numel() == len(distinct)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        at = longest - len(row) if left else 0
+        ids[place, at : at + len(row)] = torch.tensor(row)
+    spread = tree.spread(tree.gather(ids)[..., None])[..., 0]
+    for place, row in enumerate(rows):
+        at = longest - len(row) if left else 0
+        assert spread[place, at : at + len(row)].tolist() == row
+        assert tree.positions[0, tree.nodes[place, at : at + len(row)]].tolist() == list(range(len(row)))
+
+
+@given(rows=SEQUENCES, limit=st.integers(1, 30))
+@settings(deadline=None, max_examples=200, derandomize=True)
+def test_prefix_batches_cover_all_rows_once_within_the_limit(rows: list[list[int]], limit: int) -> None:
+    some = [Example(tuple(row[:1]), tuple(row[1:])) for row in rows]
+    groups = prefix_batches(some, limit)
+    assert sorted(row for group in groups for row in group) == list(range(len(rows)))
+    for group in groups:
+        assert len(group) == 1 or PrefixTree.of([rows[row] for row in group]).first.numel() <= limit
 
 
 def test_empty_prompt_or_response_is_refused() -> None:

@@ -195,6 +195,25 @@ def test_preference_rows(split: str) -> None:
             assert row["rejected"] == by_id[row["id"]][row["kind"]]
 
 
+def test_garbled_and_spliced_texts_are_as_long_and_neither_whole_pun() -> None:
+    chosen = {record["id"]: record["pun"].split() for record in part("gold")}
+    every = [record["pun"].split() for record in part("gold")]
+    for row in preference_rows(["garbled"], "gold"):
+        own, text = chosen[row["id"]], row["rejected"].split()
+        changed = sum(a != b for a, b in zip(own, text, strict=True))
+        assert 1 <= changed <= len(own) / 2 + 1, row["id"]
+        assert all(a.strip(".,!?'\"")[:1].isupper() == b.strip(".,!?'\"")[:1].isupper() for a, b in zip(own, text, strict=True))
+    beginnings = 0
+    for row in preference_rows(["spliced"], "gold"):
+        own, text = chosen[row["id"]], row["rejected"].split()
+        half = len(own) // 2
+        beginnings += text[:half] == own[:half]
+        assert text[:half] == own[:half] or text[-(len(own) - half) :] == own[-(len(own) - half) :]
+        assert abs(len(text) - len(own)) <= half
+        assert text not in every
+    assert beginnings == pytest.approx(len(chosen) / 2, abs=1.5)
+
+
 def test_off_topic_partners_are_a_seeded_derangement() -> None:
     rows = preference_rows(["off_topic"], "test", seed=4)
     puns = [record["pun"] for record in part("test")]

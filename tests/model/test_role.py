@@ -70,6 +70,38 @@ def gradients(role: Role, batch: Batch) -> list[Tensor]:
     return found
 
 
+def twins() -> list[Example]:
+    """Samples of one prompt, a text that is the beginning of another, and an equal pair."""
+    prompt = (7, 8, 9, 10)
+    endings = [(11, 12, 13), (11, 12, 14, 15, 16), (11, 12), (20, 21, 22), (11, 12, 13)]
+    return [Example(prompt, ending) for ending in endings] + [Example((7, 8, 30), (11, 12, 13)), Example((5,), (6,))]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_shared_prefixes_run_once_and_change_nothing(model: Decoder, cached: bool) -> None:
+    some = twins()
+    role = role_on(model, adapter(model).trainable(), trained=("policy",))
+    role.head.trainable()
+    together = collate(some)
+    assert together.tree.first.numel() == 19 < sum(example.length for example in some)  # 44 tokens, 19 distinct prefixes
+    batch = Trunk.compute(model, some, [2]).collate(some, range(len(some))) if cached else together
+    assert cached == (2 in batch.trunk)
+    found_scores, found = role.scores(batch).detach(), gradients(role, batch)
+    alone = [collate([example]) for example in some]
+    assert_same(found_scores, torch.cat([role.scores(one).detach() for one in alone]))
+    expected = [sum(parts) for parts in zip(*(gradients(role, one) for one in alone), strict=True)]
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b, 2e-6)
+
+
+def test_a_trunk_of_longer_texts_serves_their_beginnings(model: Decoder) -> None:
+    some = examples()
+    longer = [Example(example.prompt, (*example.response, 2)) for example in some]
+    cached, plain = Trunk.compute(model, longer, [2]).collate(some, [0, 3, 4]), collate([some[row] for row in (0, 3, 4)])
+    role = role_on(model, adapter(model))
+    assert_same(real(cached, role.hidden(cached)), real(plain, role.hidden(plain)))
+
+
 @pytest.mark.parametrize("depths", [(2,), (1,), (1, 2, 3)])
 def test_cached_trunk_equals_uncached_gradients_included(model: Decoder, depths: tuple[int, ...]) -> None:
     some = examples()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from punster.data.batch import collate
+from punster.data.batch import Example, collate
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.lora import Adapter
@@ -172,6 +172,13 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not(role: Role) -
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
+def test_closed_examples_all_end_with_eos_within_the_context() -> None:
+    some = [Example((5, 6), (7, 2)), Example((5, 6), (7, 8)), Example((5, 6, 7), (8, 9))]
+    rollout = Rollout(some, [], [True, False, False], eos_id=2, max_positions=5)
+    assert [example.response for example in rollout.closed] == [(7, 2), (7, 8, 2), (8, 2)]
+    assert [example.prompt for example in rollout.closed] == [example.prompt for example in some]
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(role: Role) -> None:
     assert role.model.config.max_positions == 128
     generate(role, [[1] * 124], Decoding(4), EOS, seeded(1))  # fits exactly

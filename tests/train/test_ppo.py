@@ -17,8 +17,8 @@ from punster.config import PpoConfig, RewardConfig, SftConfig
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.role import score_examples
-from punster.train.experience import open_policy
-from punster.train.ppo import make_critic, ppo
+from punster.train.experience import collect, open_policy
+from punster.train.ppo import calibrate, make_critic, ppo
 from punster.train.reward import train_reward
 from punster.train.run import load_run, seeded
 from punster.train.setup import encode
@@ -128,6 +128,35 @@ def test_the_critic_starts_as_the_normalised_reward_model(config: Config, reward
     assert score_examples(critic, examples) == pytest.approx(score_examples(model, examples), abs=1e-5)
     assert critic.parameters() and all(tensor.requires_grad for tensor in critic.parameters())
     assert not any(tensor.requires_grad for adapter in model.adapters for tensor in adapter.parameters())
+
+
+def test_the_first_rollout_calibrates_the_critic(config: Config, reward_run: str) -> None:
+    """Least squares by torch.linalg: the head's scale and shift, and the rollout's values with them; never a negative scale."""
+    setup = open_policy(config(reward_model=reward_run), None, None)
+    critic = make_critic(config(), setup.reward.model, setup.reference)
+    exp = collect(setup, [0, 1, 2, 3, 4, 5], seeded(1, "sampling"), seeded(1, "minibatches"), critic=critic)
+    assert critic.head is not None
+    before, weight, bias = exp.values[exp.mask], critic.head.weight.clone(), critic.head.bias.clone()
+    to_go = 3 * exp.values + 0.5 + 0.1 * torch.sin(torch.arange(exp.mask.numel()).view(exp.mask.shape))
+    rewards = (to_go - torch.nn.functional.pad(to_go * exp.mask, (0, 1))[:, 1:]) * exp.mask
+    calibrate(critic, exp, rewards, 1.0)
+    design = torch.stack([before, torch.ones_like(before)], 1)
+    gain, offset = torch.linalg.lstsq(design, to_go[exp.mask][:, None]).solution[:, 0]
+    torch.testing.assert_close(critic.head.weight, weight * gain, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(critic.head.bias, bias * gain + offset, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(exp.values[exp.mask], before * gain + offset, rtol=1e-3, atol=1e-4)
+    calibrate(critic, exp, -rewards, 1.0)
+    assert not critic.head.weight.any() and (exp.values[exp.mask] - exp.values[exp.mask][0]).abs().max() < 1e-6
+
+
+def test_cut_off_responses_are_scored_as_if_they_had_ended(config: Config, reward_run: str) -> None:
+    setup = open_policy(config(reward_model=reward_run, max_new_tokens=2), None, None)
+    exp = collect(setup, [0, 1, 2, 3], seeded(1, "sampling"), seeded(1, "minibatches"))
+    eos = setup.tokenizer.eos_id
+    assert not bool(exp.finished.all()) and setup.reward.model is not None
+    closed = [e if done else replace(e, response=(*e.response, eos)) for e, done in zip(exp.examples, exp.finished, strict=True)]
+    assert exp.scores.tolist() == pytest.approx(score_examples(setup.reward.model, closed), abs=1e-5)
+    assert exp.scores.tolist() != pytest.approx(score_examples(setup.reward.model, exp.examples), abs=1e-3)
 
 
 def test_rewards_of_model_and_function_reach_the_scores(config: Config, reward_run: str, tmp_path: Path, reader: Any) -> None:

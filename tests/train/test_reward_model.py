@@ -19,7 +19,7 @@ from punster.errors import UserError
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, score_examples
 from punster.rollout.sampler import Decoding, generate
-from punster.train.reward import encode_pairs, shuffled, train_reward
+from punster.train.reward import balanced, encode_pairs, shuffled, train_reward
 from punster.train.run import load_run, seeded
 
 Make = Callable[..., Any]
@@ -115,6 +115,17 @@ def test_micro_batches_do_not_change_a_reward_run(tiny_llama: Path, tmp_path: Pa
     runs = [train_reward(replace(config, name=name, max_tokens=size), PAIRS) for name, size in (("a", 64), ("b", 100_000))]
     for metric in ("loss", "margin", "grad_norm"):
         assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), abs=1e-5)
+
+
+def test_balanced_pairs_have_the_longer_text_right_as_often_as_wrong(reward_run: str) -> None:
+    tokenizer = load_run(reward_run)[1]
+    pun = "the sea made dough."
+    length = len(tokenizer.response_ids(pun))
+    gaps = [3] * 7 + [-2] * 4 + [9] * 5 + [0] * 2 + [-30]
+    rows = [{"id": str(i), "chosen": pun, "rejected": "x", "rejected_ids": [5] * (length - gap)} for i, gap in enumerate(gaps)]
+    kept = [gaps[int(row["id"])] for row in balanced(rows, tokenizer)]
+    assert sorted(kept) == [-2] * 4 + [0] * 2 + [3] * 4  # 9 and -30 have no counterpart
+    assert balanced([], tokenizer) == []
 
 
 def test_shuffled_labels_are_a_seeded_coin_for_each_pair(make: Make) -> None:

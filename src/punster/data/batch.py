@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,16 +23,63 @@ class Example:
 
 
 @dataclass
+class PrefixTree:
+    """The distinct prefixes of a batch, so that what texts begin with in common runs once; no padding runs either.
+
+    Under causal attention a token's state depends on its prefix alone. N nodes, one a distinct prefix: texts of one prompt,
+    a pun and its twin, and the template of the prompt format all share theirs.
+    """
+
+    nodes: Tensor  # (B, T) node of each token; 0 on pads, of which nothing is read
+    first: Tensor  # (N,) index into B * T of the first token at each node
+    positions: Tensor  # (1, N) length of the prefix before each node's token
+    starts: list[int]  # for each row, the length of the prefix that an earlier row has
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", left: bool = False) -> PrefixTree:
+        """The tree of rows padded on the right, or on the left."""
+        longest = max(len(sequence) for sequence in sequences)
+        known: dict[tuple[int, int], int] = {}
+        nodes = torch.zeros(len(sequences), longest, dtype=torch.long)
+        first, positions, starts = [], [], []
+        for row, sequence in enumerate(sequences):
+            node, shared, path = -1, 0, []
+            offset = longest - len(sequence) if left else 0
+            for place, token in enumerate(sequence):
+                key = (node, token)
+                if key in known:
+                    node, shared = known[key], place + 1
+                else:
+                    node = known[key] = len(first)
+                    first.append(row * longest + offset + place)
+                    positions.append(place)
+                path.append(node)
+            nodes[row, offset : offset + len(path)] = torch.tensor(path)
+            starts.append(shared)
+        as_tensor = partial(torch.tensor, dtype=torch.long, device=device)
+        return cls(nodes.to(device), as_tensor(first), as_tensor(positions)[None], starts)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(1, N, …) per node -> (B, T, …) per token."""
+        return x[0].index_select(0, self.nodes.flatten()).view(*self.nodes.shape, *x.shape[2:])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, …) per token -> (1, N, …) per node: tokens of one node are equal."""
+        return x.reshape(-1, *x.shape[2:]).index_select(0, self.first)[None]
+
+
+@dataclass
 class Batch:
     """Right-padded rows [prompt, response, padding]. Causal attention needs no mask: nothing real looks at a pad.
 
-    ids (B, T); prompt_lengths, lengths (B,); trunk: depth -> (B, T, d) activations of the plain base; R is the longest
+    ids (B, T); prompt_lengths, lengths (B,); trunk: depth -> (1, N, d) activations of the plain base; R is the longest
     response of the batch, and per-token quantities of responses are (B, R).
     """
 
     ids: Tensor
     prompt_lengths: Tensor
     lengths: Tensor
+    tree: PrefixTree
     trunk: dict[int, Tensor] = field(default_factory=dict)
     trunk_keys: dict[int, str] = field(default_factory=dict)
 
@@ -68,13 +116,14 @@ def collate(examples: Sequence[Example], pad_id: int = 0, device: torch.device |
     """Pad on the right. Any pad id will do, an id that also occurs in texts included."""
     longest = max(example.length for example in examples)
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
+    sequences = [example.prompt + example.response for example in examples]
     for row, example in enumerate(examples):
         if not example.prompt or not example.response:
             raise ValueError("an example needs at least one prompt token and one response token")
-        ids[row, : example.length] = torch.tensor(example.prompt + example.response)
+        ids[row, : example.length] = torch.tensor(sequences[row])
     prompts = torch.tensor([len(example.prompt) for example in examples])
     lengths = torch.tensor([example.length for example in examples])
-    return Batch(ids.to(device), prompts.to(device), lengths.to(device))
+    return Batch(ids.to(device), prompts.to(device), lengths.to(device), PrefixTree.of(sequences, device))
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -86,6 +135,26 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             groups[-1].append(row)
         else:
             groups.append([row])
+    return groups
+
+
+def prefix_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+    """Split row numbers into groups of at most max_tokens distinct prefixes (at least one row), texts that share one together."""
+    sequences = [example.prompt + example.response for example in examples]
+    groups: list[list[int]] = []
+    size = 0
+    before: tuple[int, ...] = ()
+    for row in sorted(range(len(sequences)), key=lambda row: (sequences[row], row)):
+        sequence = sequences[row]
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b), min(len(before), len(sequence))
+        )
+        size += len(sequence) - shared
+        if not groups or size > max_tokens:
+            groups.append([])
+            size = len(sequence)
+        groups[-1].append(row)
+        before = sequence
     return groups
 
 

@@ -17,7 +17,7 @@ import torch
 
 from punster.data.schema import Row
 
-NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak")
+NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced")
 
 
 @cache
@@ -52,12 +52,36 @@ def preference_rows(negatives: Iterable[str], split: str = "train", seed: int = 
                 rejected = chosen[(index + shift) % len(chosen)]["pun"]
             elif kind == "homophone":
                 rejected = homophone_sentence(record, index, chosen)
+            elif kind == "garbled":
+                rejected = garbled(record["pun"], chosen[(index + shift) % len(chosen)]["pun"], index)
+            elif kind == "spliced":
+                rejected = spliced(record["pun"], chosen[(index + shift) % len(chosen)]["pun"], index)
             else:
                 rejected = record[kind]
             rows.append(
                 {"prompt": record["prompt"], "chosen": record["pun"], "rejected": rejected, "kind": kind, "id": record["id"]}
             )
     return rows
+
+
+def garbled(text: str, other: str, index: int) -> str:
+    """Every third longer word replaced by one of another text, in its case and punctuation: as long, on the topic, senseless."""
+    donors = re.findall(r"[a-z]{4,}", other.lower()) or ["thing"]
+    count = index
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal count
+        count += 1
+        return match[0] if count % 3 else _cased(donors[count // 3 % len(donors)], match[0])
+
+    return re.sub(r"[A-Za-z]{4,}", replace, text)
+
+
+def spliced(text: str, other: str, index: int) -> str:
+    """Half of this text and half of another, by turns its beginning and its end: as long, well written, about two things."""
+    own, strange = text.split(), other.split()
+    half, rest = len(own) // 2, len(own) - len(own) // 2
+    return " ".join(own[:half] + strange[-rest:] if index % 2 else strange[:half] + own[-rest:])
 
 
 def homophone_dropped_in(record: dict[str, str]) -> str:

@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         role = reference if label == reference_label else opened(label, paths[label], reference, config, tokenizer)
         count = pool if label == reference_label else config.samples
         rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(config.seed, f"evaluate/{label}"), count)
-        scores = by_prompt(score_examples(gold, rollout.examples), count)
+        scores = by_prompt(score_examples(gold, rollout.closed), count)
         gold_by_model[label] = scores
         if label == reference_label and config.best_of:
             proxy_scores = by_prompt(proxy_of(config, rollout, reference, tokenizer), count)
@@ -154,7 +154,7 @@ def proxy_of(config: EvaluateConfig, rollout: Rollout, reference: Role, tokenize
     path = config.proxy or sibling(config.models, "reward")
     if path is None:
         raise UserError("--best-of needs the reward model that selects: --proxy RUN")
-    return score_examples(open_reward_model(path, config, reference, tokenizer), rollout.examples)
+    return score_examples(open_reward_model(path, config, reference, tokenizer), rollout.closed)
 
 
 @torch.no_grad()

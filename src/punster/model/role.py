@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from punster.data.batch import Batch, Example, collate, token_batches
+from punster.data.batch import Batch, Example, collate, prefix_batches
 from punster.model.heads import ScalarHead
 from punster.model.lora import Adapter
 from punster.model.transformer import Decoder
@@ -62,11 +62,11 @@ class Role:
 
     # ---- passes -----------------------------------------------------------------------------------------------
     def hidden(self, batch: Batch) -> Tensor:
-        """(B, T, d) states after the final norm, from the batch's trunk activations where they fit."""
+        """(B, T, d) states after the final norm, from the batch's trunk activations where they fit; each prefix runs once."""
         depth = max((d for d in batch.trunk if d <= self.first_layer and self._shares(batch, d)), default=None)
-        state = self.model.embed(batch.ids) if depth is None else batch.trunk[depth]
-        state = self.model.blocks(state, depth or 0, self.last_layer, adapters=self.adapters)
-        return self.model.final_norm(state)
+        state = self.model.embed_tree(batch.ids, batch.tree) if depth is None else batch.trunk[depth]
+        state = self.model.blocks(state, depth or 0, self.last_layer, adapters=self.adapters, tree=batch.tree)
+        return batch.tree.spread(self.model.final_norm(state))
 
     def _shares(self, batch: Batch, depth: int) -> bool:
         return batch.trunk_keys.get(depth) == self.model.trunk_key(depth)
@@ -115,24 +115,25 @@ class Trunk:
         wanted = sorted({depth for depth in depths if depth > 0})
         unique = list(dict.fromkeys(examples[row] for row in (range(len(examples)) if only is None else sorted(only))))
         states: dict[int, dict[Example, Tensor]] = {depth: {} for depth in wanted}
-        for rows in token_batches([example.length for example in unique], max_tokens) if wanted else []:
+        for rows in prefix_batches(unique, max_tokens) if wanted else []:
             batch = collate([unique[row] for row in rows], device=model.device)
-            state, done = model.embed(batch.ids), 0
+            state, done = model.embed_tree(batch.ids, batch.tree), 0
             for depth in wanted:
-                state, done = model.blocks(state, done, depth), depth
+                state, done = model.blocks(state, done, depth, tree=batch.tree), depth
                 for place, row in enumerate(rows):
-                    states[depth][unique[row]] = state[place, : unique[row].length].clone()
+                    states[depth][unique[row]] = state[0, batch.tree.nodes[place, : unique[row].length]]
         keys = {depth: model.trunk_key(depth) for depth in wanted}
         absent = torch.empty(0, model.config.d_model)
         return cls(keys, {depth: [states[depth].get(example, absent) for example in examples] for depth in wanted})
 
     def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """A padded batch of some of the examples, with their activations."""
+        """A padded batch of some of the examples, with their activations (attention is causal: a longer text's serve too)."""
         batch = collate([examples[row] for row in rows], device=device)
         for depth, states in self.rows.items():
-            if any(len(states[row]) != examples[row].length for row in rows):
+            if any(len(states[row]) < examples[row].length for row in rows):
                 raise KeyError(f"the trunk was not computed for one of the rows {list(rows)[:8]}")
-            batch.trunk[depth] = torch.nn.utils.rnn.pad_sequence([states[row] for row in rows], batch_first=True)
+            new = zip(rows, batch.tree.starts, strict=True)  # a row's own nodes are the end of it
+            batch.trunk[depth] = torch.cat([states[row][start : examples[row].length] for row, start in new])[None]
         batch.trunk_keys = self.keys
         return batch
 
@@ -141,7 +142,7 @@ class Trunk:
 def score_examples(role: Role, examples: Sequence[Example], trunk: Trunk | None = None, max_tokens: int = 4096) -> list[float]:
     """Normalised scores of many examples, in their order."""
     scores = [0.0] * len(examples)
-    for rows in token_batches([example.length for example in examples], max_tokens):
+    for rows in prefix_batches(examples, max_tokens):
         batch = (
             trunk.collate(examples, rows, role.model.device)
             if trunk

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from punster.data.batch import PrefixTree
 from punster.errors import UserError
 from punster.model.lora import Adapter, low_rank
 
@@ -122,6 +123,15 @@ class KeyValueCache:
         self.values = [v.index_select(0, rows) for v in self.values]
 
 
+@dataclass(frozen=True)
+class Attention:
+    """What queries may look at: a mask (None: causal over the tokens given), earlier keys, and how nodes make up rows."""
+
+    mask: Tensor | None = None
+    cache: KeyValueCache | None = None
+    tree: PrefixTree | None = None
+
+
 class Decoder:
     """The network: weights, configuration, and the passes over them. Hidden states are always fp32."""
 
@@ -216,20 +226,26 @@ class Decoder:
             hidden = hidden + F.embedding(positions, self.weights["transformer.wpe.weight"]).float()
         return hidden
 
-    def blocks(
-        self, hidden: Tensor, first: int, last: int, *, adapters: Sequence[Adapter] = (),
-        positions: Tensor | None = None, mask: Tensor | None = None, cache: KeyValueCache | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Run layers first..last-1 on (B, T, d).
+    def embed_tree(self, ids: Tensor, tree: PrefixTree) -> Tensor:
+        """(B, T) ids -> (1, N, d) fp32, one state a distinct prefix."""
+        return self.embed(tree.gather(ids), tree.positions)
 
+    def blocks(
+        self, hidden: Tensor, first: int, last: int, *, adapters: Sequence[Adapter] = (), positions: Tensor | None = None,
+        mask: Tensor | None = None, cache: KeyValueCache | None = None, tree: PrefixTree | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run layers first..last-1 on (B, T, d), or with a tree on (1, N, d).
+
+        tree: products run on the N distinct prefixes of a batch; attention alone sees whole rows.
         positions: (B, T) or None for 0..T-1. mask: boolean (B, T, S), true where a query may look, or None for plain
         causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
         """
+        positions = tree.positions if tree is not None else positions
         rotation = self._rotation(positions, hidden.shape[1]) if self.config.family == "llama" else None
         step = self._gpt2_block if self.config.family == "gpt2" else self._llama_block
         for layer in range(first, last):
-            hidden = step(hidden, layer, adapters, rotation, mask, cache)
+            hidden = step(hidden, layer, adapters, rotation, Attention(mask, cache, tree))
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -276,8 +292,11 @@ class Decoder:
         angles = torch.cat((angles, angles), -1)
         return angles.cos(), angles.sin()
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, seen: Attention) -> Tensor:
         """q (B, H, T, h), k and v (B, K, T, h) -> (B, T, H*h). Keys are never expanded for grouped queries in decoding."""
+        mask, cache, tree = seen.mask, seen.cache, seen.tree
+        if tree is not None:
+            q, k, v = (tree.spread(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         rows, heads, length, size = q.shape
         groups = heads // k.shape[1]
         if cache is not None:
@@ -298,11 +317,12 @@ class Decoder:
             # A row of a left pad may look at nothing: let it look at itself, so that it stays finite.
             safe = mask | ~mask.any(-1, keepdim=True)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=safe[:, None])
-        return out.transpose(1, 2).reshape(rows, length, heads * size)
+        out = out.transpose(1, 2).reshape(rows, length, heads * size)
+        return out if tree is None else tree.gather(out)
 
     def _llama_block(
         self, x: Tensor, layer: int, adapters: Sequence[Adapter], rotation: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None, cache: KeyValueCache | None,
+        seen: Attention,
     ) -> Tensor:  # fmt: skip
         at, c = self.config.block_prefix(layer), self.config
         rows, length, _ = x.shape
@@ -313,20 +333,20 @@ class Decoder:
         assert rotation is not None
         cos, sin = rotation
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = x + self._linear(self._attend(q, k, v, layer, mask, cache), at + "self_attn.o_proj", adapters)
+        x = x + self._linear(self._attend(q, k, v, layer, seen), at + "self_attn.o_proj", adapters)
         y = self._norm(x, at + "post_attention_layernorm")
         gate = activate(self._linear(y, at + "mlp.gate_proj", adapters), c.activation)
         return x + self._linear(gate * self._linear(y, at + "mlp.up_proj", adapters), at + "mlp.down_proj", adapters)
 
     def _gpt2_block(
         self, x: Tensor, layer: int, adapters: Sequence[Adapter], rotation: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None, cache: KeyValueCache | None,
+        seen: Attention,
     ) -> Tensor:  # fmt: skip
         at, c = self.config.block_prefix(layer), self.config
         rows, length, _ = x.shape
         y = self._linear(self._norm(x, at + "ln_1"), at + "attn.c_attn", adapters)
         q, k, v = (part.view(rows, length, c.n_head, c.d_head).transpose(1, 2) for part in y.split(c.d_model, -1))
-        x = x + self._linear(self._attend(q, k, v, layer, mask, cache), at + "attn.c_proj", adapters)
+        x = x + self._linear(self._attend(q, k, v, layer, seen), at + "attn.c_proj", adapters)
         y = activate(self._linear(self._norm(x, at + "ln_2"), at + "mlp.c_fc", adapters), c.activation)
         return x + self._linear(y, at + "mlp.c_proj", adapters)
 

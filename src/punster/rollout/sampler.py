@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from punster.data.batch import Example
+from punster.data.batch import Example, PrefixTree
 from punster.errors import UserError
 from punster.model.lora import join
 from punster.model.role import Role
-from punster.model.transformer import KeyValueCache, positions_of
+from punster.model.transformer import KeyValueCache, causal_mask
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ class Rollout:
     examples: list[Example]
     log_probs: list[Tensor]  # the sampler's own, per response token
     finished: list[bool]  # ended with EOS (which is part of the response)
+    eos_id: int = -1
+    max_positions: int = 1 << 30
+
+    @property
+    def closed(self) -> list[Example]:
+        """The examples as reward models read them: all end with EOS, the cut-off ones too.
+
+        A head that reads at the last token was trained on EOS and means nothing elsewhere. That a response did not end by
+        itself is the business of the missing-EOS penalty and of the EOS rate.
+        """
+        whole = []
+        for example, done in zip(self.examples, self.finished, strict=True):
+            room = example.length < self.max_positions
+            cut = example.response if room else example.response[:-1]
+            whole.append(example if done else Example(example.prompt, (*cut, self.eos_id)))
+        return whole
 
 
 @torch.no_grad()
@@ -88,7 +104,7 @@ def generate(
             examples[row] = Example(tuple(prompts[row // samples]), tuple(ids))
             log_probs[row] = logs
             finished[row] = ids[-1] == eos_id
-    return Rollout([example for example in examples if example is not None], log_probs, finished)
+    return Rollout([example for example in examples if example is not None], log_probs, finished, eos_id, limit)
 
 
 def _generate(
@@ -102,7 +118,7 @@ def _generate(
         ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
         mask[row, widest - len(prompt) :] = True
     cache = KeyValueCache(model.config, len(prompts), widest + decoding.max_new_tokens, torch.float32, device)
-    logits = prefill(role, ids, mask, cache)
+    logits = prefill(role, ids, mask, cache, PrefixTree.of(prompts, device, left=True))
     if samples > 1:  # the prompt was run once for all its samples
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
         cache.select(repeat)
@@ -134,16 +150,13 @@ def _generate(
     return [(tokens[row, : lengths[row]].tolist(), logs[row, : lengths[row]].cpu()) for row in range(total)]
 
 
-def prefill(role: Role, ids: Tensor, mask: Tensor, cache: KeyValueCache) -> Tensor:
-    """Run left-padded prompts (B, P) into an empty cache; logits (B, V) of the next token."""
+def prefill(role: Role, ids: Tensor, mask: Tensor, cache: KeyValueCache, tree: PrefixTree) -> Tensor:
+    """Run left-padded prompts (B, P) into an empty cache, what they share once; logits (B, V) of the next token."""
     model = role.model
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    positions = positions_of(mask)
-    hidden = model.embed(ids, positions)
-    attention = causal[None] & mask[:, None, :]
-    hidden = model.blocks(hidden, 0, role.last_layer, adapters=role.adapters, positions=positions, mask=attention, cache=cache)
+    hidden = model.embed_tree(ids, tree)
+    hidden = model.blocks(hidden, 0, role.last_layer, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree)
     cache.length = ids.shape[1]
-    return model.logits(model.final_norm(hidden[:, -1]))
+    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]]))
 
 
 def decode_one_token(role: Role, token: Tensor, mask: Tensor, cache: KeyValueCache) -> Tensor:

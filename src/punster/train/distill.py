@@ -34,7 +34,7 @@ def distill(config: DistillConfig) -> Path | None:
     else:
         decoding = Decoding(config.max_new_tokens)
         rollout = generate(policy, ids, decoding, tokenizer.eos_id, seeded(config.seed, "sampling"), config.best_of)
-        scores = score_examples(judge, rollout.examples)
+        scores = score_examples(judge, rollout.closed)
         for i, prompt in enumerate(prompts):
             places = [k for k in range(i * config.best_of, (i + 1) * config.best_of) if rollout.finished[k]]
             if places:

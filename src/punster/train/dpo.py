@@ -165,7 +165,7 @@ def sampled_pairs(
     """Best (even places) and worst (odd) of several samples to each prompt, by reward; unfinished ones rank last."""
     decoding = Decoding(config.max_new_tokens, config.temperature)
     rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
-    scores = score_examples(judge, rollout.examples)
+    scores = score_examples(judge, rollout.closed)
     ranked = [score - 1e3 * (not done) for score, done in zip(scores, rollout.finished, strict=True)]
     # Where nothing ends nothing should be preferred, unless there is no other choice at all.
     groups = [range(start, start + config.samples) for start in range(0, len(ranked), config.samples)]

@@ -93,10 +93,11 @@ class Experience:
     scores: Tensor  # (B,)
     finished: Tensor  # (B,) bool
     max_tokens: int
+    samples: int = 1
 
     def regroup(self, minibatches: int, generator: torch.Generator) -> list[list[list[int]]]:
         """A fresh permutation for another pass."""
-        return partition(self.examples, minibatches, generator, self.max_tokens)
+        return partition(self.examples, minibatches, generator, self.max_tokens, self.samples)
 
     def metrics(self, beta: float, scores: Tensor) -> dict[str, float]:
         """Rollout metrics under TRL's names; KL and entropy are sums per response and means per token."""
@@ -126,10 +127,15 @@ class Experience:
 
 
 def partition(
-    examples: Sequence[Example], minibatches: int, generator: torch.Generator, max_tokens: int
+    examples: Sequence[Example], minibatches: int, generator: torch.Generator, max_tokens: int, samples: int = 1
 ) -> list[list[list[int]]]:
-    """Rows permuted, cut into minibatches, each cut into micro-batches of similar length."""
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    """Rows permuted, cut into minibatches, each cut into micro-batches of similar length.
+
+    The samples of one prompt stay together where there are enough prompts: their prompt then runs once.
+    """
+    block = samples if len(examples) >= minibatches * samples else 1
+    blocks = torch.randperm(len(examples) // block, generator=generator).tolist()
+    order = [place * block + k for place in blocks for k in range(block)]
     size = -(-len(order) // minibatches)
     result = []
     for start in range(0, len(order), size):
@@ -153,9 +159,10 @@ def collect(
     texts = [setup.tokenizer.decode(example.response) for example in examples]
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     base = min((role.model for role in roles), key=lambda model: model.trained_from is not None)
-    trunk = Trunk.compute(base, examples, sorted({role.first_layer for role in roles}), setup.max_tokens)
-    scores = setup.reward(prompts, texts, examples, trunk)
-    groups = partition(examples, minibatches, shuffling, setup.max_tokens)
+    closed = rollout.closed
+    trunk = Trunk.compute(base, closed, sorted({role.first_layer for role in roles}), setup.max_tokens)
+    scores = setup.reward(prompts, texts, closed, trunk)
+    groups = partition(examples, minibatches, shuffling, setup.max_tokens, samples)
     lengths = torch.tensor([len(example.response) for example in examples])
     shape = (len(examples), int(lengths.max()))
     device = policy.model.device
@@ -179,7 +186,7 @@ def collect(
         mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device),
         log_prob=tensors["log_prob"], ref_log_prob=tensors["ref_log_prob"], kl=tensors["kl"], entropy=tensors["entropy"],
         values=tensors["values"], sampler_log_prob=tensors["sampler"], scores=torch.tensor(scores, device=device),
-        finished=torch.tensor(rollout.finished, device=device), max_tokens=setup.max_tokens,
+        finished=torch.tensor(rollout.finished, device=device), max_tokens=setup.max_tokens, samples=samples,
     )  # fmt: skip
 
 
@@ -192,7 +199,7 @@ def sample_table(run: Run, step: int, setup: Setup) -> dict[str, float]:
     ids = [setup.tokenizer.prompt_ids(prompt) for prompt in prompts]
     rollout = generate(setup.policy, ids, setup.decoding, setup.tokenizer.eos_id, seeded(setup.seed, "evaluation"))
     texts = [setup.tokenizer.decode(example.response) for example in rollout.examples]
-    scores = setup.reward(prompts, texts, rollout.examples)
+    scores = setup.reward(prompts, texts, rollout.closed)
     rows = zip(prompts, texts, scores, strict=True)
     run.samples(step, ({"prompt": p, "completion": t, "score": round(s, 4), "held_out": True} for p, t, s in rows))
     return {"eval/score": sum(scores) / len(scores), "eval/eos_rate": sum(rollout.finished) / len(rollout.finished)}

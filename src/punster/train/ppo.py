@@ -70,6 +70,8 @@ def ppo(
             if config.whiten_rewards:
                 scores = scores / (scores.std() + 1e-8)
             rewards = shaped_rewards(scores, exp.log_prob - exp.ref_log_prob, exp.mask, controller.beta)
+            if step == 1:
+                calibrate(critic, exp, rewards, config.gamma)
             advantages, returns = gae(rewards, exp.values, exp.mask, config.gamma, config.lam)
             advantages = masked_whiten(advantages, exp.mask)
             rate = learning_rate(1.0, step - 1, steps, config.warmup)
@@ -160,6 +162,24 @@ def make_critic(config: PpoConfig, reward_model: Role | None, reference: Role) -
     width, device = reference.model.config.d_model, reference.model.device
     head = ScalarHead(torch.zeros(width, device=device), torch.zeros((), device=device)).trainable()
     return replace(critic, head=head)
+
+
+@torch.no_grad()
+def calibrate(critic: Role, exp: Experience, rewards: torch.Tensor, gamma: float) -> None:
+    """Scale and shift the head to the least-squares fit of the first rollout's discounted returns, and its values with it.
+
+    A reward model reads whole texts: as values of unfinished ones its numbers are right in their order at best.
+    """
+    assert critic.head is not None
+    returns, _ = gae(rewards, torch.zeros_like(rewards), exp.mask, gamma, 1.0)
+    mean_return, mean_value = masked_mean(returns, exp.mask), masked_mean(exp.values, exp.mask)
+    centred = exp.values - mean_value
+    variance = masked_mean(centred.square(), exp.mask)
+    gain = (masked_mean(centred * (returns - mean_return), exp.mask) / variance.clamp(min=1e-8)).clamp(min=0.0)
+    offset = mean_return - gain * mean_value
+    critic.head.weight.mul_(gain)
+    critic.head.bias.mul_(gain).add_(offset)
+    exp.values = (exp.values * gain + offset) * exp.mask
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 
 def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:
     """Pairs of the embedded corpus; the kind "sampled" puts human puns against samples of the SFT model."""
-    rows = corpus.preference_rows([kind for kind in config.negatives if kind != "sampled"], config.split, config.seed)
+    rows = corpus.preference_rows([kind for kind in config.negatives if kind in corpus.NEGATIVES], config.split, config.seed)
     if config.rows_per_kind:
         order = epoch_order(len(rows), seeded(config.seed, "rows"))
         by_kind = {kind: [rows[i] for i in order if rows[i]["kind"] == kind][: config.rows_per_kind] for kind in config.negatives}
@@ -124,17 +124,40 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
         people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
         examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
+        written = []
         for record, example in zip(people, examples, strict=True):
-            # The ids are kept, so that the negatives are what the policy emits; cut-off samples would give themselves away.
-            if example.response[-1] == tokenizer.eos_id and (text := tokenizer.decode(example.response)):
+            if text := tokenizer.decode(example.response):
+                # The ids are kept, so that the rejected text is what the policy emitted.
                 row = {
                     "prompt": record["prompt"],
                     "chosen": record["pun"],
                     "rejected": text,
-                    "rejected_ids": list(example.response),
+                    "kind": "sampled",
+                    "id": record["id"],
                 }
-                rows.append({**row, "kind": "sampled", "id": record["id"]})
+                written.append(row | {"rejected_ids": list(example.response)})
+        rows += balanced(written, tokenizer)
     return rows
+
+
+def balanced(rows: list[Row], tokenizer: Tokenizer, width: int = 4) -> list[Row]:
+    """As many pairs whose chosen text is the longer as whose rejected text is, at every difference in length.
+
+    Pairs are bucketed by the difference in tokens and the surplus is dropped (ChatGLM-RLHF, arXiv 2404.00934): a reward
+    model must not learn length from what the sampling model happens to write.
+    """
+    buckets: dict[int, tuple[list[Row], list[Row]]] = {}
+    kept = []
+    for row in rows:
+        gap = len(tokenizer.response_ids(row["chosen"])) - len(row["rejected_ids"])
+        if gap == 0:
+            kept.append(row)
+        else:
+            buckets.setdefault((abs(gap) - 1) // width, ([], []))[gap > 0].append(row)
+    for shorter, longer in buckets.values():
+        fewer = min(len(shorter), len(longer))
+        kept += shorter[:fewer] + longer[:fewer]
+    return kept
 
 
 def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
@@ -145,7 +168,7 @@ def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed
         raise UserError(
             "no prompt leaves room for a sample of 40 tokens, which the score is normalised on; use --normalise-samples 0"
         )
-    return generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).examples
+    return generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).closed
 
 
 def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
