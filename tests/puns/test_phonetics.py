@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 
@@ -78,8 +79,11 @@ def test_alike_sounds_are_nearer(word: str, near: str, far: str) -> None:
 
 
 def test_distance_is_symmetric_and_nearly_a_metric() -> None:
-    apart = np.array([[distance(a, b) for b in WORDS] for a in WORDS])
-    assert np.array_equal(apart, apart.T)
+    table = phonetics._table(WORDS)
+    apart = np.stack([phonetics._distances(word, table, phonetics.DEFAULT) for word in WORDS])
+    assert np.allclose(apart, apart.T, atol=1e-6)
+    for a, b in combinations(WORDS, 2):
+        assert distance(a, b) == distance(b, a) == pytest.approx(apart[WORDS.index(a), WORDS.index(b)], abs=1e-6)
     assert np.all(np.diag(apart) == 0) and np.all(apart[~np.eye(len(WORDS), dtype=bool)] > 0)
     detour = (apart[:, :, None] + apart[None]).min(1)  # over one word between, which may be either end
     assert np.all(apart <= 1.5 * detour + 1e-6)
@@ -88,14 +92,13 @@ def test_distance_is_symmetric_and_nearly_a_metric() -> None:
 
 def test_homophones_are_interchangeable() -> None:
     for word in WORDS:
-        assert distance("flower", word) == pytest.approx(min(distance("flour", word), distance("flower", word)))
+        assert distance("flour", word) <= distance("flower", word) + 1e-6  # it has one more pronunciation
         assert distance("bear", word) == pytest.approx(distance("bare", word))
 
 
 def test_nearest_is_sorted_and_leaves_out_forms_of_the_word() -> None:
     found = nearest("Baked", 10, ["bakes", "baking", "bake", "baked", "backed", "Naked", "raked", "bicker"])
-    assert [word for word, _ in found][:2] == ["Naked", "backed"] or [word for word, _ in found][:2] == ["backed", "Naked"]
-    assert not {"bakes", "baking", "bake", "baked"} & {word for word, _ in found}
+    assert found[0][0] == "backed" and {word for word, _ in found} == {"backed", "Naked", "raked", "bicker"}
     scores = [score for _, score in found]
     assert scores == sorted(scores) and len(found) == 4
     assert nearest("cat", 3, []) == [] and len(nearest("cat", 2, ["bat", "hat", "rat"])) == 2
@@ -114,7 +117,7 @@ def test_one_question_to_all_common_words_is_quick() -> None:
 @pytest.mark.parametrize(
     ("word", "stem"),
     [("planes", "plane"), ("plans", "plan"), ("planned", "plan"), ("baking", "bake"), ("visited", "visit"), ("boxes", "box"),
-     ("ponies", "pony"), ("ties", "tie"), ("rolling", "roll"), ("bus", "bus"), ("glass", "glass"), ("red", "red"), ("sing", "sing")],
+     ("ponies", "pony"), ("ties", "tie"), ("rolling", "roll"), ("controlled", "control"), ("pies", "pie"), ("bus", "bus"), ("glass", "glass"), ("red", "red"), ("sing", "sing")],
 )  # fmt: skip
 def test_lemma(word: str, stem: str) -> None:
     assert lemma(word) == stem
@@ -208,7 +211,7 @@ def test_loading_is_quick() -> None:
 def test_phoneme_errors_on_words_held_back(measure: ModuleType) -> None:
     errors = measure.held_back_errors(2000)
     print(errors)
-    assert errors.phonemes <= 0.10 and errors.stressed <= 0.14  # 25 % was asked for
+    assert errors.phonemes <= 0.08 and errors.stressed <= 0.11  # the bar is 25 %
 
 
 @pytest.mark.slow
@@ -218,7 +221,7 @@ def test_alternatives_of_heterographic_puns(measure: ModuleType, punster_data: P
     found = measure.recall(punster_data)
     print(found)
     assert {part: total for part, (_, total) in found.items()} == {"train": 817, "val": 114, "all": 931}
-    assert all(hits / total >= 0.75 for hits, total in found.values())  # .55 was asked for
+    assert all(hits / total >= 0.83 for hits, total in found.values())  # the bar is 55 %
 
 
 def test_parts() -> None:

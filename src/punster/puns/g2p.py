@@ -14,6 +14,7 @@ import zipfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -117,7 +118,7 @@ class Model:
 
     def __post_init__(self) -> None:
         # Plain memory is read several times faster, one number at a time, than numpy arrays.
-        self._keys, self._scores, self._targets = memoryview(self.keys), memoryview(self.scores), memoryview(self.targets)
+        self._keys, self._scores, self._targets = self.keys.data, self.scores.data, self.targets.data
         self._fallback, self._penalty = self.fallback.tolist(), self.penalty.tolist()
         self._choices: dict[str, list[int]] = {}
         for index, unit in enumerate(self.units[2:], 2):
@@ -176,7 +177,7 @@ def fit(entries: Iterable[Entry], order: int = ORDER, discount: float = DISCOUNT
     stream = np.array([number[unit] for units in aligned for unit in ("<", *units, ">")], np.int64)
     depth = np.concatenate([np.arange(1, len(units) + 3) for units in aligned])  # place in the word, its mark being 1
     # Node 0 is the empty gram; those of length k are numbered after those of length k - 1.
-    keys, counts, fallback, starts = [np.zeros(1, np.int64)], [np.zeros(1)], [np.zeros(1, np.int64)], [np.zeros(1, bool)]
+    parts: list[tuple[Array, ...]] = [tuple(np.zeros(1, kind) for kind in (int, int, int, bool))]
     offsets = [0, 1]
     here = np.zeros(len(stream), np.int64)  # node of the gram of the current length that ends at each place
     for length in range(1, order + 1):
@@ -184,11 +185,10 @@ def fit(entries: Iterable[Entry], order: int = ORDER, discount: float = DISCOUNT
         key, inverse, count = np.unique((np.roll(here, 1) << BITS | stream)[inside], return_inverse=True, return_counts=True)
         shorter, start = np.zeros(len(key), np.int64), np.zeros(len(key), bool)
         shorter[inverse], start[inverse] = here[inside], (depth == length)[inside]
-        for parts, part in ((keys, key), (counts, count), (fallback, shorter), (starts, start)):
-            parts.append(part)
+        parts.append((key, count, shorter, start))
         here[inside] = offsets[-1] + inverse
         offsets.append(offsets[-1] + len(key))
-    key, count, shorter, start = map(np.concatenate, (keys, counts, fallback, starts))
+    key, count, shorter, start = (np.concatenate(column) for column in zip(*parts))
     total, parent = len(key), key >> BITS
     # Kneser-Ney: grams that can be longer count the different units before them, not their occurrences.
     tally = np.where(start | (np.arange(total) >= offsets[order]), count, np.bincount(shorter[1:], minlength=total))
@@ -243,5 +243,6 @@ def trained() -> Model:
     except OSError as error:
         log.warning("the pronunciation model is not kept in %s: %s", path.parent, error)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return model

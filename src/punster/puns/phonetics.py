@@ -150,7 +150,8 @@ def lemma(word: str) -> str:
     """The word without a regular ending (-s, -ed, -ing) where the rest is a dictionary word; irregular forms stay."""
     for pattern, replacements in (
         (r"ies$", ("y", "ie")), (r"(?<=[sxzo])es$|(?<=[cs]h)es$", ("", "e")), (r"(?<![su])s$", ("",)), (r"ied$", ("y", "ie")),
-        (r"([bdgklmnprtvz])\1(ed|ing)$", (r"\1", r"\1\1")), (r"(?<=[aeiouy])([bcdgkmnprstvz])(ed|ing)$", (r"\1e", r"\1")),
+        (r"([bdgkmnprtv])\1(ed|ing)$", (r"\1", r"\1\1")),
+        (r"([lz])\1(ed|ing)$", (r"\1\1", r"\1")), (r"(?<=[aeiouy])([bcdgkmnprstvz])(ed|ing)$", (r"\1e", r"\1")),
         (r"(ed|ing)$", ("", "e")),
     ):  # fmt: skip
         if re.search(pattern, word):
