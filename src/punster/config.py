@@ -232,6 +232,8 @@ class DpoConfig(TrainConfig):
     prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
     samples: int = opt(8, "sampled pairs: responses drawn for each prompt")
+    pairs_per_prompt: int = opt(1, "sampled pairs: best against worst, second best against second worst, and so on")
+    missing_eos_penalty: float = opt(1.0, "sampled pairs: taken off the score of a response that does not end")
     prompt_limit: int = opt(0, "sampled pairs: number of prompts used (0: all)")
     online: bool = opt(False, "sample from the current policy at every step, rank by the reward model, and learn")
     loss_type: DpoLoss = opt("sigmoid", "sigmoid, ipo, hinge, robust, kto, orpo or simpo")
@@ -251,6 +253,11 @@ class DpoConfig(TrainConfig):
         require(self.beta > 0, f"--beta must be > 0, got {self.beta}")
         require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
         require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
+        most = self.samples // 2
+        require(
+            1 <= self.pairs_per_prompt <= most, f"--pairs-per-prompt must lie in [1, samples / 2], got {self.pairs_per_prompt}"
+        )
+        require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
         require(self.prompt_limit >= 0, f"--prompt-limit must be >= 0, got {self.prompt_limit}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")

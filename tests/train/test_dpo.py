@@ -11,10 +11,12 @@ from typing import Any, get_args
 import pytest
 import torch
 
+import punster.train.dpo as dpo_module
 from punster.config import DpoConfig, DpoLoss, RewardConfig, SftConfig
-from punster.data.batch import collate
+from punster.data.batch import Example, collate
 from punster.errors import UserError
 from punster.model.role import Trunk, score_examples
+from punster.rollout.sampler import Rollout
 from punster.train.dpo import dpo, response_log_probs, sampled_pairs, summed, unpaired
 from punster.train.reward import encode_pairs, train_reward
 from punster.train.run import load_run, seeded
@@ -118,14 +120,34 @@ def test_sampled_pairs_are_best_against_worst(config: Config, reward_run: str) -
     judge, _ = open_role(reward_run, settings, tokenizer)
     prompts = [tokenizer.prompt_ids(f"pun: {word}") for word in ("sea", "bread", "time")]
     examples = sampled_pairs(policy, judge, prompts, settings, tokenizer, seeded(1, "pairs"))
-    scores = score_examples(judge, examples)
+    eos = tokenizer.eos_id
+    closed = [e if e.response[-1] == eos else replace(e, response=(*e.response, eos)) for e in examples]
+    scores = score_examples(judge, closed)
     assert 0 < len(examples) <= 2 * len(prompts)  # prompts of which no sample ends are left out
     for number in range(len(examples) // 2):
         best, worst = examples[2 * number], examples[2 * number + 1]
         assert best.prompt == worst.prompt and list(best.prompt) in [list(prompt) for prompt in prompts]
         ended = [example.response[-1] == tokenizer.eos_id for example in (best, worst)]
-        assert ended[0] >= ended[1]
-        assert scores[2 * number] >= scores[2 * number + 1] or ended[0] > ended[1]
+        assert ended[0], "a response that does not end is never preferred"
+        assert scores[2 * number] > scores[2 * number + 1] - (not ended[1])
+
+
+def test_pairs_of_known_scores(config: Config, sft_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs a prompt by score less the penalty; what does not end is the worse one at most; prompts without an end go."""
+    rows = [Example((prompt,), (prompt, k)) for prompt in (5, 6, 7) for k in range(4)]
+    finished = [True, True, True, False] + [False] * 4 + [True, False, False, False]
+    scores = [0.1, 0.9, 0.5, 0.8, 9.0, 8.0, 7.0, 6.0, 0.0, 3.0, -2.0, 0.5]
+    monkeypatch.setattr(dpo_module, "generate", lambda *_: Rollout(rows, [], finished))
+    monkeypatch.setattr(dpo_module, "score_examples", lambda judge, examples: scores)
+    policy, tokenizer = open_role(sft_run, config())
+
+    def pairs(**settings: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        found = sampled_pairs(policy, policy, [], config(samples=4, **settings), tokenizer, seeded(1, "pairs"))
+        return [(a.response, b.response) for a, b in zip(found[::2], found[1::2], strict=True)]
+
+    assert pairs() == [((5, 1), (5, 3)), ((7, 0), (7, 2))]  # .8 - 1 is below .1
+    assert pairs(pairs_per_prompt=2) == [((5, 1), (5, 3)), ((5, 2), (5, 0)), ((7, 0), (7, 2))]
+    assert pairs(missing_eos_penalty=0.0) == [((5, 1), (5, 0)), ((7, 0), (7, 2))]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_samples_of_the_sft_model_have_mean_0_and_std_1(
     prompts = corpus.prompts("train")
     ids = [tokenizer.prompt_ids(prompts[i % len(prompts)]) for i in range(40)]
     rollout = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(1, "normalise"))
-    scores = torch.tensor(score_examples(role, rollout.examples))
+    scores = torch.tensor(score_examples(role, rollout.closed))
     assert role.pooling == pooling and role.normalisation != (1.0, 0.0)
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std().item() == pytest.approx(1, abs=1e-4)

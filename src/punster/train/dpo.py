@@ -64,7 +64,8 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
         kind, embedded = (
             ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
         )
-        count = len(prompts) or len(load_rows(rows if rows is not None else config.data, kind, embedded))
+        each = 1 if config.online else config.pairs_per_prompt
+        count = len(prompts) * each or len(load_rows(rows if rows is not None else config.data, kind, embedded))
         stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * count)
         if announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in):
             return None
@@ -162,22 +163,27 @@ def sampled_pairs(
     tokenizer: Tokenizer,
     generator: torch.Generator,
 ) -> list[Example]:
-    """Best (even places) and worst (odd) of several samples to each prompt, by reward; unfinished ones rank last."""
+    """Best (even places) and worst (odd) of several samples to each prompt, by reward less the missing-EOS penalty.
+
+    With more pairs a prompt: the second best against the second worst, and so on. A response that does not end is never
+    preferred, unless nothing else was drawn; as the worse one it teaches to end.
+    """
     decoding = Decoding(config.max_new_tokens, config.temperature)
     rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
     scores = score_examples(judge, rollout.closed)
-    ranked = [score - 1e3 * (not done) for score, done in zip(scores, rollout.finished, strict=True)]
+    penalty = config.missing_eos_penalty
+    worth = [score - penalty * (not done) for score, done in zip(scores, rollout.finished, strict=True)]
+    groups = [range(start, start + config.samples) for start in range(0, len(worth), config.samples)]
     # Where nothing ends nothing should be preferred, unless there is no other choice at all.
-    groups = [range(start, start + config.samples) for start in range(0, len(ranked), config.samples)]
-    ending = [places for places in groups if any(rollout.finished[place] for place in places)]
+    ending = [places for places in groups if any(rollout.finished[place] for place in places)] or groups
     pairs = []
-    for places in ending or groups:
-        done = [place for place in places if rollout.finished[place]] or list(places)
-        best, worst = max(places, key=lambda i: ranked[i]), min(done, key=lambda i: ranked[i])
-        if best == worst:
-            worst = min(places, key=lambda i: ranked[i])
-        pairs += [rollout.examples[best], rollout.examples[worst]]
-    return pairs
+    for places in ending:
+        ranked = sorted(places, key=lambda i: (worth[i], i))
+        better = [i for i in ranked[::-1] if rollout.finished[i]] or ranked[::-1]
+        for place in range(config.pairs_per_prompt):
+            if place < len(better) and worth[better[place]] > worth[ranked[place]]:
+                pairs += [rollout.examples[better[place]], rollout.examples[ranked[place]]]
+    return pairs or [rollout.examples[i] for i in (ending[0][0], ending[0][1])]
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------
