@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,5 +132,3 @@ def without_repeats(texts: Sequence[str], threshold: float) -> list[int]:
         if not any(earlier in kept for earlier in neighbours.get(place, ())):
             kept.add(place)
     return sorted(kept)
-
-

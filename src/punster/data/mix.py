@@ -252,10 +252,16 @@ def told(statement: Row) -> list[str]:
         )
     if statement.get("repeats_dropped"):
         found.append(f"  repeats dropped: {statement['repeats_dropped']}")
-    found.append(f"  compared with {statement['evaluation_texts']} evaluation texts; prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}")
+    found.append(
+        f"  compared with {statement['evaluation_texts']} evaluation texts; prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}"
+    )
     if statement["not_open"]:
         found.append(f"  NOT cleared for commercial use: {'; '.join(statement['not_open'])}")
     return found
+
+
+def is_mixture(name: str) -> bool:
+    return name == "puns" or name.endswith((".yaml", ".yml"))
 
 
 def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:

@@ -15,7 +15,8 @@ RATING = 1.0  # mean offence from 0 to 5 (HaHackathon)
 def _check() -> Callable[[str], bool]:
     from pyobscenity import check
 
-    return check
+    found: Callable[[str], bool] = check
+    return found
 
 
 @cache

@@ -124,10 +124,14 @@ def with_prompts(rows: Sequence[Row], avoid: frozenset[str] = frozenset(), share
 def held_out_prompts(rows: Sequence[Row], count: int = 10_000) -> list[Row]:
     """One prompt for each topic that the held-out rows give, nouns only; at most one a row until all rows had their turn."""
     chosen: dict[str, Row] = {}
-    options = [[t for t in topics_in(str(row.get("completion") or row["text"]), row.get("pun_word")) if t.isascii()] for row in rows]
+    options = [
+        [t for t in topics_in(str(row.get("completion") or row["text"]), row.get("pun_word")) if t.isascii()] for row in rows
+    ]
     for turn in range(3):
         for row, topics in zip(rows, options, strict=True):
             if turn < len(topics) and len(chosen) < count and noun_rank(topics[turn]) is not None:
                 topic = topics[turn]
-                chosen.setdefault(topic_key(topic), {"prompt": request(topic), "topic": topic, "id": row["id"], "source": row["source"]})
+                chosen.setdefault(
+                    topic_key(topic), {"prompt": request(topic), "topic": topic, "id": row["id"], "source": row["source"]}
+                )
     return list(chosen.values())

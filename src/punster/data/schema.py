@@ -42,7 +42,13 @@ def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[
 
 def kind_of(row: Any) -> str:
     """The schema that a row's fields suggest."""
-    for kind, field in (("preference", "chosen"), ("group", "completions"), ("unpaired", "label"), ("sft", "completion"), ("text", "text")):
+    for kind, field in (
+        ("preference", "chosen"),
+        ("group", "completions"),
+        ("unpaired", "label"),
+        ("sft", "completion"),
+        ("text", "text"),
+    ):
         if isinstance(row, dict) and field in row:
             return kind
     return "sft" if isinstance(row, dict) and "messages" in row else "prompt"

@@ -41,7 +41,10 @@ def _same(folder: str, *names: str) -> dict[str, tuple[str, str]]:
 _NC = "CC BY-NC 4.0"
 _NONE = "none stated: research only"
 _SEMEVAL = tuple(
-    f"subtask{n}-{kind}-test.{suffix}" for n in (1, 2, 3) for kind in ("homographic", "heterographic") for suffix in ("xml", "gold")
+    f"subtask{n}-{kind}-test.{suffix}"
+    for n in (1, 2, 3)
+    for kind in ("homographic", "heterographic")
+    for suffix in ("xml", "gold")
 )
 
 SOURCES: dict[str, Source] = {source.name: source for source in (

@@ -13,10 +13,11 @@ from punster.data.sources.wording import clean, detokenise
 def read(folder: Path, skips: Skips) -> Located:
     """text rows with is_pun false."""
     for name in ("proverbs", "wiki_sentences"):
-        yield from each(json_items(folder / f"{name}.json"), lambda item, name=name: [_row(*item, name)], skips)
+        yield from each(json_items(folder / f"{name}.json"), _row, skips, name)
 
 
-def _row(key: str, text: Any, name: str) -> Row:
+def _row(item: tuple[str, Any], name: str) -> list[Row]:
+    key, text = item
     if not isinstance(text, str):
         raise BadRecord("not a text")
-    return {"id": f"{name}/{key}", "text": detokenise(clean(text)), "is_pun": False, "kind": name}
+    return [{"id": f"{name}/{key}", "text": detokenise(clean(text)), "is_pun": False, "kind": name}]

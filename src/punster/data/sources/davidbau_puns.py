@@ -17,7 +17,7 @@ RATERS = ("gemini", "openai", "anthropic", "claudecode")
 def read(folder: Path, skips: Skips) -> Located:
     """preference rows: every punny word against every straight word of a sentence; rating is the mean of the LLMs'."""
     for name in ("annotated_samples", "annotated_new_jokes"):
-        yield from each(json_values(folder / f"{name}.json"), lambda record, name=name: _rows(record, name), skips)
+        yield from each(json_values(folder / f"{name}.json"), _rows, skips, name)
 
 
 def _rows(record: Any, part: str) -> list[Row]:

@@ -22,7 +22,7 @@ def read(folder: Path, skips: Skips) -> Located:
     texts = {row["id"]: row for _, row in semeval2017_task7.read(folder.parent / "semeval2017_task7", Skips())}
     records = list(chain.from_iterable(json_values(folder / name) for name in FILES))
     norms = annotator_norms(record for _, record in records)
-    yield from each(records, lambda record: [_row(record, texts, norms)], skips)
+    yield from each(records, _row, skips, texts, norms)
 
 
 def _ratings(record: Any) -> list[tuple[str, float]]:
@@ -47,13 +47,15 @@ def annotator_norms(records: Iterable[Any]) -> dict[str, tuple[float, float]]:
     return {person: (statistics.fmean(values), statistics.pstdev(values) or 1.0) for person, values in given.items()}
 
 
-def _row(record: Any, texts: dict[str, Row], norms: dict[str, tuple[float, float]]) -> Row:
+def _row(record: Any, texts: dict[str, Row], norms: dict[str, tuple[float, float]]) -> list[Row]:
     key = need(record, "ID")
     if key not in texts:
         raise BadRecord("its text is not in the SemEval files")
     ratings = _ratings(record)
     z = [(rating - norms[person][0]) / norms[person][1] for person, rating in ratings]
-    known = {name: value for name, value in texts[key].items() if name in ("text", "is_pun", "kind", "pun_word", "alternative_word")}
+    known = {
+        name: value for name, value in texts[key].items() if name in ("text", "is_pun", "kind", "pun_word", "alternative_word")
+    }
     jokes = [vote for vote in record.get("Is a Joke?") or [] if vote in (0, 1)]
     row = {"id": key, "semeval_id": key, **known, "rating": statistics.fmean(rating for _, rating in ratings)}
     row |= {"rating_z": round(statistics.fmean(z), 4), "raters": len(ratings)}
@@ -64,4 +66,4 @@ def _row(record: Any, texts: dict[str, Row], norms: dict[str, tuple[float, float
     row["keywords"] = list(dict.fromkeys(w.strip().lower() for words in lists for w in words if isinstance(w, str) and w.strip()))
     explanations = need(record, "Natural language explanation", list)
     row["explanations"] = [clean(e) for e in explanations if isinstance(e, str) and any(map(str.isalnum, e))]
-    return row
+    return [row]

@@ -16,10 +16,11 @@ TURN = re.compile(r"\n\n(Human|Assistant): ?")
 def read(folder: Path, skips: Skips) -> Located:
     """preference rows: the common turns as chat messages, the two last answers as texts."""
     located = ((place, (place, line)) for place, line in lines(folder / "test.jsonl.gz"))
-    yield from each(located, lambda item: [_row(*item)], skips)
+    yield from each(located, _row, skips)
 
 
-def _row(place: Place, line: str) -> Row:
+def _row(item: tuple[Place, str]) -> list[Row]:
+    place, line = item
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -33,11 +34,12 @@ def _row(place: Place, line: str) -> Row:
         raise BadRecord("the dialogues do not differ in one last answer only")
     if rest[0] == rest[1]:
         raise BadRecord("both answers are the same")
-    return {"id": str(place.line), "prompt": chosen[:shared], "chosen": rest[0][0]["content"], "rejected": rest[1][0]["content"]}
+    row = {"id": str(place.line), "prompt": chosen[:shared]}
+    return [{**row, "chosen": rest[0][0]["content"], "rejected": rest[1][0]["content"]}]
 
 
 def turns(text: str) -> list[dict[str, Any]]:
-    """"\\n\\nHuman: … \\n\\nAssistant: …" as chat messages."""
+    """ "\\n\\nHuman: … \\n\\nAssistant: …" as chat messages."""
     if len(text) > MAX_TEXT:
         raise BadRecord(f"the dialogue is longer than {MAX_TEXT} characters")
     before, *parts = TURN.split(text)

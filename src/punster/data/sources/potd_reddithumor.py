@@ -15,9 +15,9 @@ def read(folder: Path, skips: Skips) -> Located:
     """text rows with is_pun; apostrophes, capitals and full stops are put back. The unlabelled third file is not read."""
     for name in ("train", "dev"):
         records = table(folder / f"puns_{name}.tsv", COLUMNS, skips, header=False)
-        yield from each(records, lambda record, name=name: [_row(record, name)], skips)
+        yield from each(records, _row, skips, name)
 
 
-def _row(record: dict[str, str], name: str) -> Row:
+def _row(record: dict[str, str], name: str) -> list[Row]:
     is_pun = choice(need(record, "label"), {"0": False, "1": True}, "label")
-    return {"id": f"{name}/{need(record, 'index')}", "text": restored(clean(need(record, "text"))), "is_pun": is_pun}
+    return [{"id": f"{name}/{need(record, 'index')}", "text": restored(clean(need(record, "text"))), "is_pun": is_pun}]

@@ -21,15 +21,16 @@ def read(folder: Path, skips: Skips) -> Located:
     items: dict[str, Any] = {}
     for name in ("hom_dataset.json", "het_dataset.json"):
         items |= by_key(json_items(folder / name), skips)
-        yield from each(json_items(folder / name), lambda item: _human(*item), skips)
-        yield from each(json_items(folder / name), lambda item: _synonyms(*item, synonyms), skips)
+        yield from each(json_items(folder / name), _human, skips)
+        yield from each(json_items(folder / name), _synonyms, skips, synonyms)
     outputs = folder / "pun_generation.json"
-    yield from each(json_items(outputs), lambda item: _outputs(*item, items, labels), skips)
-    yield from each(json_items(outputs), lambda item: _group(*item, items, labels) if item[0] in labels else [], skips)
+    yield from each(json_items(outputs), _outputs, skips, items, labels)
+    yield from each(json_items(outputs), _group, skips, items, labels)
 
 
-def _human(key: str, item: Any) -> list[Row]:
-    row = {"id": key, "semeval_id": key, "text": clean(detokenise(need(item, "human_text"))), "system": "human"}
+def _human(entry: tuple[str, Any]) -> list[Row]:
+    key, item = entry
+    row: Row = {"id": key, "semeval_id": key, "text": clean(detokenise(need(item, "human_text"))), "system": "human"}
     row["is_pun"] = "pun_word" in item
     if row["is_pun"]:
         row |= {"pun_word": need(item, "pun_word"), "alternative_word": need(item, "alter_word")}
@@ -49,7 +50,8 @@ def asked(item: Any) -> Row:
     return {"prompt": request(topic), "topic": topic, "pun_word": item["pun_word"], "alternative_word": need(item, "alter_word")}
 
 
-def _synonyms(key: str, item: Any, synonyms: dict[str, Any]) -> list[Row]:
+def _synonyms(entry: tuple[str, Any], synonyms: dict[str, Any]) -> list[Row]:
+    key, item = entry
     if "pun_word" not in (item if isinstance(item, dict) else {}):
         return []
     found = need(synonyms.get(key, {}), "gpt-4-0613_synonyms", dict)
@@ -87,11 +89,12 @@ def _texts(outputs: Any) -> list[tuple[str, str, str]]:
     return found
 
 
-def _outputs(key: str, outputs: Any, items: dict[str, Any], labels: dict[str, Any]) -> list[Row]:
+def _outputs(entry: tuple[str, Any], items: dict[str, Any], labels: dict[str, Any]) -> list[Row]:
+    key, outputs = entry
     rows = []
     for system, method, text in _texts(outputs):
         label = _label(labels, key, system, method)
-        row = {"id": f"{key}/{system}/{method}", "semeval_id": key, "text": clean(text), "system": system, "method": method}
+        row: Row = {"id": f"{key}/{system}/{method}", "semeval_id": key, "text": clean(text), "system": system, "method": method}
         row |= {"pun_word": need(items.get(key), "pun_word"), "alternative_word": need(items.get(key), "alter_word")}
         if label:
             row |= {"success": label["success"], "coherence": label["coherence"], "funniness": label["funniness"], "raters": 1}
@@ -105,14 +108,17 @@ def _label(labels: dict[str, Any], key: str, system: str, method: str) -> Any:
         return None
     label = need(labels[key], "human_text" if system == "human" else f"{system}_text", dict)
     label = label if system == "human" else need(label, method, dict)
-    for name, low, high in (("success", 0, 1), ("coherence", 1, 5), ("funniness", 1, 5)):
+    for name, low, high in (("success", 0, 1), ("coherence", 0, 5), ("funniness", 0, 5)):
         if not low <= need(label, name, int) <= high:
             raise BadRecord(f"label {name!r} is not within {low} and {high}")
     return label
 
 
-def _group(key: str, outputs: Any, items: dict[str, Any], labels: dict[str, Any]) -> list[Row]:
+def _group(entry: tuple[str, Any], items: dict[str, Any], labels: dict[str, Any]) -> list[Row]:
     """Ranked by success first and funniness second: score = success + (funniness - 1) / 10, so a gap of .5 is one in success."""
+    key, outputs = entry
+    if key not in labels:
+        return []
     item = items.get(key)
     own = clean(detokenise(need(item, "human_text")))
     entries = []
@@ -121,6 +127,6 @@ def _group(key: str, outputs: Any, items: dict[str, Any], labels: dict[str, Any]
         recited = system != "human" and jaccard(words(clean(text)), words(own)) >= RECITED
         entries.append((label["success"] + (label["funniness"] - 1) / 10, clean(text), f"{system}/{method}", recited))
     entries.sort(key=lambda entry: -entry[0])
-    scores, texts, systems, recited = (list(column) for column in zip(*entries, strict=True))
+    scores, texts, systems, remembered = (list(column) for column in zip(*entries, strict=True))
     row = {"id": f"{key}/group", "semeval_id": key, **asked(item), "completions": texts, "scores": scores, "systems": systems}
-    return [{**row, "recited": recited, "raters": 1}]
+    return [{**row, "recited": remembered, "raters": 1}]

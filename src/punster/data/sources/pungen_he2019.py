@@ -119,7 +119,7 @@ def _analysis(path: Path, known: SemEvalTexts, skips: Skips) -> Located:
 
 def _group(part: str, pair: str, tie: str | None, entries: list[tuple[str, str, float, int, Row]], unrated: Any) -> list[Row]:
     """The text rows of one pair of words, and their group if at least two of them are rated."""
-    pun_word, alternative = (pair.split("-") + [""])[:2]
+    pun_word, alternative = [*pair.split("-"), ""][:2]
     shared = {"semeval_id": tie, "pun_word": pun_word, "alternative_word": alternative}
     rows = []
     for number_, (text, system, rating, raters, more) in enumerate(entries):
@@ -129,7 +129,11 @@ def _group(part: str, pair: str, tie: str | None, entries: list[tuple[str, str, 
         rows.append({"id": f"{part}/{pair}/{system}/unrated{number_}", **shared, "text": text, "system": system, **more})
     if len(entries) >= 2:
         ranked = sorted(entries, key=lambda entry: -entry[2])
-        row = {"id": f"{part}/{pair}/group", **shared, "prompt": request(None, pun_word)}  # all systems were given these words
+        row: Row = {
+            "id": f"{part}/{pair}/group",
+            **shared,
+            "prompt": request(None, pun_word),
+        }  # all systems were given these words
         row |= {"completions": [entry[0] for entry in ranked], "scores": [round(entry[2], 4) for entry in ranked]}
         rows.append({**row, "systems": [entry[1] for entry in ranked], "raters": min(entry[3] for entry in ranked)})
     return rows

@@ -56,11 +56,11 @@ class Skips:
 Located = Iterator[tuple[Place, Row]]
 
 
-def each(records: Iterable[tuple[Place, Any]], convert: Callable[[Any], Iterable[Row]], skips: Skips) -> Located:
-    """The rows that `convert` makes of each record; a BadRecord becomes a counted skip."""
+def each(records: Iterable[tuple[Place, Any]], convert: Callable[..., Iterable[Row]], skips: Skips, *more: Any) -> Located:
+    """The rows of convert(record, *more) for each record; a BadRecord becomes a counted skip."""
     for place, record in records:
         try:
-            rows = list(convert(record))
+            rows = list(convert(record, *more))
         except BadRecord as error:
             skips.add(place, str(error))
             continue
@@ -79,7 +79,7 @@ def need(record: Any, name: str, kind: type = str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BadRecord(f"field {name!r} is not {kind.__name__}")
-    if kind is str and not value.strip():
+    if isinstance(value, str) and not value.strip():
         raise BadRecord(f"field {name!r} is empty")
     return value
 
@@ -147,7 +147,9 @@ def table(
             names = [name.strip() for name in next(reader, [])]
             if missing := [name for name in columns if name not in names]:
                 found = ", ".join(names)[:200] or "nothing"
-                raise UserError(f"{path}, line 1: column {missing[0]!r} is missing (found: {found}; expected: {', '.join(columns)})")
+                raise UserError(
+                    f"{path}, line 1: column {missing[0]!r} is missing (found: {found}; expected: {', '.join(columns)})"
+                )
         for cells in reader:
             place = Place(str(path), reader.line_num)
             if len(cells) == len(names):

@@ -13,14 +13,15 @@ def read(folder: Path, skips: Skips) -> Located:
     """text rows with rating (log score)."""
     for name in ("dev", "test"):
         located = ((place, (place, line)) for place, line in lines(folder / f"{name}.tsv.gz"))
-        yield from each(located, lambda item, name=name: [_row(*item, name)], skips)
+        yield from each(located, _row, skips, name)
 
 
-def _row(place: Place, line: str, name: str) -> Row:
+def _row(item: tuple[Place, str], name: str) -> list[Row]:
+    place, line = item
     score, tab, text = line.partition("\t")
     if not tab:
         raise BadRecord("no tab between score and text")
     rating = number(score, "score")
     if not 0 <= rating <= 11:
         raise BadRecord("the score is not within 0 and 11")
-    return {"id": f"{name}/{place.line}", "text": clean(text), "rating": rating}
+    return [{"id": f"{name}/{place.line}", "text": clean(text), "rating": rating}]

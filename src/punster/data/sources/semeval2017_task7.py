@@ -18,7 +18,7 @@ def read(folder: Path, skips: Skips) -> Located:
         labels, locations, senses = (gold(folder / f"subtask{n}-{kind}-test.gold", skips) for n in (1, 2, 3))
         tokens = {text.id: dict(text.words) for n in (2, 3) for _, text in xml_texts(folder / f"subtask{n}-{kind}-test.xml")}
         sense_of = {word.rsplit("_", 1)[0]: (word, *keys) for word, keys in senses.items()}
-        seen = set()
+        seen: set[str] = set()
 
         def convert(text: XmlText, kind: str = kind, labels: Any = labels, locations: Any = locations, sense_of: Any = sense_of,
                     tokens: Any = tokens, seen: Any = seen) -> list[Row]:  # fmt: skip

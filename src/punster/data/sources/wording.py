@@ -49,9 +49,7 @@ def detokenise(tokens: str | Sequence[str]) -> str:
         if word == '"':
             left, right, double = double, not double, not double
         elif word == "'":
-            if before and after.lower() in _ENDINGS and before[-1].isalnum():
-                left = right = True
-            elif (before.lower(), after.lower()) in _AROUND:
+            if (before and after.lower() in _ENDINGS and before[-1].isalnum()) or (before.lower(), after.lower()) in _AROUND:
                 left = right = True
             elif after.lower() in _DROPPED and not single:
                 right = True
@@ -82,7 +80,7 @@ def _with_quotes(words: list[str]) -> list[str]:
     for word in words:
         if word in ("``", "''"):
             joined.append('"')
-        elif word == "'" and joined and joined[-1] == "'" or word == "`" and joined and joined[-1] == "`":
+        elif (word == "'" and joined and joined[-1] == "'") or (word == "`" and joined and joined[-1] == "`"):
             joined[-1] = '"'
         else:
             joined.append(word)
