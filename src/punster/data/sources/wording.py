@@ -49,19 +49,19 @@ def detokenise(tokens: str | Sequence[str]) -> str:
         if word == '"':
             left, right, double = double, not double, not double
         elif word == "'":
-            if (before and after.lower() in _ENDINGS and before[-1].isalnum()) or (before.lower(), after.lower()) in _AROUND:
+            if _inside_a_word(words, i):
                 left = right = True
             elif after.lower() in _DROPPED and not single:
                 right = True
-            elif not single and (before[-1:] in "sSnN" and before) and "'" not in words[i + 1 :]:
-                left = True  # workers' , goin'
+            elif not single and before[-1:] in set("sSnN") and sum(_lone(words, k) for k in range(i + 1, len(words))) % 2 == 0:
+                left = True  # no partner to the right: workers' , goin'
             else:
                 left, right, single = single, not single, not single
         elif re.fullmatch(r"(n't|'(s|t|m|re|ve|ll|d))", word.lower()):
             left = True
         elif word == "-" and before and after:
-            near = words[max(0, i - 2) : i] + words[i + 1 : i + 3]
-            left = right = before[-1].isalnum() and after[:1].isalnum() and ("-" in near or after.lower() not in _AFTER_DASH)
+            dash = after.lower() in _AFTER_DASH and words[i + 2 : i + 3] != ["-"]  # but: know - it - all
+            left = right = before[-1].isalnum() and after[:1].isalnum() and not dash
         elif word == "/" and before and after:
             left = right = len(before) <= 3 and len(after) <= 3
         elif word in _OPENING:
@@ -72,6 +72,17 @@ def detokenise(tokens: str | Sequence[str]) -> str:
         text += word if glue or left else f" {word}"
         glue = right
     return text.strip()
+
+
+def _inside_a_word(words: list[str], i: int) -> bool:
+    """Is the single quote at place i an apostrophe between the words around it?"""
+    before = words[i - 1].lower() if i else ""
+    after = words[i + 1].lower() if i + 1 < len(words) else ""
+    return (before[-1:].isalnum() and after in _ENDINGS) or (before, after) in _AROUND
+
+
+def _lone(words: list[str], i: int) -> bool:
+    return words[i] == "'" and not _inside_a_word(words, i)
 
 
 def _with_quotes(words: list[str]) -> list[str]:
