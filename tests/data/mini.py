@@ -123,7 +123,7 @@ def make(root: Path) -> Path:
 
     cloze = [{"id": i, "sentence": s, "straight": ["tools", "hammer"], "punny": [p], "gemini_rating": 6, "openai_rating": 4}
              for i, (s, p) in enumerate([("The carpenter forgot his lines but nailed the ___", "part"),
-                                         ("Every sailor wants a ___ with a view", "pier"), ("The barber took a ___ way home", "short cut")])]  # fmt: skip
+                                         ("Every sailor wants a ___ with a view", "pier"), ("The barber took a ___ way home", "short cut"), ("The pianist was locked out and had lost the ___", "key")])]  # fmt: skip
     dump(root / "davidbau_puns" / "annotated_samples.json", cloze[:2])
     dump(root / "davidbau_puns" / "annotated_new_jokes.json", cloze[2:])
 

@@ -29,7 +29,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MINI = {  # kind -> rows that the tiny versions hold
     "semeval2017_task7": {"text": 7}, "expunations": {"text": 3}, "puneval": {"text": 14, "preference": 8, "group": 4},
     "pungen_he2019": {"text": 8, "group": 3}, "kao_puns": {"text": 2}, "cup_context_situated": {"sft": 2},
-    "davidbau_puns": {"preference": 6}, "hahackathon2021": {"text": 3}, "rjokes": {"text": 3}, "potd_reddithumor": {"text": 3},
+    "davidbau_puns": {"preference": 8}, "hahackathon2021": {"text": 3}, "rjokes": {"text": 3}, "potd_reddithumor": {"text": 3},
     "short_jokes": {"text": 2}, "crowdtruth_shorttext": {"text": 3}, "jacksonpaull_rlhf": {"sft": 3}, "hh_rlhf": {"preference": 1},
 }  # fmt: skip
 
