@@ -160,7 +160,8 @@ def he_count(folder: Path) -> int:
     }
     analysis = [line.split("\t") for line in lines_of(folder / "analysis_pun_scores.txt")]
     pairs = {frozenset(cells[1].split("-")) for cells in analysis}
-    return len(crowd) + len({pair for pair, _ in crowd}) + len(analysis) + len(pairs)
+    rated = {line.split(",")[2] for line in lines_of(folder / "mturk_ratings_long.csv")[1:] if line.startswith("funniness,")}
+    return len(crowd) + len(rated) + len(analysis) + len(pairs)
 
 
 def cloze_count(folder: Path) -> int:
