@@ -12,7 +12,7 @@ from punster.data.split import lemma
 
 PUN_WORD_SHARE = 0.3  # at most this share of the prompts may contain the pun word
 # Nouns that say nothing about a topic, or that stand for a person in a formula ("..., said Tom").
-_EMPTY = {"tom", "swifty", "thing", "things", "lot", "lots", "bit", "way", "ways", "kind", "sort", "guy", "guys", "today", "yesterday",
+_EMPTY = {"tom", "swifty", "pun", "puns", "joke", "jokes", "die", "thing", "things", "lot", "lots", "bit", "way", "ways", "kind", "sort", "guy", "guys", "today", "yesterday",
           "tomorrow", "night", "time", "times", "day", "days", "year", "years", "man", "men", "woman", "women", "people", "person",
           "anything", "everything", "nothing", "something", "someone", "anyone", "everyone", "one", "ones", "two", "three", "can",
           "may", "will", "might", "must", "dont", "don", "didn", "isn", "doesn", "couldn", "wasn", "never", "just", "said"}  # fmt: skip

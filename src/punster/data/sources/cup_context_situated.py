@@ -7,7 +7,7 @@ from pathlib import Path
 from punster.data.prompts import request, topic_of_context
 from punster.data.schema import Row
 from punster.data.sources.reading import BadRecord, Located, Place, Skips, choice, each, need, table
-from punster.data.sources.wording import clean
+from punster.data.sources.wording import clean, detokenise
 
 COLUMNS = ("context", "pun_word", "alter_word", "pun_word_sense", "alter_word_sense", "new_pun", "user_pun")
 
@@ -24,7 +24,7 @@ def _row(item: tuple[Place, dict[str, str]]) -> list[Row]:
         raise BadRecord("the writer found no pun (new_pun is no)")
     if record["user_pun"].strip() in ("", "{}"):
         raise BadRecord("no pun was written")
-    context = [word.strip() for word in need(record, "context").split(",") if word.strip()]
+    context = [detokenise(phrase) for phrase in need(record, "context").split(",") if phrase.strip()]
     words = {"pun_word": need(record, "pun_word").lower(), "alternative_word": need(record, "alter_word").lower()}
     topic = topic_of_context(context, words["pun_word"])
     row = {"id": f"line{place.line}", "prompt": request(topic), "completion": clean(record["user_pun"]), **words, "topic": topic}

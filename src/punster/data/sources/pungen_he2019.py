@@ -129,11 +129,11 @@ def _group(part: str, pair: str, tie: str | None, entries: list[tuple[str, str, 
         rows.append({"id": f"{part}/{pair}/{system}/unrated{number_}", **shared, "text": text, "system": system, **more})
     if len(entries) >= 2:
         ranked = sorted(entries, key=lambda entry: -entry[2])
-        row: Row = {
+        group: Row = {
             "id": f"{part}/{pair}/group",
             **shared,
             "prompt": request(None, pun_word),
         }  # all systems were given these words
-        row |= {"completions": [entry[0] for entry in ranked], "scores": [round(entry[2], 4) for entry in ranked]}
-        rows.append({**row, "systems": [entry[1] for entry in ranked], "raters": min(entry[3] for entry in ranked)})
+        group |= {"completions": [entry[0] for entry in ranked], "scores": [round(entry[2], 4) for entry in ranked]}
+        rows.append({**group, "systems": [entry[1] for entry in ranked], "raters": min(entry[3] for entry in ranked)})
     return rows
