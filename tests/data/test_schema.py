@@ -45,7 +45,7 @@ def refused(path: Path, kind: str, *parts: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", ROWS)
 def test_every_kind_from_jsonl(kind: str, tmp_path: Path) -> None:
     row = {**ROWS[kind], "pun_word": "kneads", "id": "x-1"}  # further fields are kept
     path = jsonl(tmp_path / "rows.jsonl", row, "", "   ", row)
@@ -68,7 +68,7 @@ def write_as(suffix: str, path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", ROWS)
 def test_formats_give_the_same_rows(suffix: str, kind: str, tmp_path: Path) -> None:
     tricky = {
         key: (value + ', "quoted"\nsecond line – ünïcode' if isinstance(value, str) else not value)
@@ -113,7 +113,7 @@ def test_not_an_object(tmp_path: Path) -> None:
     refused(jsonl(tmp_path / "b.jsonl", "3"), "sft", ", line 1: found int")
 
 
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", ROWS)
 def test_missing_field(kind: str, tmp_path: Path) -> None:
     for name in FIELDS[kind]:
         row = {key: value for key, value in ROWS[kind].items() if key != name}
