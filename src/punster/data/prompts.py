@@ -30,11 +30,10 @@ def noun_rank(word: str) -> tuple[bool, float] | None:
     from lemminflect import getAllLemmas
     from wordfreq import zipf_frequency
 
-    if len(word) < 3 or not word.isalpha() or word in _EMPTY:
+    if not 3 <= len(word) <= 30 or not word.isalpha() or word in _EMPTY or "NOUN" not in (kinds := getAllLemmas(word)):
         return None
-    kinds = getAllLemmas(word)
     frequency = zipf_frequency(word, "en")  # log10 of occurrences in a billion words
-    if "NOUN" not in kinds or not 2.0 <= frequency <= 5.3:
+    if not 2.0 <= frequency <= 5.3:
         return None
     return len(kinds) > 1, frequency
 

@@ -34,6 +34,8 @@ def lemma(word: str) -> str:
     from lemminflect import getAllLemmas  # the look-up only: its guesses for unknown words would open a pickle
 
     word = word.lower()
+    if len(word) > 40:  # no word; the dictionary takes long over it
+        return word
     forms = {form.lower() for found in getAllLemmas(word).values() for form in found}
     return min(forms, key=lambda form: (len(form), form)) if forms else word
 

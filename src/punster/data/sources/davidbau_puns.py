@@ -21,14 +21,14 @@ def read(folder: Path, skips: Skips) -> Located:
 
 
 def _rows(record: Any, part: str) -> list[Row]:
-    sentence, key = need(record, "sentence"), need(record, "id", int)
+    sentence, key = clean(need(record, "sentence")), need(record, "id", int)
     straight, punny = need(record, "straight", list), need(record, "punny", list)
     if not straight or not punny or not all(isinstance(word, str) and word.strip() for word in [*straight, *punny]):
         raise BadRecord("a list of words is empty or holds something else than words")
     ratings = [record[f"{rater}_rating"] for rater in RATERS if isinstance(record.get(f"{rater}_rating"), int | float)]
     rated = {"rating": statistics.fmean(ratings), "raters": len(ratings)} if ratings else {}
     topic = topic_of(sentence, punny[0])
-    shared = {"prompt": request(topic), "topic": topic, "sentence": clean(sentence), **rated}
+    shared = {"prompt": request(topic), "topic": topic, "sentence": sentence, **rated}
     return [
         {"id": f"{part}/{key}/{p}-{s}", **shared, "chosen": clean(filled(sentence, punny[p])),
          "rejected": clean(filled(sentence, straight[s])), "pun_word": punny[p].lower()}
