@@ -176,7 +176,7 @@ COUNTS: dict[str, tuple[Callable[[Path], int], int]] = {  # independent count; r
     "pungen_he2019": (he_count, 140),
     "kao_puns": (lambda f: quoted_records(f / "data-agg.csv") - 1, 0),
     "cup_context_situated": (lambda f: quoted_records(f / "context_situated_pun.csv") - 1, 1686),
-    "davidbau_puns": (cloze_count, 0),
+    "davidbau_puns": (cloze_count, 20),
     "hahackathon2021": (lambda f: sum(quoted_records(f / n) - 1 for n in ("train8000.csv", "dev1000.csv")), 0),
     "rjokes": (lambda f: sum(len(lines_of(f / f"{n}.tsv.gz")) for n in ("dev", "test")), 1),
     "potd_reddithumor": (lambda f: sum(len(lines_of(f / f"puns_{n}.tsv")) for n in ("train", "dev")), 0),

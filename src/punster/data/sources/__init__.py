@@ -43,6 +43,9 @@ def read_source(source: Source, folder: Path, skips: Skips) -> Iterator[Row]:
         if (kind, row["id"]) in seen:
             skips.add(place, "repeated id")
             continue
+        if kind == "preference" and row["chosen"] == row["rejected"]:
+            skips.add(place, "both texts of the pair are the same")
+            continue
         try:
             row = check_row(row, kind, "")
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()

@@ -13,7 +13,7 @@ from punster.data.sources.wording import clean, detokenise
 def read(folder: Path, skips: Skips) -> Located:
     """text rows with is_pun false."""
     for name in ("proverbs", "wiki_sentences"):
-        yield from each(json_items(folder / f"{name}.json"), _row, skips, name)
+        yield from each(json_items(folder / f"{name}.json", "["), _row, skips, name)
 
 
 def _row(item: tuple[str, Any], name: str) -> list[Row]:

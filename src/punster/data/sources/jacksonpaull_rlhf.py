@@ -13,7 +13,7 @@ from punster.data.sources.wording import clean
 def read(folder: Path, skips: Skips) -> Located:
     """sft rows, two a record: kind direct, and kind conversation in the form "Human: … Assistant:"."""
     for kind in ("Direct", "Conversation"):
-        yield from each(json_items(folder / "Pun_Dataset.json"), _row, skips, kind)
+        yield from each(json_items(folder / "Pun_Dataset.json", "["), _row, skips, kind)
 
 
 def _row(item: tuple[str, Any], kind: str) -> list[Row]:

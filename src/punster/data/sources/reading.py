@@ -163,8 +163,8 @@ def table(
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def json_items(path: Path) -> Iterator[tuple[Place, tuple[str, Any]]]:
-    """(key, value) of a file that is one object, or (its number, value) of one that is an array, with the line of each."""
+def json_items(path: Path, opening: str = "{") -> Iterator[tuple[Place, tuple[str, Any]]]:
+    """(key, value) of a file that is one object, or with opening "[" (number, value) of an array; and the line of each."""
     content = read_text(path)
     decoder = json.JSONDecoder()
     at, line, counted = 0, 1, 0
@@ -191,7 +191,7 @@ def json_items(path: Path) -> Iterator[tuple[Place, tuple[str, Any]]]:
         return found
 
     at = skip_space(at)
-    closing = {"[": "]", "{": "}"}[expect(at, "[", "{")]
+    closing = {"[": "]", "{": "}"}[expect(at, opening)]
     at, index = skip_space(at + 1), 0
     if content[at : at + 1] != closing:
         while True:
@@ -214,7 +214,7 @@ def json_items(path: Path) -> Iterator[tuple[Place, tuple[str, Any]]]:
 
 
 def json_values(path: Path) -> Iterator[tuple[Place, Any]]:
-    return ((place, value) for place, (_, value) in json_items(path))
+    return ((place, value) for place, (_, value) in json_items(path, "["))
 
 
 def by_key(items: Iterable[tuple[Place, tuple[str, Any]]], skips: Skips) -> dict[str, Any]:
