@@ -20,6 +20,7 @@ USAGE = """punster: RLHF for small language models, made for puns
   punster score REWARD-RUN FILE.jsonl                     score texts
   punster evaluate RUN [base] [RUN ...]                   compare on held-out prompts
   punster report RUN                                      report.html and model card
+  punster data list|prepare|check|mix                     public pun sources, your own files, mixtures of them
   punster export RUN --format hf|peft --out DIR           for transformers and peft
   punster doctor                                          versions, machine, cache, speed
 
@@ -40,7 +41,22 @@ def training_verbs() -> dict[str, tuple[type, str]]:
     }
 
 
-VERBS = ("run", "sft", "reward", "ppo", "grpo", "dpo", "distill", "generate", "score", "evaluate", "report", "export", "doctor")
+VERBS = (
+    "run",
+    "sft",
+    "reward",
+    "ppo",
+    "grpo",
+    "dpo",
+    "distill",
+    "generate",
+    "score",
+    "evaluate",
+    "report",
+    "data",
+    "export",
+    "doctor",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +105,7 @@ def dispatch(verb: str, rest: list[str]) -> int:
         return 0
     handlers: dict[str, Callable[[list[str]], int]] = {
         "run": run_verb, "generate": generate_verb, "score": score_verb, "evaluate": evaluate_verb, "report": report_verb,
-        "export": export_verb, "doctor": doctor_verb,
+        "data": data_verb, "export": export_verb, "doctor": doctor_verb,
     }  # fmt: skip
     return handlers[verb](rest)
 
@@ -122,7 +138,7 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
             parser.add_argument(item.name, type=str, nargs="*", help=options["help"], default=default)
         elif hints[item.name] is bool:
             parser.add_argument(*flags, action="store_true", help=options["help"], default=default)
-        elif item.name in ("data", "negatives", "stages", "reward") and hints[item.name] == list[str]:
+        elif item.name in ("data", "columns", "negatives", "stages", "reward") and hints[item.name] == list[str]:
             parser.add_argument(*flags, type=str, nargs="+", **options)
         else:
             parser.add_argument(*flags, type=hints[item.name], **options)
@@ -289,6 +305,18 @@ def export_verb(rest: list[str]) -> int:
     model = load(o["run"], dtype="fp32", device="cpu")
     print(export(model.role, model.tokenizer, o["format"], Path(o["out"])))
     return 0
+
+
+def data_verb(rest: list[str]) -> int:
+    from punster.data import verbs
+
+    actions = {"list": verbs.list_verb, "prepare": verbs.prepare_verb, "check": verbs.check_verb, "mix": verbs.mix_verb}
+    if not rest or rest[0] in ("-h", "--help"):
+        print(verbs.USAGE)
+        return 0
+    if rest[0] not in actions:
+        raise UserError(f"unknown action {rest[0]!r}.{near_matches(rest[0], actions)} One of {', '.join(actions)}")
+    return actions[rest[0]](rest[1:])
 
 
 def doctor_verb(rest: list[str]) -> int:

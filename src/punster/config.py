@@ -11,6 +11,7 @@ from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"]
+COLUMNS_HELP = "names of the fields in your files, FIELD=COLUMN: --columns prompt=question completion=answer"
 DpoLoss = Literal["sigmoid", "ipo", "hinge", "robust", "kto", "orpo", "simpo"]
 
 
@@ -88,8 +89,10 @@ class SftConfig(TrainConfig):
     """Supervised fine-tuning on prompts and completions; loss on the completion and its EOS only."""
 
     data: list[str] = opt(
-        factory=lambda: ["embedded"], help="embedded, or files with prompt and completion (JSONL, JSON, CSV, Parquet)"
+        factory=lambda: ["embedded"],
+        help="embedded, puns (public sources), a mixture.yaml, a file or folder (JSONL, JSON, CSV, Parquet), a hub data set",
     )
+    columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
     pretrained: str | None = opt(None, "start from the adapter of this run", short="-p")
     epochs: float = opt(3.0, "passes over the data")
     lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up")
@@ -103,7 +106,11 @@ class SftConfig(TrainConfig):
 class RewardConfig(TrainConfig):
     """A Bradley-Terry reward model on preference pairs, normalised on samples of the SFT model."""
 
-    data: list[str] = opt(factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected")
+    data: list[str] = opt(
+        factory=lambda: ["embedded"],
+        help="embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected",
+    )
+    columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
     negatives: list[str] = opt(
         factory=lambda: ["literal", "off_topic"],
         help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, sampled)",
@@ -227,8 +234,10 @@ class DpoConfig(TrainConfig):
     )
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
     data: list[str] = opt(
-        factory=lambda: ["embedded"], help="embedded, or files with prompt, chosen and rejected (kto: prompt, completion, label)"
+        factory=lambda: ["embedded"],
+        help="embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
     )
+    columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
     prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
     samples: int = opt(8, "sampled pairs: responses drawn for each prompt")

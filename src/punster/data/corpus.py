@@ -84,6 +84,15 @@ def spliced(text: str, other: str, index: int) -> str:
     return " ".join(own[:half] + strange[-rest:] if index % 2 else strange[:half] + own[-rest:])
 
 
+def groups(split: str = "train") -> list[Row]:
+    """Ranked triples: the pun, a clumsy attempt at one, the same set-up without wordplay."""
+    return [
+        {"prompt": r["prompt"], "completions": [r["pun"], r["weak"], r["literal"]], "scores": [2, 1, 0], "id": r["id"],
+         "source": "embedded", "licence": "MIT", "pun_word": r["pun_word"], "alternative_word": r["alternative_word"]}
+        for r in part(split) if r["weak"]
+    ]  # fmt: skip
+
+
 def homophone_dropped_in(record: dict[str, str]) -> str:
     """The plain sentence with the alternative word replaced by the pun word (unchanged for homographs)."""
     pattern = rf"(?<!\w){re.escape(record['alternative_word'])}(?!\w)"

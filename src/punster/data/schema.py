@@ -1,13 +1,13 @@
-"""Rows in TRL's schemas, read from files with errors that name file and line.
+"""Rows in TRL's schemas, validated with errors that name file and line.
 
-text | prompt, completion | prompt, chosen, rejected [, margin] | prompt, completion, label | prompt alone. A prompt is a
-string or a list of chat messages; so may be a completion, of which the assistant's text is taken.
+text | prompt, completion | prompt, chosen, rejected [, margin] | prompt, completion, label | prompt alone; and ranked groups:
+prompt, completions, scores (best first). A prompt is a string or a list of chat messages; so may be a completion, of which
+the assistant's text is taken. Chat rows may leave the prompt implicit, as TRL's do.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +20,68 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sft": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
+    "text": ("text",),
+    "group": ("prompt", "completions", "scores"),
 }
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def read_rows(path: str | Path, kind: str) -> list[Row]:
-    """All rows of a .jsonl, .json, .csv or .parquet file, validated; raises UserError naming the file and the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    rows = [check_row(row, kind, f"{path}, {where}") for where, row in _rows_of(path)]
+def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[Row]:
+    """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
+
+    columns: "FIELD=COLUMN" for fields that have another name there.
+    """
+    from punster.data.files import located_rows, renamed
+
+    rows = [check_row(renamed(row, columns, place), kind, place) for place, row in located_rows(path)]
     if not rows:
         raise UserError(f"{path}: no rows in this file")
     return rows
 
 
-def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error}); expected one JSON object a line") from None
-        return
-    if path.suffix not in (".json", ".csv", ".parquet"):
-        raise UserError(f"{path}: unknown kind of file; expected .jsonl, .json, .csv or .parquet")
-    import datasets
+def kind_of(row: Any) -> str:
+    """The schema that a row's fields suggest."""
+    for kind, field in (
+        ("preference", "chosen"),
+        ("group", "completions"),
+        ("unpaired", "label"),
+        ("sft", "completion"),
+        ("text", "text"),
+    ):
+        if isinstance(row, dict) and field in row:
+            return kind
+    return "sft" if isinstance(row, dict) and "messages" in row else "prompt"
 
-    datasets.disable_progress_bars()
-    builder = path.suffix[1:]
-    try:
-        table = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=None)
-    except Exception as error:
-        raise UserError(
-            f"{path}: cannot be read as {builder} ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
-        ) from None
-    for number, row in enumerate(table, 1):
-        yield f"row {number}", row
+
+def texts_of(row: Row) -> list[str]:
+    """The texts that a row offers as answers."""
+    return [row[name] for name in ("text", "completion", "chosen", "rejected") if name in row] + list(row.get("completions", ()))
+
+
+def explicit(row: Row, kind: str) -> Row:
+    """Chat rows without a prompt of their own: `messages`, or two dialogues that share their beginning, get one."""
+    if kind == "sft" and "completion" not in row and _is_chat(row.get("messages")):
+        return {**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if kind == "preference" and "prompt" not in row and _is_chat(chosen) and _is_chat(rejected):
+        assert isinstance(chosen, list) and isinstance(rejected, list)
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return row
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(message, dict) for message in value)
 
 
 def check_row(row: Any, kind: str, where: str) -> Row:
     """The row with its texts as plain strings (prompts may stay chat messages); UserError if it does not fit."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with {', '.join(FIELDS[kind])}")
+    row = explicit(row, kind)
     for name in FIELDS[kind]:
         if row.get(name) is None:
             present = ", ".join(sorted(str(key) for key in row)) or "nothing"
@@ -81,6 +94,11 @@ def check_row(row: Any, kind: str, where: str) -> Row:
                 raise UserError(f"{where}: label must be true or false, found {value!r}")
         elif name == "prompt":
             checked[name] = _prompt(value, where)
+        elif name == "scores":
+            _check_scores(value, row["completions"], where)
+        elif name == "completions":
+            if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+                raise UserError(f"{where}: completions must be a list of texts")
         else:
             checked[name] = _text(value, f"{where}, field {name!r}")
             if not checked[name].strip():
@@ -88,6 +106,12 @@ def check_row(row: Any, kind: str, where: str) -> Row:
     if "margin" in row and row["margin"] is not None and not isinstance(row["margin"], int | float):
         raise UserError(f"{where}: margin must be a number, found {row['margin']!r}")
     return checked
+
+
+def _check_scores(scores: Any, completions: Any, where: str) -> None:
+    numbers = isinstance(scores, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores)
+    if not numbers or len(scores) != len(completions) or len(scores) < 2 or scores != sorted(scores, reverse=True):
+        raise UserError(f"{where}: scores must be a number for each completion (at least two), best first")
 
 
 def _prompt(value: Any, where: str) -> Any:
@@ -118,12 +142,10 @@ def _text(value: Any, where: str) -> str:
 
 def read_texts(path: str | Path) -> list[Row]:
     """Rows to be scored: {"text"} or {"prompt", "completion"}; always with "completion"."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    from punster.data.files import located_rows
+
     rows = []
-    for where, row in _rows_of(path):
-        place = f"{path}, {where}"
+    for place, row in located_rows(path):
         if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
             rows.append({"completion": _text(row["text"], f"{place}, field 'text'")})
         else:

@@ -65,7 +65,7 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
             ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
         )
         each = 1 if config.online else config.pairs_per_prompt
-        count = len(prompts) * each or len(load_rows(rows if rows is not None else config.data, kind, embedded))
+        count = len(prompts) * each or len(load_rows(rows if rows is not None else config.data, kind, embedded, config.columns))
         stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * count)
         if announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in):
             return None
@@ -147,10 +147,10 @@ def load_examples(
         return examples, None
     source = rows if rows is not None else config.data
     if config.loss_type == "kto":
-        given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()))
+        given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns)
         texts = [encode(tokenizer, reference.model, r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(given, 1)]
         return texts, torch.tensor([bool(row["label"]) for row in given])
-    given = load_rows(source, "preference", given_pairs)
+    given = load_rows(source, "preference", given_pairs, config.columns)
     both = [(row, side, i) for i, row in enumerate(given, 1) for side in ("chosen", "rejected")]
     return [encode(tokenizer, reference.model, row["prompt"], row[side], f"row {i}") for row, side, i in both], None
 

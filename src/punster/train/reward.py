@@ -63,7 +63,10 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
     given = load_rows(
-        rows if rows is not None else config.data, "preference", lambda: embedded_pairs(config, sampled_from, tokenizer)
+        rows if rows is not None else config.data,
+        "preference",
+        lambda: embedded_pairs(config, sampled_from, tokenizer),
+        config.columns,
     )
     given = shuffled(given, config)
     examples, margins = encode_pairs(given, tokenizer, start.model)

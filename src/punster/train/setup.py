@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from punster.config import TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
+from punster.data.mix import is_mixture, mixture
 from punster.data.schema import Row, read_rows
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
@@ -170,8 +172,8 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
-def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any) -> list[Row]:
-    """Rows of files and of the embedded corpus (`embedded` makes those), in the order given."""
+def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = ()) -> list[Row]:
+    """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given."""
     rows: list[Row] = []
     for source in sources:
         if isinstance(source, dict):
@@ -181,10 +183,14 @@ def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any) 
         elif source == "embedded":
             rows += embedded()
         else:
-            rows += read_rows(source, kind)
+            rows += mixture(source, kind, say=to_stderr) if is_mixture(source) else read_rows(source, kind, columns)
     if not rows:
         raise UserError("no rows of data were given")
     return rows
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def load_prompts(source: str | Sequence[Any], split: str = "train") -> list[Any]:
@@ -194,6 +200,9 @@ def load_prompts(source: str | Sequence[Any], split: str = "train") -> list[Any]
         return list(source)
     if source == "embedded":
         return corpus.prompts(split)
+    if is_mixture(source):
+        name = "eval-prompts" if source == "puns" and split != "train" else source
+        return [row["prompt"] for row in mixture(name, "prompt", say=to_stderr)]
     return [row["prompt"] for row in read_rows(source, "prompt")]
 
 

@@ -1,0 +1,117 @@
+"""What is wrong with a file of rows, and what is in it: problems with file and line, statistics, duplicates, suspected leakage."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from punster.data import corpus
+from punster.data.files import located_rows
+from punster.data.leakage import Index, words
+from punster.data.pool import Pool, data_folder
+from punster.data.schema import Row, check_row, kind_of, texts_of
+from punster.errors import UserError
+
+SHOWN = 20  # problems, duplicates and leaks that are printed
+
+
+@dataclass
+class Findings:
+    """problems make the file unusable as it is; duplicates and leaks are for people to judge."""
+
+    problems: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
+    longer_wins: list[float] = field(default_factory=list)
+    prompts: set[str] = field(default_factory=set)
+    compared: str = ""
+
+
+def check(path: Path) -> Findings:
+    """Look at every row of a file or folder."""
+    found = Findings()
+    held_out, found.compared = held_out_texts()
+    texts: dict[tuple[str, ...], str] = {}
+    ids: dict[tuple[str, str, str], str] = {}
+    for place, row in _rows(path, found):
+        kind = kind_of(row)
+        try:
+            row = check_row(row, kind, place)
+        except UserError as error:
+            found.problems.append(str(error))
+            continue
+        found.kinds[kind] += 1
+        found.sources[str(row.get("source", "no source given"))] += 1
+        found.prompts.add(str(row.get("prompt", "")))
+        own = texts_of(row)
+        lengths = [len(text.split()) for text in own]
+        found.lengths += lengths
+        if kind == "preference":
+            found.longer_wins.append((lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1]))
+        key = (kind, str(row.get("prompt", "")), *(" ".join(text.lower().split()) for text in own))
+        if (first := texts.setdefault(key, place)) != place:
+            found.duplicates.append(f"{place}: the same texts as {first}")
+        if row.get("id") is not None:
+            name = kind, str(row.get("source", "")), str(row["id"])
+            if (first := ids.setdefault(name, place)) != place:
+                found.duplicates.append(f"{place}: the id {name[2]!r} again, first at {first}")
+        if row.get("split") != "val" and any(map(held_out.has_near, own)):
+            found.leaks.append(f"{place}: near to a held-out text")
+    if not found.kinds and not found.problems:
+        found.problems.append(f"{path}: no rows in this file")
+    return found
+
+
+def _rows(path: Path, found: Findings) -> Iterator[tuple[str, Any]]:
+    """Rows with their places; of JSONL a line that is not JSON is one problem among others."""
+    from punster.data.sources.reading import lines
+
+    if path.suffix != ".jsonl" or path.is_dir():
+        yield from located_rows(path)
+        return
+    for place, line in lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            found.problems.append(f"{place}: not JSON ({error})")
+            continue
+        yield str(place), row
+
+
+def held_out_texts() -> tuple[Index, str]:
+    """The embedded evaluation texts and, where local copies are, SemEval's held-out ones; and a line that says so."""
+    sets = [words(record["pun"]) for split in ("val", "test") for record in corpus.part(split)]
+    try:
+        semeval = Pool(data_folder()).held_out_semeval.sets
+        told = f"compared with {len(sets)} embedded and {len(semeval)} SemEval evaluation texts"
+    except UserError:
+        semeval, told = [], f"compared with {len(sets)} embedded evaluation texts only: no local copy of SemEval"
+    return Index([*sets, *semeval]), told
+
+
+def told(found: Findings) -> list[str]:
+    """The findings in lines for people."""
+    counts: Row = {"problems": found.problems, "duplicates": found.duplicates, "suspected leakage": found.leaks}
+    lines = [f"rows: {found.kinds.total()} ({', '.join(f'{n} {kind}' for kind, n in found.kinds.most_common()) or 'none'})"]
+    lines.append(f"sources: {', '.join(f'{name} {n}' for name, n in found.sources.most_common()) or 'none'}")
+    if found.lengths:
+        lines.append(
+            f"words a text: median {statistics.median(found.lengths):g}, longest {max(found.lengths)}; prompts: {len(found.prompts)}"
+        )
+    if found.longer_wins:
+        lines.append(f"the longer text is the chosen one in {statistics.fmean(found.longer_wins):.1%} of the pairs (ties half)")
+    lines.append(found.compared)
+    for name, entries in counts.items():
+        lines.append(f"{name}: {len(entries)}")
+        lines += [f"  {entry}" for entry in entries[:SHOWN]] + (
+            [f"  ... and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
+        )
+    return lines

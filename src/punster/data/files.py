@@ -1,0 +1,127 @@
+"""People's own data: JSONL, JSON, CSV, Parquet, a folder of such files, or a data set of the hub; rows with their places."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from punster.data.schema import Row
+from punster.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")  # owner/name or owner/name:split
+
+
+def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of everything under a path; place is "FILE, line N" (Parquet, hub: "row N"). UserError if unreadable."""
+    given, path = str(path), Path(path)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+        if not found:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
+        for file in found:
+            yield from _rows_of(file)
+    elif path.exists():
+        yield from _rows_of(path)
+    elif path.suffix not in SUFFIXES and not path.parent.is_dir() and HUB_ID.fullmatch(given):
+        yield from hub_rows(given)
+    else:
+        raise UserError(f"{path}: no such file or folder")
+
+
+def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+    from punster.data.sources.reading import json_values, lines, read_text
+
+    if path.suffix == ".jsonl":
+        for place, line in lines(path):
+            yield str(place), _json(line, str(place))
+    elif path.suffix == ".json":
+        if read_text(path).lstrip()[:1] == "[":
+            yield from ((str(place), value) for place, value in json_values(path))
+        else:  # one object a line is also called .json
+            for place, line in lines(path):
+                yield str(place), _json(line, str(place))
+    elif path.suffix == ".csv":
+        yield from _csv_rows(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    else:
+        raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+
+
+def _json(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error}); expected one JSON object a line") from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    from punster.data.sources.reading import Skips, table
+
+    skips = Skips()
+    for place, cells in table(path, (), skips):
+        yield str(place), {name: _cell(name, value) for name, value in cells.items()}
+    if skips.entries:
+        place, reason = skips.entries[0]
+        raise UserError(f"{place}: {reason}; quote texts that contain commas or line ends")
+
+
+def _cell(name: str, value: str) -> Any:
+    """CSV knows texts only: a label is read as true or false, a margin as a number, nothing as missing."""
+    if name == "label" and value.strip().lower() in ("true", "false", "1", "0"):
+        return value.strip().lower() in ("true", "1")
+    if name == "margin":
+        try:
+            return float(value) if value.strip() else None
+        except ValueError:
+            return value
+    return value or None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as parquet ({reason})") from None
+
+
+def hub_rows(name: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a data set of the hub (or of a local folder in the hub's form); NAME:SPLIT for another split than train."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    base, _, split = name.partition(":") if not Path(name).is_dir() else (name, "", "")
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(base, split=split or "train")
+    except Exception as error:  # the hub's library raises a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"{name}: not a file here, and the hub's data set cannot be loaded ({reason})") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, row {number}", dict(row)
+
+
+def renamed(row: Any, columns: Sequence[str], place: str) -> Any:
+    """The row with FIELD taken from COLUMN for each "FIELD=COLUMN"."""
+    if not columns or not isinstance(row, dict):
+        return row
+    found = dict(row)
+    for pair in columns:
+        field, equals, column = pair.partition("=")
+        if not (equals and field and column):
+            raise UserError(f"--columns {pair}: expected FIELD=COLUMN, for example prompt=question")
+        if column not in row:
+            raise UserError(f"{place}: no column {column!r} (found: {', '.join(map(str, row))})")
+        found[field] = _cell(field, row[column]) if isinstance(row[column], str) else row[column]
+    return found

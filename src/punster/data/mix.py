@@ -1,0 +1,272 @@
+"""Mixtures: a YAML recipe names sources and files, what is made of them and how much; the result states what went in."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from punster.data import corpus
+from punster.data.leakage import Index, without_repeats
+from punster.data.offence import offensive
+from punster.data.pairs import from_group, length_matched
+from punster.data.pool import Pool, data_folder
+from punster.data.prompts import pun_word_share, retopic, with_prompts
+from punster.data.schema import Row, kind_of, read_rows, texts_of
+from punster.data.sources import SOURCES, find_source
+from punster.errors import UserError, near_matches
+
+
+@dataclass
+class Ingredient:
+    """One entry of a recipe: rows of a source (or "embedded"), or of a file of one's own."""
+
+    source: str = ""
+    file: str = ""
+    columns: list[str] = field(default_factory=list)
+    use: Literal["", "groups", "pairs", "ratings", "puns", "texts"] = ""  # default: what the source has
+    ids: str = ""  # only rows whose id begins so
+    weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
+    limit: int = 0  # at most so many rows, drawn (0: all)
+    cap: int = 10  # groups: pairs of one group; ratings: pairs of one text
+    gap: float = 0.0  # smallest difference in score or rating that makes a pair
+    by: str = "rating"  # the rating that is compared
+    margin: float = 0.0  # margin of a pair = this x its gap (0: none)
+    max_words: int = 0
+    prompt: str = "make a pun"  # of pairs made of ratings
+    filter: bool | None = None  # offensive words: default as the catalogue has it
+
+
+@dataclass
+class Recipe:
+    kind: Literal["sft", "preference", "prompt"] = "preference"
+    split: Literal["train", "val"] = "train"
+    seed: int = 1
+    repeats: float = 0.7  # sft: of texts this near to each other only the first stays (0: all stay)
+    guard: float = 0.5  # train: texts this near to an evaluation text are dropped
+    parts: list[Ingredient] = field(default_factory=list)
+
+
+DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
+
+
+# ---- the recipe ---------------------------------------------------------------------------------------------------
+def recipe_path(name: str) -> Path:
+    """A file, or the name of a recipe that comes with the package."""
+    from punster.train.pipeline import recipe_folder
+
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return path
+    folder = recipe_folder() / "data"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown mixture {name!r}.{near_matches(name, known)} Known: {', '.join(known)}; or a .yaml file")
+    return folder / f"{name}.yaml"
+
+
+def load_mixture(name: str) -> Recipe:
+    import yaml
+
+    from punster.data.sources.reading import read_text
+
+    path = recipe_path(name)
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    recipe = Recipe(**_checked(content, Recipe, str(path)))
+    if not isinstance(recipe.parts, list) or not recipe.parts:
+        raise UserError(f"{path}: 'parts' must be a list of sources or files")
+    recipe.parts = [
+        Ingredient(**_checked(part, Ingredient, f"{path}, part {number}")) for number, part in enumerate(recipe.parts, 1)
+    ]
+    for number, part in enumerate(recipe.parts, 1):
+        where = f"{path}, part {number}"
+        if bool(part.source) == bool(part.file):
+            raise UserError(f"{where}: give either a source or a file")
+        if part.source and part.source != "embedded" and find_source(part.source).tie == "none" and recipe.split == "train":
+            raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
+        if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0:
+            raise UserError(f"{where}: weight must be above 0; limit, cap and gap at least 0")
+        if part.file and not Path(part.file).is_absolute() and not Path(part.file).exists():
+            part.file = str(path.parent / part.file)
+    return recipe
+
+
+def _checked(content: Any, kind: type, where: str) -> Row:
+    """The keys of a mapping, known and of the type that the dataclass says."""
+    import typing
+
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a mapping with keys such as {', '.join(f.name for f in fields(kind)[:4])}")
+    hints = typing.get_type_hints(kind)
+    for key, value in content.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {key!r}.{near_matches(str(key), hints)}")
+        choices = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
+        if choices and value not in choices:
+            raise UserError(f"{where}: {key} must be one of {', '.join(filter(None, choices))}, found {value!r}")
+        number = hints[key] in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
+        if hints[key] in (int, float, str) and not (number if hints[key] is not str else isinstance(value, str)):
+            raise UserError(f"{where}: {key} must be {'a number' if hints[key] is not str else 'text'}, found {value!r}")
+    return content
+
+
+# ---- building -----------------------------------------------------------------------------------------------------
+def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> tuple[list[Row], Row]:
+    """The rows of a mixture, and the statement of what went in and what was left out.
+
+    folder: local copies of the public sources (default: PUNSTER_DATA); not needed by recipes of files alone.
+    """
+    public = any(part.source not in ("", "embedded") for part in recipe.parts)
+    pool = Pool(data_folder(folder)) if public else None
+    guard = pool.evaluation if pool and recipe.split == "train" and recipe.guard <= 1 else None
+    rows: list[Row] = []
+    statements = []
+    for number, part in enumerate(recipe.parts):
+        taken, statement = _part(part, recipe, pool, guard, random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}"))
+        rows += taken
+        statements.append(statement)
+    statement = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
+    if recipe.kind == "sft":
+        rows, statement["repeats_dropped"] = _without_repeats(rows, recipe.repeats)
+    avoid = frozenset(_topic_key(row) for row in pool.held_out_prompts) if pool and recipe.split == "train" else frozenset()
+    if recipe.kind in ("sft", "prompt"):
+        rows = with_prompts(rows, avoid)
+    else:
+        rows = [retopic(row, row["chosen"], avoid) for row in rows]
+    if recipe.kind == "prompt":
+        rows = pool.held_out_prompts if pool and recipe.split == "val" else list({row["prompt"]: row for row in rows}.values())
+        rows = [{k: v for k, v in row.items() if k != "completion"} for row in rows]
+    random.Random(recipe.seed).shuffle(rows)
+    statement["pun_word_in_prompt"] = round(pun_word_share(rows), 4)
+    statement["evaluation_texts"] = len(guard.sets) if guard else 0
+    statement["rows"] = len(rows)
+    statement["by_source"] = dict(Counter(row.get("source", "own") for row in rows).most_common())
+    statement["not_open"] = sorted({p["licence"] for p in statements if not p["open"] and p["taken"]})
+    if not rows:
+        raise UserError("the mixture is empty: " + "; ".join(f"{p['part']}: {p['read']} rows read" for p in statements))
+    for line in told(statement) if say else ():
+        say(line)  # type: ignore[misc]
+    return rows, statement
+
+
+def _topic_key(row: Row) -> str:
+    from punster.data.prompts import topic_key
+
+    return topic_key(row["topic"])
+
+
+def _without_repeats(rows: list[Row], threshold: float) -> tuple[list[Row], int]:
+    if not threshold:
+        return rows, 0
+    kept = without_repeats([texts_of(row)[0] for row in rows], threshold)
+    return [rows[i] for i in kept], len(rows) - len(kept)
+
+
+def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random) -> tuple[list[Row], Row]:
+    """The rows of one part, and its line in the statement."""
+    rows, licence, is_open, rude = _source_rows(part, recipe, pool)
+    statement: Row = {"part": part.source or part.file, "use": part.use, "licence": licence, "open": is_open, "read": len(rows)}
+    rude = rude if part.filter is None else part.filter
+    dropped: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        reason = offensive(row, rude) if not part.max_words or _longest(row) <= part.max_words else "too long"
+        if pool and row.get("semeval_id") in pool.flagged:
+            reason = "called offensive by annotators"
+        if not reason and guard and kind_of(row) != "group" and any(map(guard.has_near, texts_of(row))):
+            reason = "near to an evaluation text"
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append(row)
+    made = _made(kept, part, recipe, draw)
+    if guard and any(kind_of(row) == "group" for row in kept):
+        clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
+        dropped["near to an evaluation text"] += len(made) - len(clean)
+        made = clean
+    statement["available"] = len(made)
+    if part.limit and len(made) > part.limit:
+        made = draw.sample(made, part.limit)
+    whole, rest = divmod(part.weight, 1)
+    made = made * int(whole) + draw.sample(made, round(rest * len(made)))
+    if part.margin:
+        made = [{**row, "margin": round(part.margin * row["gap"], 4)} if "gap" in row else row for row in made]
+    return made, {**statement, "dropped": dict(dropped), "weight": part.weight, "taken": len(made)}
+
+
+def _longest(row: Row) -> int:
+    return max((len(text.split()) for text in texts_of(row)), default=0)
+
+
+def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[list[Row], str, bool, bool]:
+    """(rows, licence, open, rude) of a part before anything is left out."""
+    if part.file:
+        rows = read_rows(part.file, recipe.kind, part.columns)
+        return [{"source": part.file, **row} for row in rows], "your own", True, False
+    if part.source == "embedded":
+        split = "train" if recipe.split == "train" else "val"
+        rows = corpus.groups(split) if recipe.kind == "preference" else [{**r, "is_pun": True} for r in corpus.sft_rows(split)]
+        return rows, "MIT", True, False
+    assert pool is not None
+    source = SOURCES[part.source]
+    rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
+    wanted = {"groups": "group", "pairs": "preference", "ratings": "text"}.get(part.use)
+    if recipe.kind == "preference":
+        found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
+        rows = [row for row in found if kind_of(row) != "text" or (part.by in row and row.get("is_pun") is not False)]
+    else:
+        rows = [row for row in rows if kind_of(row) in ("sft", "text") and (part.use == "texts" or row.get("is_pun"))]
+        rows = [row for row in rows if row.get("system", "human") == "human"]
+    return rows, source.licence, source.open, source.rude
+
+
+def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random) -> list[Row]:
+    """What the recipe asks for, made of rows that may be used."""
+    if recipe.kind != "preference":
+        return list(rows)
+    pairs = [row for row in rows if kind_of(row) == "preference"]
+    for group in (row for row in rows if kind_of(row) == "group"):
+        pairs += from_group(group, part.gap, part.cap, draw)
+    rated = [row for row in rows if kind_of(row) == "text"]
+    return pairs + length_matched(rated, part.gap, part.cap, part.limit, part.prompt, draw, part.by)
+
+
+def told(statement: Row) -> list[str]:
+    """The statement in lines for people."""
+    found = [f"{statement['rows']} rows ({statement['kind']}, {statement['split']}), of which:"]
+    for part in statement["parts"]:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
+        found.append(
+            f"  {part['part']}{' ' + part['use'] if part['use'] else ''}: {part['taken']} taken of {part['available']} made of "
+            f"{part['read']} read, weight {part['weight']:g}{'; dropped: ' + dropped if dropped else ''} [{part['licence']}]"
+        )
+    if statement.get("repeats_dropped"):
+        found.append(f"  repeats dropped: {statement['repeats_dropped']}")
+    found.append(
+        f"  compared with {statement['evaluation_texts']} evaluation texts; prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}"
+    )
+    if statement["not_open"]:
+        found.append(f"  NOT cleared for commercial use: {'; '.join(statement['not_open'])}")
+    return found
+
+
+def is_mixture(name: str) -> bool:
+    return name == "puns" or name.endswith((".yaml", ".yml"))
+
+
+def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:
+    """Rows of a mixture for training; "puns" is the default mixture of the kind."""
+    recipe = load_mixture(DEFAULTS[kind] if name == "puns" and kind in DEFAULTS else name)
+    if recipe.kind != kind:
+        raise UserError(f"{name}: this mixture has rows of the kind {recipe.kind}; {kind} is needed here")
+    return build(recipe, folder, say)[0]

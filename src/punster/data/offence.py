@@ -1,0 +1,36 @@
+"""What is left out as offensive: by the source's own ratings where it has them, and by a list of words for rude sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from punster.data.schema import Row, texts_of
+
+VOTES = 2  # of five people who called a text offensive (ExPUNations)
+RATING = 1.0  # mean offence from 0 to 5 (HaHackathon)
+
+
+@cache
+def _check() -> Callable[[str], bool]:
+    from pyobscenity import check
+
+    found: Callable[[str], bool] = check
+    return found
+
+
+@cache
+def is_profane(text: str) -> bool:
+    """Does the text contain a profane word, also in disguise (letters replaced, spaced out)?"""
+    return bool(_check()(text))
+
+
+def offensive(row: Row, word_list: bool) -> str | None:
+    """Why a row is left out, or None."""
+    if row.get("offensive", 0) >= VOTES:
+        return "called offensive by annotators"
+    if row.get("offence", 0.0) >= RATING:
+        return "rated offensive"
+    if word_list and any(map(is_profane, texts_of(row))):
+        return "profane words"
+    return None

@@ -1,0 +1,56 @@
+"""Public pun and humour sources, one file each: read(folder, skips) yields (place, row); here they are checked and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+from punster.data.schema import Row, check_row, kind_of
+from punster.data.sources.catalog import SOURCES, Source
+from punster.data.sources.reading import Located, Place, Skips
+from punster.errors import UserError, near_matches
+
+__all__ = ["SOURCES", "Place", "Skips", "Source", "find_source", "own_folder", "read_source"]
+
+
+def find_source(name: str) -> Source:
+    if name not in SOURCES:
+        raise UserError(f"unknown source {name!r}.{near_matches(name, SOURCES)} 'punster data list --names' lists them")
+    return SOURCES[name]
+
+
+def own_folder(source: Source, folder: Path) -> Path:
+    """The source's own folder, given that or the folder of all copies."""
+    for candidate in (folder / source.name, folder):
+        if all((candidate / name).is_file() for name in source.files):
+            return candidate
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    candidate = folder / source.name if (folder / source.name).is_dir() else folder
+    missing = [name for name in source.files if not (candidate / name).is_file()]
+    raise UserError(f"{candidate}: {missing[0]} is missing; {source.name} needs {', '.join(source.files)} (from {source.home})")
+
+
+def read_source(source: Source, folder: Path, skips: Skips) -> Iterator[Row]:
+    """All rows of a source's own folder with source, id and licence, each valid and each id once for its kind of row."""
+    read: Callable[[Path, Skips], Located] = import_module(f"punster.data.sources.{source.name}").read
+    seen: set[tuple[str, str]] = set()
+    for place, row in read(folder, skips):
+        row = {**row, "source": source.name, "licence": source.licence}
+        kind = kind_of(row)
+        if (kind, row["id"]) in seen:
+            skips.add(place, "repeated id")
+            continue
+        if kind == "preference" and row["chosen"] == row["rejected"]:
+            skips.add(place, "both texts of the pair are the same")
+            continue
+        try:
+            row = check_row(row, kind, "")
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+        except (UserError, ValueError) as error:  # half of a surrogate pair, say
+            skips.add(place, f"not a valid row ({str(error).removeprefix(': ')[:80]})")
+            continue
+        seen.add((kind, row["id"]))
+        yield row

@@ -1,0 +1,272 @@
+"""What the readers of public sources share: text, tables, JSON and XML with file and line, and a record of what is passed over.
+
+A file that is damaged as a whole (not UTF-8, broken XML or JSON, a truncated gzip, wrong columns) raises UserError with
+file and line. A single record that does not fit is passed over and counted in Skips, with file, line and reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.parsers import expat
+
+from punster.data.schema import Row
+from punster.errors import UserError
+
+MAX_BYTES = 500_000_000  # of a file after decompression: a gzip bomb must not fill the memory
+MAX_TEXT = 20_000  # characters of one text; far above any joke or dialogue of the sources
+csv.field_size_limit(2**31 - 1)  # an overlong field is a record to pass over, not the end of the file
+
+
+class BadRecord(ValueError):
+    """One record does not fit; the message is the reason that is logged."""
+
+
+@dataclass(frozen=True)
+class Place:
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}"
+
+
+@dataclass
+class Skips:
+    """Records that were passed over: where and why."""
+
+    entries: list[tuple[Place, str]] = field(default_factory=list)
+
+    def add(self, place: Place, reason: str) -> None:
+        self.entries.append((place, reason))
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(reason for _, reason in self.entries).most_common())
+
+
+Located = Iterator[tuple[Place, Row]]
+
+
+def each(records: Iterable[tuple[Place, Any]], convert: Callable[..., Iterable[Row]], skips: Skips, *more: Any) -> Located:
+    """The rows of convert(record, *more) for each record; a BadRecord becomes a counted skip."""
+    for place, record in records:
+        try:
+            rows = list(convert(record, *more))
+        except BadRecord as error:
+            skips.add(place, str(error))
+            continue
+        for row in rows:
+            yield place, row
+
+
+def need(record: Any, name: str, kind: type = str) -> Any:
+    """A field of a record, of the given type (str must not be blank); BadRecord says what is wrong."""
+    if not isinstance(record, dict):
+        raise BadRecord("the record is not an object")
+    value = record.get(name)
+    if value is None:
+        raise BadRecord(f"field {name!r} is missing or null")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise BadRecord(f"field {name!r} is not {kind.__name__}")
+    if isinstance(value, str) and not value.strip():
+        raise BadRecord(f"field {name!r} is empty")
+    return value
+
+
+def number(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise BadRecord(f"field {name!r} is not a number") from None
+    if not abs(value) < 1e9:
+        raise BadRecord(f"field {name!r} is not a finite number")
+    return value
+
+
+def choice(text: str, known: dict[str, Any], name: str) -> Any:
+    if text not in known:
+        raise BadRecord(f"field {name!r} is none of {', '.join(map(repr, known))}")
+    return known[text]
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, a .gz decompressed."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; 'punster data list' says where each source comes from")
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    parts, size = [], 0
+    try:
+        with gzip.open(path) as handle:
+            while part := handle.read(1 << 20):
+                parts.append(part)
+                if (size := size + len(part)) > MAX_BYTES:
+                    raise UserError(f"{path}: more than {MAX_BYTES} bytes after decompression; refused")
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+        line = 1 + sum(part.count(b"\n") for part in parts)
+        raise UserError(f"{path}, line {line}: damaged or truncated gzip ({error}); fetch the file again") from None
+    return b"".join(parts)
+
+
+def read_text(path: Path) -> str:
+    content = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+
+
+def lines(path: Path) -> Iterator[tuple[Place, str]]:
+    """Lines that are not blank. Not splitlines: U+2028 may stand inside a text."""
+    for line_number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield Place(str(path), line_number), line.rstrip("\r")
+
+
+def table(
+    path: Path, columns: Sequence[str], skips: Skips, *, header: bool = True, delimiter: str = ","
+) -> Iterator[tuple[Place, dict[str, str]]]:
+    """Records of a CSV file with at least these columns (without a header: exactly these); other widths are skips."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
+    names = list(columns)
+    try:
+        if header:
+            names = [name.strip() for name in next(reader, [])]
+            if missing := [name for name in columns if name not in names]:
+                found = ", ".join(names)[:200] or "nothing"
+                raise UserError(
+                    f"{path}, line 1: column {missing[0]!r} is missing (found: {found}; expected: {', '.join(columns)})"
+                )
+        for cells in reader:
+            place = Place(str(path), reader.line_num)
+            if len(cells) == len(names):
+                yield place, dict(zip(names, cells, strict=True))
+            elif cells:
+                skips.add(place, f"{len(names)} columns expected, another number found")
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from None
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def json_items(path: Path, opening: str = "{") -> Iterator[tuple[Place, tuple[str, Any]]]:
+    """(key, value) of a file that is one object, or with opening "[" (number, value) of an array; and the line of each."""
+    content = read_text(path)
+    decoder = json.JSONDecoder()
+    at, line, counted = 0, 1, 0
+
+    def skip_space(position: int) -> int:
+        match = _SPACE.match(content, position)
+        return match.end() if match else position
+
+    def decode(position: int) -> tuple[Any, int]:
+        try:
+            return decoder.raw_decode(content, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{path}, line {1 + content.count(chr(10), 0, position)}: unreadable JSON ({error})") from None
+
+    def expect(position: int, *wanted: str) -> str:
+        found = content[position : position + 1]
+        if found not in wanted or not found:
+            where = 1 + content.count("\n", 0, position)
+            raise UserError(
+                f"{path}, line {where}: broken JSON (expected {' or '.join(wanted)}, found {found or 'the end of the file'})"
+            )
+        return found
+
+    at = skip_space(at)
+    closing = {"[": "]", "{": "}"}[expect(at, opening)]
+    at, index = skip_space(at + 1), 0
+    if content[at : at + 1] != closing:
+        while True:
+            line, counted = line + content.count("\n", counted, at), at
+            key = str(index)
+            if closing == "}":
+                expect(at, '"')
+                key, at = decode(at)
+                at = skip_space(at)
+                expect(at, ":")
+                at = skip_space(at + 1)
+            value, at = decode(at)
+            yield Place(str(path), line), (key, value)
+            at, index = skip_space(at), index + 1
+            if expect(at, ",", closing) == closing:
+                break
+            at = skip_space(at + 1)
+    if (at := skip_space(at + 1)) != len(content):
+        raise UserError(f"{path}, line {1 + content.count(chr(10), 0, at)}: broken JSON (something follows the end)")
+
+
+def json_values(path: Path) -> Iterator[tuple[Place, Any]]:
+    return ((place, value) for place, (_, value) in json_items(path, "["))
+
+
+def by_key(items: Iterable[tuple[Place, tuple[str, Any]]], skips: Skips) -> dict[str, Any]:
+    """A lookup table; a repeated key keeps its first value and is logged."""
+    found: dict[str, Any] = {}
+    for place, (key, value) in items:
+        if key in found:
+            skips.add(place, "repeated key")
+        else:
+            found[key] = value
+    return found
+
+
+@dataclass(frozen=True)
+class XmlText:
+    id: str
+    words: tuple[tuple[str, str], ...]  # (word id, token)
+
+
+def xml_texts(path: Path) -> Iterator[tuple[Place, XmlText]]:
+    """The <text id><word id>token</word>…</text> elements; a document type, which may define entities, is refused."""
+    content = read_bytes(path)
+    parser = expat.ParserCreate("utf-8")
+    found: list[tuple[Place, XmlText]] = []
+    words: list[tuple[str, str]] = []
+    opened: dict[str, Any] = {}
+
+    def refuse(*_: Any) -> None:
+        raise UserError(f"{path}, line {parser.CurrentLineNumber}: a document type declaration is not accepted")
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        if tag == "text":
+            opened.update(text=attributes.get("id", ""), line=parser.CurrentLineNumber)
+            words.clear()
+        elif tag == "word":
+            opened.update(word=attributes.get("id", ""), token="")
+
+    def characters(data: str) -> None:
+        if "word" in opened:
+            opened["token"] += data
+
+    def end(tag: str) -> None:
+        if tag == "word":
+            words.append((opened.pop("word", ""), opened.pop("token", "")))
+        elif tag == "text":
+            found.append((Place(str(path), opened["line"]), XmlText(opened["text"], tuple(words))))
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, characters
+    parser.buffer_text = True
+    try:
+        parser.Parse(content, True)
+    except expat.ExpatError as error:
+        raise UserError(f"{path}, line {error.lineno}: broken XML ({expat.ErrorString(error.code)})") from None
+    return iter(found)

@@ -1,0 +1,96 @@
+"""People's own data: folders, hub data sets, columns with other names, chat rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from punster.cli import main
+from punster.config import SftConfig
+from punster.data.files import hub_rows
+from punster.data.schema import check_row, read_rows
+from punster.errors import UserError
+
+ASK, ANSWER = "make a pun about bakers", "He kneads the dough."
+
+
+def test_a_folder_of_files_of_all_kinds(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": ASK, "completion": "one"}) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"prompt": ASK, "completion": "two"}]))
+    (tmp_path / "c.csv").write_text(f"prompt,completion\n{ASK},three\n")
+    pq.write_table(pa.Table.from_pylist([{"prompt": ASK, "completion": "four"}]), tmp_path / "sub" / "d.parquet")
+    (tmp_path / "notes.txt").write_text("not data")
+    assert [row["completion"] for row in read_rows(tmp_path, "sft")] == ["one", "two", "three", "four"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv, \.parquet files in this folder"):
+        read_rows(tmp_path / "empty", "sft")
+
+
+def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("".join(json.dumps({"prompt": ASK, "completion": c}) + "\n" for c in ("one", "two")))
+    assert len(read_rows(path, "sft")) == 2
+
+
+def test_columns_with_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "qa.csv"
+    path.write_text(f"question,answer\n{ASK},{ANSWER}\n")
+    assert read_rows(path, "sft", ["prompt=question", "completion=answer"])[0]["completion"] == ANSWER
+    for columns, message in (
+        (["prompt=ask"], "line 2: no column 'ask' (found: question, answer)"),
+        (["prompt"], "expected FIELD=COLUMN"),
+    ):
+        with pytest.raises(UserError) as raised:
+            read_rows(path, "sft", columns)
+        assert message in str(raised.value)
+
+
+def test_columns_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.cli import parse
+
+    config = parse("sft", SftConfig, ["-n", "x", "--data", "qa.csv", "--columns", "prompt=question", "completion=answer"])
+    assert config.columns == ["prompt=question", "completion=answer"] and config.data == ["qa.csv"]
+    assert main(["sft", "-n", "x", "--out", str(tmp_path), "--data", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv: no such file or folder" in capsys.readouterr().err
+
+
+def test_a_data_set_in_the_form_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([{"question": ASK, "answer": ANSWER}] * 2), folder / "train-00000-of-00001.parquet")
+    rows = list(hub_rows(str(folder)))
+    assert [place.rsplit(", ", 1)[1] for place, _ in rows] == ["row 1", "row 2"] and rows[0][1] == {
+        "question": ASK,
+        "answer": ANSWER,
+    }
+
+
+def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="owner/puns: not a file here, and the hub's data set cannot be loaded"):
+        read_rows("owner/puns", "sft")
+
+
+def test_chat_rows_with_implicit_prompts() -> None:
+    user, good, bad = ({"role": r, "content": c} for r, c in (("user", ASK), ("assistant", ANSWER), ("assistant", "No.")))
+    row = check_row({"messages": [user, good]}, "sft", "here")
+    assert (row["prompt"], row["completion"]) == ([user], ANSWER)
+    row = check_row({"chosen": [user, good], "rejected": [user, bad]}, "preference", "here")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ([user], ANSWER, "No.")
+
+
+@pytest.mark.parametrize(
+    ("scores", "completions"),
+    [([1], ["a"]), ([1, 2], ["a", "b"]), ([2, True], ["a", "b"]), ([2, 1, 0], ["a", "b"]), (None, ["a"]), ([2, 1], ["a", " "])],
+)
+def test_groups_that_are_none(scores: object, completions: list[str]) -> None:
+    with pytest.raises(UserError):
+        check_row({"prompt": ASK, "completions": completions, "scores": scores}, "group", "here")

@@ -1,0 +1,166 @@
+"""Mixtures: what goes in, what the guard keeps out, what is stated; and the two default mixtures from the local copies."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mini import PUNS, make
+
+from punster.data import corpus
+from punster.data.leakage import jaccard, words
+from punster.data.mix import Ingredient, Recipe, build, load_mixture, mixture
+from punster.data.pool import Pool
+from punster.data.prompts import pun_word_share, topic_key
+from punster.data.schema import check_row, texts_of
+from punster.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("sources"))
+
+
+def sft(mini: Path, *sources: str, **settings: object) -> tuple[list[dict], dict]:
+    return build(Recipe("sft", parts=[Ingredient(source, use="puns") for source in sources], **settings), mini)  # type: ignore[arg-type]
+
+
+def test_sft_takes_puns_of_the_training_part_with_prompts(mini: Path) -> None:
+    rows, statement = sft(mini, "semeval2017_task7", "cup_context_situated")
+    assert {row["id"] for row in rows} == {"hom_10", "hom_100", "het_1", "line2"}
+    for row in rows:
+        check_row(row, "sft", "here")
+    assert statement["rows"] == 4 and statement["by_source"] == {"semeval2017_task7": 3, "cup_context_situated": 1}
+    assert statement["not_open"] == ["CC BY 4.0, part CC BY-NC 4.0: treat as NonCommercial", "CC BY-NC 4.0"]
+    assert rows == sft(mini, "semeval2017_task7", "cup_context_situated")[0]  # drawn with a seed
+
+
+@pytest.fixture
+def leaky(tmp_path: Path) -> Path:
+    """Short jokes of which three are versions of evaluation texts: SemEval's, the embedded corpus's, a held-out cloze's."""
+    root = make(tmp_path / "sources")
+    val = PUNS["hom_1013"][0].replace(" ,", "") + " Again."
+    ours = corpus.part("test")[0]["pun"] + " Indeed."
+    held = next(row["chosen"] for row in Pool(root).rows("davidbau_puns", "val"))
+    jokes = [val, ours, held + " Ha.", "I like lamps, they lighten up."]
+    body = "".join(f'{i},"{joke.replace(chr(34), chr(39))}"\n' for i, joke in enumerate(jokes, 1))
+    (root / "short_jokes" / "reddit-cleanjokes.csv").write_text("ID,Joke\n" + body, encoding="utf-8")
+    return root
+
+
+def test_planted_leaks_are_found_and_counted(leaky: Path) -> None:
+    parts = [Ingredient("short_jokes", use="texts")]
+    rows, statement = build(Recipe("sft", parts=parts), leaky)
+    assert [row["completion"] for row in rows] == ["I like lamps, they lighten up."]
+    # The SemEval one was put into the val part on reading, so two are left for the guard.
+    assert statement["parts"][0]["dropped"] == {"near to an evaluation text": 2} and statement["parts"][0]["read"] == 3
+
+
+def test_with_the_guard_off_planted_leaks_get_in(leaky: Path) -> None:
+    """The counter-check: what the guard test shows is the guard's work."""
+    rows, _ = build(Recipe("sft", guard=2.0, parts=[Ingredient("short_jokes", use="texts")]), leaky)
+    assert len(rows) == 3
+
+
+def test_preferences(mini: Path) -> None:
+    parts = [
+        Ingredient("puneval", use="groups", gap=0.5, margin=0.25), Ingredient("puneval", use="pairs"),
+        Ingredient("pungen_he2019", ids="crowd/", gap=0.5, cap=2), Ingredient("davidbau_puns", weight=2.0, filter=True),
+        Ingredient("expunations", use="ratings", by="rating_z", gap=0.1), Ingredient("embedded", limit=5),
+    ]  # fmt: skip
+    rows, statement = build(Recipe("preference", guard=2.0, parts=parts), mini)
+    for row in rows:
+        check_row(row, "preference", "here")
+    taken = {f"{p['part']} {p['use']}": p["taken"] for p in statement["parts"]}
+    train_cloze = len(Pool(mini).rows("davidbau_puns", "train"))
+    # Two training items of PunEval: of each the human text beats method 0; its copy was recited.
+    assert taken == {"puneval groups": 2, "puneval pairs": 4, "pungen_he2019 ": 2, "davidbau_puns ": 2 * train_cloze,
+                     "expunations ratings": 0, "embedded ": 5}  # fmt: skip
+    assert sum(taken.values()) == len(rows) == statement["rows"]
+    assert {row["margin"] for row in rows if row["source"] == "puneval" and "group" in row} == {0.3}
+
+
+def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: Path) -> None:
+    cases = {
+        "kind: preference\nparts: [{source: kao_puns}]": "part 1: kao_puns is for the validation of metrics only",
+        "kind: preference\nparts: [{source: kao_pun}]": "unknown source 'kao_pun'. Did you mean kao_puns",
+        "kind: poetry\nparts: [{source: embedded}]": "kind must be one of sft, preference, prompt",
+        "kind: sft\npart: []": "unknown key 'part'. Did you mean parts",
+        "kind: sft\nparts: []": "'parts' must be a list",
+        "kind: sft\nparts: [{source: embedded, file: x}]": "part 1: give either a source or a file",
+        "kind: sft\nparts: [{source: embedded, weight: heavy}]": "part 1: weight must be a number, found 'heavy'",
+        "kind: sft\nparts: [{source: embedded, weight: 0}]": "weight must be above 0",
+        "kind: sft\nparts: [3]": "part 1: expected a mapping",
+        "kind: sft\nparts: [": "line 2: not YAML",
+        "- a": "expected a mapping",
+    }
+    for content, message in cases.items():
+        (tmp_path / "r.yaml").write_text(content)
+        with pytest.raises(UserError) as raised:
+            load_mixture(str(tmp_path / "r.yaml"))
+        assert message in str(raised.value)
+    with pytest.raises(UserError, match=r"unknown mixture 'pun'\. Did you mean puns"):
+        load_mixture("pun")
+    with pytest.raises(UserError, match="the mixture is empty: kao"):
+        build(Recipe("sft", split="val", parts=[Ingredient("kao_puns", ids="none")]), mini)
+
+
+def test_files_and_the_embedded_corpus_need_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "make a pun", "completion": "my own words"}) + "\n")
+    (tmp_path / "r.yaml").write_text(
+        "kind: sft\nparts:\n- {file: mine.jsonl, columns: [prompt=question], weight: 3}\n- {source: embedded, weight: .5}\n"
+    )
+    recipe = load_mixture(str(tmp_path / "r.yaml"))
+    recipe.repeats = 0
+    rows, statement = build(recipe)
+    assert Counter(row["completion"] for row in rows)["my own words"] == 3
+    assert len(rows) == 3 + round(len(corpus.part("train")) / 2) and statement["not_open"] == []
+
+
+def test_no_copies_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"nowhere: no such folder \(PUNSTER_DATA names it\)"):
+        mixture("puns", "sft")
+    with pytest.raises(UserError, match="rows of the kind prompt; sft is needed"):
+        mixture("prompts", "sft")
+
+
+# ---- the default mixtures, from the local copies ------------------------------------------------------------------
+@pytest.mark.slow
+def test_default_sft_mixture(punster_data: Path) -> None:
+    rows, statement = build(load_mixture("puns"), punster_data)
+    assert len(rows) >= 4_500 and statement["rows"] == len(rows)
+    pool = Pool(punster_data)
+    held_out = [words(row["text"]) for row in pool.rows("semeval2017_task7", "val")]
+    for row in rows:  # by comparing with all, not by the index
+        check_row(row, "sft", row["id"])
+        own = words(row["completion"])
+        assert all(jaccard(own, other) < 0.5 for other in held_out), row["id"]
+    assert 0.0 < pun_word_share(rows) <= 0.3
+    prompts = mixture("eval-prompts", "prompt", punster_data)
+    topics = {topic_key(row["topic"]) for row in prompts}
+    assert len(prompts) == len(topics) >= 200
+    assert not topics & {topic_key(part) for row in rows if row.get("topic") for part in row["topic"].split(" and ")}
+
+
+@pytest.mark.slow
+def test_default_preference_mixture(punster_data: Path) -> None:
+    rows, statement = build(load_mixture("preferences"), punster_data)
+    assert len(rows) >= 12_000
+    assert (
+        statement["pun_word_in_prompt"] <= 0.3
+        and "rjokes" not in statement["by_source"]
+        and "kao_puns" not in statement["by_source"]
+    )
+    per_group = Counter((row["source"], row["group"]) for row in rows if "group" in row)
+    assert max(n for (source, _), n in per_group.items() if source == "puneval") <= 20
+    for row in rows:
+        check_row(row, "preference", row["id"])
+        assert row["chosen"] != row["rejected"]
+    for source in ("puneval", "expunations", "davidbau_puns"):
+        own = [[len(text.split()) for text in texts_of(row)] for row in rows if row["source"] == source]
+        longer = sum((a > b) + 0.5 * (a == b) for a, b in own) / len(own)
+        assert 0.4 <= longer <= 0.6, (source, longer)
