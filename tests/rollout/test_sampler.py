@@ -172,6 +172,16 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not(role: Role) -
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prompts", [[[5], [6], [7]], [[5, 6], [7], [5, 6, 8]], [[5, 6]] * 3])
+def test_shared_prompts_are_prefilled_once_and_right(role: Role, prompts: list[list[int]]) -> None:
+    rollout = generate(role, prompts, Decoding(3, temperature=0), -1, torch.Generator().manual_seed(0))
+    for prompt, example in zip(prompts, rollout.examples, strict=True):
+        ids = list(prompt)
+        for token in example.response:
+            assert token == int(role.model.forward(torch.tensor([ids]), role.adapters)[0, -1].argmax())
+            ids.append(token)
+
+
 def test_closed_examples_all_end_with_eos_within_the_context() -> None:
     some = [Example((5, 6), (7, 2)), Example((5, 6), (7, 8)), Example((5, 6, 7), (8, 9))]
     rollout = Rollout(some, [], [True, False, False], eos_id=2, max_positions=5)

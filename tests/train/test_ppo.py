@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,11 @@ import torch
 import punster.train.ppo as ppo_module
 from punster.algorithms.losses import clipped_policy_loss
 from punster.config import PpoConfig, RewardConfig, SftConfig
+from punster.data.batch import Example
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.role import score_examples
-from punster.train.experience import collect, open_policy
+from punster.train.experience import collect, open_policy, partition
 from punster.train.ppo import calibrate, make_critic, ppo
 from punster.train.reward import train_reward
 from punster.train.run import load_run, seeded
@@ -276,6 +279,16 @@ def test_micro_batches_do_not_change_a_step(config: Config, reader: Any) -> None
     runs = [ppo(config(name, max_tokens=size, steps=2), None, letters) for name, size in (("small", 64), ("large", 100_000))]
     for metric in ("loss/policy_avg", "loss/value_avg", "grad_norm", "critic_grad_norm", "objective/exact_kl"):
         assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 3, 5])
+def test_minibatches_keep_the_samples_of_a_prompt_together(minibatches: int) -> None:
+    rows = [Example((5,), (6, 7))] * 20
+    cut = partition(rows, minibatches, torch.Generator().manual_seed(1), 4096, samples=4)
+    found = [[row for group in minibatch for row in group] for minibatch in cut]
+    assert sorted(functools.reduce(operator.iadd, found, [])) == list(range(20)) and len(found) <= minibatches
+    for minibatch in found:
+        assert len(minibatch) == 4 * len({row // 4 for row in minibatch})
 
 
 def test_rollout_draws_are_seeded_streams() -> None:

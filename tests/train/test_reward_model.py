@@ -19,7 +19,7 @@ from punster.errors import UserError
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, score_examples
 from punster.rollout.sampler import Decoding, generate
-from punster.train.reward import balanced, encode_pairs, shuffled, train_reward
+from punster.train.reward import balanced, encode_pairs, shuffled, swapped, train_reward
 from punster.train.run import load_run, seeded
 
 Make = Callable[..., Any]
@@ -115,6 +115,13 @@ def test_micro_batches_do_not_change_a_reward_run(tiny_llama: Path, tmp_path: Pa
     runs = [train_reward(replace(config, name=name, max_tokens=size), PAIRS) for name, size in (("a", 64), ("b", 100_000))]
     for metric in ("loss", "margin", "grad_norm"):
         assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), abs=1e-5)
+
+
+def test_swapped_pairs_take_their_ids_along(reward_run: str) -> None:
+    role, tokenizer = load_run(reward_run)
+    row = {"prompt": "pun: sea", "chosen": "the sea made dough.", "rejected": "the tide", "rejected_ids": [70, 71, 72, 2]}
+    straight, turned = (encode_pairs([r], tokenizer, role.model)[0] for r in (row, swapped(row)))
+    assert turned == straight[::-1] and straight[0] != straight[1]
 
 
 def test_balanced_pairs_have_the_longer_text_right_as_often_as_wrong(reward_run: str) -> None:

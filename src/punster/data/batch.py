@@ -139,20 +139,23 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def prefix_batches(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    """Split row numbers into groups of at most max_tokens distinct prefixes (at least one row), texts that share one together."""
+    """Split row numbers into groups of at most max_tokens distinct prefixes (at least one row), texts that share one together.
+
+    Attention sees padded rows, so a group's padded size is bounded too, at four times as many tokens.
+    """
     sequences = [example.prompt + example.response for example in examples]
     groups: list[list[int]] = []
-    size = 0
+    size = longest = 0
     before: tuple[int, ...] = ()
     for row in sorted(range(len(sequences)), key=lambda row: (sequences[row], row)):
         sequence = sequences[row]
         shared = next(
             (i for i, (a, b) in enumerate(zip(before, sequence, strict=False)) if a != b), min(len(before), len(sequence))
         )
-        size += len(sequence) - shared
-        if not groups or size > max_tokens:
+        size, longest = size + len(sequence) - shared, max(longest, len(sequence))
+        if not groups or size > max_tokens or (len(groups[-1]) + 1) * longest > 4 * max_tokens:
             groups.append([])
-            size = len(sequence)
+            size = longest = len(sequence)
         groups[-1].append(row)
         before = sequence
     return groups

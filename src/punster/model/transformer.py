@@ -301,7 +301,7 @@ class Decoder:
         groups = heads // k.shape[1]
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if length == 1 and cache is not None:  # decoding: plain products over the grouped heads
+        if length == 1 and cache is not None and tree is None:  # decoding: plain products over the grouped heads
             q = q.reshape(rows, k.shape[1], groups, size).to(k.dtype)
             scores = (q @ k.transpose(2, 3)).float() / math.sqrt(size)
             if mask is not None:

@@ -166,7 +166,8 @@ def sampled_pairs(
     """Best (even places) and worst (odd) of several samples to each prompt, by reward less the missing-EOS penalty.
 
     With more pairs a prompt: the second best against the second worst, and so on. A response that does not end is never
-    preferred, unless nothing else was drawn; as the worse one it teaches to end.
+    preferred, unless nothing else was drawn; as the worse one it teaches to end. A prompt whose best ended response is not
+    worth more than its worst one gives no pair.
     """
     decoding = Decoding(config.max_new_tokens, config.temperature)
     rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
@@ -183,7 +184,7 @@ def sampled_pairs(
         for place in range(config.pairs_per_prompt):
             if place < len(better) and worth[better[place]] > worth[ranked[place]]:
                 pairs += [rollout.examples[better[place]], rollout.examples[ranked[place]]]
-    return pairs or [rollout.examples[i] for i in (ending[0][0], ending[0][1])]
+    return pairs or [rollout.examples[ending[0][0]]] * 2  # nothing to learn from: a text against itself has no gradient
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------

@@ -131,12 +131,12 @@ def partition(
 ) -> list[list[list[int]]]:
     """Rows permuted, cut into minibatches, each cut into micro-batches of similar length.
 
-    The samples of one prompt stay together where there are enough prompts: their prompt then runs once.
+    The samples of one prompt stay in one minibatch where there are enough prompts, so that it runs less often.
     """
     block = samples if len(examples) >= minibatches * samples else 1
     blocks = torch.randperm(len(examples) // block, generator=generator).tolist()
     order = [place * block + k for place in blocks for k in range(block)]
-    size = -(-len(order) // minibatches)
+    size = -(-len(blocks) // minibatches) * block
     result = []
     for start in range(0, len(order), size):
         rows = order[start : start + size]

@@ -168,7 +168,8 @@ def make_critic(config: PpoConfig, reward_model: Role | None, reference: Role) -
 def calibrate(critic: Role, exp: Experience, rewards: torch.Tensor, gamma: float) -> None:
     """Scale and shift the head to the least-squares fit of the first rollout's discounted returns, and its values with it.
 
-    A reward model reads whole texts: as values of unfinished ones its numbers are right in their order at best.
+    A reward model reads whole texts: as values of unfinished ones its numbers are right in their order at best. Where not
+    even that holds, the scale becomes 0 and the critic starts from the mean return.
     """
     assert critic.head is not None
     returns, _ = gae(rewards, torch.zeros_like(rewards), exp.mask, gamma, 1.0)

@@ -179,9 +179,13 @@ def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
     if not config.shuffle_labels:
         return rows
     coins = torch.rand(len(rows), generator=seeded(config.seed, "labels")) < 0.5
-    return [
-        {**r, "chosen": r["rejected"], "rejected": r["chosen"]} if c else r for r, c in zip(rows, coins.tolist(), strict=True)
-    ]
+    return [swapped(row) if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
+
+
+def swapped(row: Row) -> Row:
+    """The pair the other way round, ids of sampled texts included."""
+    ids = {f"{side}_ids": row.get(f"{other}_ids") for side, other in (SIDES, SIDES[::-1])}
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"], **ids}
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> tuple[list[Example], torch.Tensor]:
