@@ -104,8 +104,8 @@ def make(root: Path) -> Path:
                 ]
     table(he / "mturk_ratings_long.csv", ["aspect", "worker_hash", "pun_alter", "system", "sentence", "rating"], votes)
     analysis = [
-        (PUNS["hom_100"][0].lower(), "thyme-time", "pun", 3.5),
-        ("gardeners like their time off .", "time-thyme", "depun", 1.5),
+        (PUNS["hom_100"][0].lower(), "thyme-rhyme", "pun", 3.5),
+        ("gardeners like their rhyme off .", "rhyme-thyme", "depun", 1.5),
     ]
     write(he / "analysis_pun_scores.txt", "".join("\t".join(map(str, row)) + "\n" for row in analysis))
 

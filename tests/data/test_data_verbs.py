@@ -111,6 +111,6 @@ def test_training_takes_puns_and_mixtures(copies: Path, tmp_path: Path, capsys: 
     assert len(load_rows(["puns", "embedded"], "sft", corpus.sft_rows)) == 5 + len(corpus.part("train"))
     assert "of which:" in capsys.readouterr().err
     recipe = tmp_path / "p.yaml"
-    recipe.write_text("kind: preference\nguard: 2\nparts: [{source: puneval, use: groups, gap: .5}]\n")
+    recipe.write_text("kind: preference\nguard: false\nparts: [{source: puneval, use: groups, gap: .5}]\n")
     assert len(load_rows([str(recipe)], "preference", None)) == 2
     assert load_prompts("puns") and load_prompts("puns", "test")

@@ -60,7 +60,7 @@ def test_planted_leaks_are_found_and_counted(leaky: Path) -> None:
 
 def test_with_the_guard_off_planted_leaks_get_in(leaky: Path) -> None:
     """The counter-check: what the guard test shows is the guard's work."""
-    rows, _ = build(Recipe("sft", guard=2.0, parts=[Ingredient("short_jokes", use="texts")]), leaky)
+    rows, _ = build(Recipe("sft", guard=False, parts=[Ingredient("short_jokes", use="texts")]), leaky)
     assert len(rows) == 3
 
 
@@ -70,7 +70,7 @@ def test_preferences(mini: Path) -> None:
         Ingredient("pungen_he2019", ids="crowd/", gap=0.5, cap=2), Ingredient("davidbau_puns", weight=2.0, filter=True),
         Ingredient("expunations", use="ratings", by="rating_z", gap=0.1), Ingredient("embedded", limit=5),
     ]  # fmt: skip
-    rows, statement = build(Recipe("preference", guard=2.0, parts=parts), mini)
+    rows, statement = build(Recipe("preference", guard=False, parts=parts), mini)
     for row in rows:
         check_row(row, "preference", "here")
     taken = {f"{p['part']} {p['use']}": p["taken"] for p in statement["parts"]}
@@ -92,6 +92,13 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         "kind: sft\nparts: [{source: embedded, file: x}]": "part 1: give either a source or a file",
         "kind: sft\nparts: [{source: embedded, weight: heavy}]": "part 1: weight must be a number, found 'heavy'",
         "kind: sft\nparts: [{source: embedded, weight: 0}]": "weight must be above 0",
+        "kind: sft\nparts: [{source: embedded, weight: .inf}]": "part 1: weight must be a number, found inf",
+        "kind: sft\nparts: [{source: embedded, limit: 2.5}]": "part 1: limit must be a whole number, found 2.5",
+        "kind: sft\nparts: [{source: embedded, filter: maybe}]": "part 1: filter must be true or false",
+        "kind: sft\nparts: [{file: x.csv, columns: prompt=q}]": "part 1: columns must be a list of texts",
+        "kind: sft\nguard: 0.7\nparts: [{source: embedded}]": "guard must be true or false",
+        "kind: sft\nrepeats: 2\nparts: [{source: embedded}]": "repeats must lie in [0, 1]",
+        "kind: preference\nparts: [{source: rjokes, use: ratings, cap: 0}]": "cap must be at least 1",
         "kind: sft\nparts: [3]": "part 1: expected a mapping",
         "kind: sft\nparts: [": "line 2: not YAML",
         "- a": "expected a mapping",
@@ -118,6 +125,16 @@ def test_files_and_the_embedded_corpus_need_no_copies(tmp_path: Path, monkeypatc
     rows, statement = build(recipe)
     assert Counter(row["completion"] for row in rows)["my own words"] == 3
     assert len(rows) == 3 + round(len(corpus.part("train")) / 2) and statement["not_open"] == []
+
+
+def test_own_files_are_guarded_without_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
+    leak = corpus.part("val")[0]["pun"] + " Indeed."
+    rows = [{"prompt": "make a pun", "completion": text} for text in (leak, "I like lamps, they lighten up.")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, statement = build(Recipe("sft", parts=[Ingredient(file=str(tmp_path / "mine.jsonl"))]))
+    assert [row["completion"] for row in found] == ["I like lamps, they lighten up."]
+    assert statement["parts"][0]["dropped"] == {"near to an evaluation text": 1} and statement["evaluation_texts"] > 0
 
 
 def test_no_copies_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +174,10 @@ def test_default_preference_mixture(punster_data: Path) -> None:
     )
     per_group = Counter((row["source"], row["group"]) for row in rows if "group" in row)
     assert max(n for (source, _), n in per_group.items() if source == "puneval") <= 20
+    held_out = [words(row["text"]) for row in Pool(punster_data).rows("semeval2017_task7", "val")]
+    for text in {text for row in rows for text in texts_of(row)}:  # by comparing with all, not by the index
+        own = words(text)
+        assert all(jaccard(own, other) < 0.5 for other in held_out), text
     for row in rows:
         check_row(row, "preference", row["id"])
         assert row["chosen"] != row["rejected"]

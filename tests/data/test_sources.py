@@ -72,6 +72,16 @@ def test_rows_follow_the_split_table(mini: Path) -> None:
     assert painter == "val"  # a copy of a held-out text
 
 
+def test_copies_of_texts_that_the_table_does_not_name_are_in_neither_part(tmp_path: Path) -> None:
+    """A download has SemEval texts that the table leaves out; other sources' versions of them must not be trained on."""
+    root = make(tmp_path)
+    with (root / "short_jokes" / "reddit-cleanjokes.csv").open("a", encoding="utf-8") as handle:
+        handle.write("3,A sentence that no table names!\n")
+    pool = Pool(root)
+    assert {row["id"]: part for row, part in pool.located("short_jokes")} == {"1": "train", "2": "train", "3": None}
+    assert pool.evaluation.has_near("A sentence that no table names!")
+
+
 def test_details_of_rows(mini: Path) -> None:
     pool = Pool(mini)
     semeval = {row["id"]: row for row, _ in pool.located("semeval2017_task7")}
@@ -90,6 +100,9 @@ def test_details_of_rows(mini: Path) -> None:
     group = next(row for row, _ in pool.located("puneval") if row["id"] == "hom_10/group")
     assert group["scores"] == [1.2, 1.2, 0.0] and group["recited"] == [False, True, False]
     crowd = next(row for row, _ in pool.located("pungen_he2019") if row["id"] == "crowd/crab-crab/group")
+    # "thyme-rhyme" and "rhyme-thyme" are one pair, and thyme is the pun word of both.
+    analysis = {row["id"]: row for row, _ in pool.located("pungen_he2019") if row["id"].startswith("analysis/")}
+    assert {(row["pun_word"], row["alternative_word"]) for row in analysis.values()} == {("thyme", "rhyme")}
     assert crowd["systems"] == ["human", "retrieve", "njd"] and crowd["scores"] == [4, 2, 1] and crowd["semeval_id"] == "hom_10"
     kao = [row for row, _ in pool.located("kao_puns")]
     assert kao[0]["text"] == "The cook took a leek in the garden." and kao[0]["ambiguity"] == 2.9e-10

@@ -29,7 +29,8 @@ from punster.data.sources.wording import MAX_TEXT, clean, detokenise, filled, re
         ("A baker 's dozen , long dozen .", "A baker's dozen, long dozen."),
         ("", ""),
         ("'", "'"),
-        ("- -", "- -"),
+        ("- -", "--"),
+        ("Guns - - be careful .", "Guns -- be careful."),
     ],
 )  # fmt: skip
 def test_detokenise(tokens: str, text: str) -> None:
@@ -47,6 +48,7 @@ def test_restored() -> None:
         restored("i don t bake it s the oven s fault i m told we ll see")
         == "I don't bake it's the oven's fault I'm told we'll see."
     )
+    assert restored("they were re made of clay and they re proud") == "They were re made of clay and they're proud."
 
 
 def test_filled() -> None:

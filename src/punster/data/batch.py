@@ -41,7 +41,9 @@ class PrefixTree:
         longest = max(len(sequence) for sequence in sequences)
         known: dict[tuple[int, int], int] = {}
         nodes = torch.zeros(len(sequences), longest, dtype=torch.long)
-        first, positions, starts = [], [], []
+        first: list[int] = []
+        positions: list[int] = []
+        starts: list[int] = []
         for row, sequence in enumerate(sequences):
             node, shared, path = -1, 0, []
             offset = longest - len(sequence) if left else 0

@@ -13,7 +13,7 @@ from punster.data import corpus
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, length_matched
-from punster.data.pool import Pool, data_folder
+from punster.data.pool import Pool, data_folder, embedded_evaluation
 from punster.data.prompts import pun_word_share, retopic, with_prompts
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
@@ -46,7 +46,7 @@ class Recipe:
     split: Literal["train", "val"] = "train"
     seed: int = 1
     repeats: float = 0.7  # sft: of texts this near to each other only the first stays (0: all stay)
-    guard: float = 0.5  # train: texts this near to an evaluation text are dropped
+    guard: bool = True  # train: texts near to an evaluation text (Jaccard >= .5) are dropped
     parts: list[Ingredient] = field(default_factory=list)
 
 
@@ -85,6 +85,8 @@ def load_mixture(name: str) -> Recipe:
     recipe = Recipe(**_checked(content, Recipe, str(path)))
     if not isinstance(recipe.parts, list) or not recipe.parts:
         raise UserError(f"{path}: 'parts' must be a list of sources or files")
+    if not 0 <= recipe.repeats <= 1:
+        raise UserError(f"{path}: repeats must lie in [0, 1], found {recipe.repeats}")
     recipe.parts = [
         Ingredient(**_checked(part, Ingredient, f"{path}, part {number}")) for number, part in enumerate(recipe.parts, 1)
     ]
@@ -96,6 +98,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap and gap at least 0")
+        if part.use == "ratings" and not part.cap:
+            raise UserError(f"{where}: cap must be at least 1 for pairs made of ratings")
         if part.file and not Path(part.file).is_absolute() and not Path(part.file).exists():
             part.file = str(path.parent / part.file)
     return recipe
@@ -114,10 +118,25 @@ def _checked(content: Any, kind: type, where: str) -> Row:
         choices = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
         if choices and value not in choices:
             raise UserError(f"{where}: {key} must be one of {', '.join(filter(None, choices))}, found {value!r}")
-        number = hints[key] in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
-        if hints[key] in (int, float, str) and not (number if hints[key] is not str else isinstance(value, str)):
-            raise UserError(f"{where}: {key} must be {'a number' if hints[key] is not str else 'text'}, found {value!r}")
+        if (expected := _EXPECTED.get(hints[key])) and not _fits(value, hints[key]):
+            raise UserError(f"{where}: {key} must be {expected}, found {value!r}")
     return content
+
+
+_EXPECTED: dict[Any, str] = {
+    str: "text", float: "a number", int: "a whole number", bool: "true or false", bool | None: "true or false",
+    list[str]: "a list of texts",
+}  # fmt: skip
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+        )  # nor infinite, nor "not a number"
+    if hint == list[str]:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return type(value) is (bool if hint == bool | None else hint)
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
@@ -128,7 +147,7 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     """
     public = any(part.source not in ("", "embedded") for part in recipe.parts)
     pool = Pool(data_folder(folder)) if public else None
-    guard = pool.evaluation if pool and recipe.split == "train" and recipe.guard <= 1 else None
+    guard = (pool.evaluation if pool else embedded_evaluation()) if recipe.split == "train" and recipe.guard else None
     rows: list[Row] = []
     statements = []
     for number, part in enumerate(recipe.parts):

@@ -33,6 +33,12 @@ def data_folder(given: str | Path | None = None) -> Path:
     return folder
 
 
+def embedded_evaluation() -> Index:
+    """The texts of the embedded val and test parts."""
+    sets = {words(r[f]) for split in ("val", "test") for r in corpus.part(split) for f in ("pun", "literal", "weak", "plain")}
+    return Index(sorted(sets - {frozenset()}, key=sorted))
+
+
 class Pool:
     """Rows of the sources under one folder, read once. `left_out` counts rows that belong to neither part."""
 
@@ -53,7 +59,8 @@ class Pool:
             source, skips = SOURCES[name], self.skips.setdefault(name, Skips())
             folder = self.own.get(name) or own_folder(source, self.folder)
             rows = list(read_source(source, folder, skips))
-            parts = assign(rows, source, self.held_out_semeval if source.tie == "text" else None)
+            known = (self.held_out_semeval, self.unnamed_semeval) if source.tie == "text" else None
+            parts = assign(rows, source, known)
             self.left_out[name] = sum(part is None for part in parts)
             self._rows[name] = list(zip(rows, parts, strict=True))
         return self._rows[name]
@@ -70,13 +77,20 @@ class Pool:
         return Index([words(row["text"]) for row in self.rows(TEXTS_OF_SPLIT, "val")])
 
     @cached_property
+    def unnamed_semeval(self) -> Index:
+        """SemEval texts that the split table does not name (a download has them): no row near to one is in any part."""
+        return Index([words(row["text"]) for row, part in self.located(TEXTS_OF_SPLIT) if part is None])
+
+    @cached_property
     def evaluation(self) -> Index:
         """Every text that anything may be evaluated on: val rows of all sources here, and the embedded val and test parts."""
-        sets = {words(r[f]) for split in ("val", "test") for r in corpus.part(split) for f in ("pun", "literal", "weak", "plain")}
+        sets = set(embedded_evaluation().sets)
+        if self.has(TEXTS_OF_SPLIT):
+            sets.update(self.unnamed_semeval.sets)
         for name, source in SOURCES.items():
             if source.tie != "none" and self.has(name):
                 sets.update(words(text) for row in self.rows(name, "val") for text in texts_of(row))
-        return Index(sorted(sets - {frozenset()}, key=sorted))
+        return Index(sorted(sets, key=sorted))
 
     @cached_property
     def flagged(self) -> set[str]:

@@ -1,8 +1,8 @@
 """Which part of the data a row belongs to: train, val, or neither.
 
 The table ships with the package (ids and lemmas only). A row tied to a SemEval id follows the id, a row tied to a pun word
-follows its lemma; what the table does not name belongs to neither part. Any other row is val if it is near to a held-out
-text or shares a held-out pun word, and of the rated ones a tenth is held back by text.
+follows its lemma; what the table does not name belongs to neither part, nor does anything near to such a text. Any other row
+is val if it is near to a held-out text or shares a held-out pun word, and of the rated ones a tenth is held back by text.
 """
 
 from __future__ import annotations
@@ -48,22 +48,27 @@ def part_of_lemma(word: str | None) -> Part | None:
     return table()["pun_word_lemma"].get(lemma(word)) if word else None
 
 
-def assign(rows: Sequence[Row], source: Source, held_out: Index | None) -> list[Part | None]:
-    """The part of every row of one source; held_out: the SemEval texts of the val part (needed where rows follow their text)."""
+def assign(rows: Sequence[Row], source: Source, semeval: tuple[Index, Index] | None) -> list[Part | None]:
+    """The part of every row of one source; semeval: the texts of the val part and those in neither (where rows follow their text)."""
     if source.tie == "none":
         return ["val"] * len(rows)
     if source.tie == "id":
         return [part_of_id(row.get("semeval_id")) for row in rows]
     if source.tie == "lemma":
         return [part_of_lemma(row.get("pun_word")) for row in rows]
-    if held_out is None:
+    if semeval is None:
         raise ValueError(f"{source.name}: rows that follow their text need the held-out texts")
+    held_out, unnamed = semeval
     tenth = held_back([row for row in rows if _rated(row)])
-    keys = [_key(row) in tenth if _rated(row) else False for row in rows]
-    return [
-        "val" if back or part_of_lemma(row.get("pun_word")) == "val" or any(map(held_out.has_near, texts_of(row))) else "train"
-        for row, back in zip(rows, keys, strict=True)
-    ]
+
+    def part(row: Row) -> Part | None:
+        texts = texts_of(row)
+        if any(map(unnamed.has_near, texts)):
+            return None
+        back = _rated(row) and _key(row) in tenth
+        return "val" if back or part_of_lemma(row.get("pun_word")) == "val" or any(map(held_out.has_near, texts)) else "train"
+
+    return [part(row) for row in rows]
 
 
 def _rated(row: Row) -> bool:

@@ -16,6 +16,8 @@ from punster.data.sources.wording import clean, detokenise
 SEMEVAL = ("hetero_dev.json", "hetero_test.json", "homo_dev.json", "homo_test.json")
 RANGES = {"funniness": (0, 5), "grammar": (1, 5), "success": (1, 2)}
 Ratings = dict[str, list[float]]  # aspect -> ratings
+# Analysis sentences name the word in the sentence first; in these types that is the pun word, in the others the alternative.
+WITH_PUN_WORD = ("pun", "retrieved_aw_alter", "retrieved_pw")
 
 
 class SemEvalTexts:
@@ -103,7 +105,10 @@ def _analysis(path: Path, known: SemEvalTexts, skips: Skips) -> Located:
         if len(cells) != 4 or "-" not in cells[1]:
             raise BadRecord("expected sentence, pair of words, type and score with tabs between")
         pair = "-".join(sorted(cells[1].split("-")))
-        entry = (clean(detokenise(cells[0])), cells[2], number(cells[3], "score"), 5, {"pair": cells[1]})
+        own, other = cells[1].split("-", 1)
+        pun_word, alternative = (own, other) if cells[2] in WITH_PUN_WORD else (other, own)
+        more = {"pair": cells[1], "pun_word": pun_word, "alternative_word": alternative}
+        entry = (clean(detokenise(cells[0])), cells[2], number(cells[3], "score"), 5, more)
         groups.setdefault(pair, []).append(entry)
         first.setdefault(pair, located[0])
         return []
@@ -119,8 +124,10 @@ def _analysis(path: Path, known: SemEvalTexts, skips: Skips) -> Located:
 
 def _group(part: str, pair: str, tie: str | None, entries: list[tuple[str, str, float, int, Row]], unrated: Any) -> list[Row]:
     """The text rows of one pair of words, and their group if at least two of them are rated."""
-    pun_word, alternative = [*pair.split("-"), ""][:2]
-    shared = {"semeval_id": tie, "pun_word": pun_word, "alternative_word": alternative}
+    words = dict(zip(("pun_word", "alternative_word"), [*pair.split("-"), ""], strict=False))
+    for *_, more in entries[:1]:  # pairs of the analysis are sorted: the entries know which word is which
+        words |= {name: more[name] for name in words if name in more}
+    shared = {"semeval_id": tie, **words}
     rows = []
     for number_, (text, system, rating, raters, more) in enumerate(entries):
         row = {"id": f"{part}/{pair}/{system}/{number_}", **shared, "text": text, "system": system, "rating": round(rating, 4)}
@@ -129,11 +136,8 @@ def _group(part: str, pair: str, tie: str | None, entries: list[tuple[str, str, 
         rows.append({"id": f"{part}/{pair}/{system}/unrated{number_}", **shared, "text": text, "system": system, **more})
     if len(entries) >= 2:
         ranked = sorted(entries, key=lambda entry: -entry[2])
-        group: Row = {
-            "id": f"{part}/{pair}/group",
-            **shared,
-            "prompt": request(None, pun_word),
-        }  # all systems were given these words
+        # All systems were given these words.
+        group: Row = {"id": f"{part}/{pair}/group", **shared, "prompt": request(None, words["pun_word"])}
         group |= {"completions": [entry[0] for entry in ranked], "scores": [round(entry[2], 4) for entry in ranked]}
         rows.append({**group, "systems": [entry[1] for entry in ranked], "raters": min(entry[3] for entry in ranked)})
     return rows

@@ -88,11 +88,13 @@ def _lone(words: list[str], i: int) -> bool:
 
 
 def _with_quotes(words: list[str]) -> list[str]:
-    """Two single quotes, in one token or two, are one double quote."""
+    """Two single quotes, in one token or two, are one double quote; two hyphens are one dash."""
     joined: list[str] = []
     for word in words:
         if word in ("``", "''"):
             joined.append('"')
+        elif word == "-" and joined and joined[-1] == "-":
+            joined[-1] = "--"
         elif (word == "'" and joined and joined[-1] == "'") or (word == "`" and joined and joined[-1] == "`"):
             joined[-1] = '"'
         else:
@@ -103,10 +105,14 @@ def _with_quotes(words: list[str]) -> list[str]:
 def restored(text: str) -> str:
     """Lower-case text whose punctuation was taken out: apostrophes, "I", a capital and a full stop are put back."""
     text = re.sub(r"\b(\w+n) t\b", r"\1't", text)
-    text = re.sub(r"\b(i) (m|ve|ll|d)\b|\b(\w+) (re|ve|ll)\b", lambda m: m[0].replace(" ", "'"), text)
+    text = re.sub(r"\b(i) (m|d)\b|\b(\w+) (ve|ll)\b|\b(you|we|they|there|who|what|where|how|why) re\b", _apostrophe, text)
     text = re.sub(r"\b(\w{2,}) s\b", r"\1's", text)
     text = re.sub(r"\bi\b", "I", text)
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _apostrophe(match: re.Match[str]) -> str:
+    return match[0].replace(" ", "'")
 
 
 def filled(cloze: str, word: str) -> str:
