@@ -127,5 +127,6 @@ def punster_data() -> Path:
     """The folder of local copies of public pun data."""
     folder = Path(os.environ.get("PUNSTER_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
+        # These texts must not be in the repository, so a checkout alone cannot run the tests that need them.
         pytest.skip(f"no public pun data at {folder}; set PUNSTER_DATA")
     return folder

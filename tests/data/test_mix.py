@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mini import PUNS, make
@@ -23,8 +24,8 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("sources"))
 
 
-def sft(mini: Path, *sources: str, **settings: object) -> tuple[list[dict], dict]:
-    return build(Recipe("sft", parts=[Ingredient(source, use="puns") for source in sources], **settings), mini)  # type: ignore[arg-type]
+def sft(mini: Path, *sources: str, **settings: Any) -> tuple[list[dict], dict]:
+    return build(Recipe("sft", parts=[Ingredient(source, use="puns") for source in sources], **settings), mini)
 
 
 def test_sft_takes_puns_of_the_training_part_with_prompts(mini: Path) -> None:

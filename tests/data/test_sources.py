@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mini import NEITHER, TRAIN, VAL, make
@@ -137,7 +138,7 @@ def lines_of(path: Path) -> list[str]:
     return [line for line in content.decode("utf-8").split("\n") if line.strip()]
 
 
-def load(path: Path) -> object:
+def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -152,15 +153,15 @@ def semeval_count(folder: Path) -> int:
 
 
 def puneval_count(folder: Path) -> int:
-    items = {**load(folder / "hom_dataset.json"), **load(folder / "het_dataset.json")}  # type: ignore[dict-item]
+    items = {**load(folder / "hom_dataset.json"), **load(folder / "het_dataset.json")}
     outputs = load(folder / "pun_generation.json")
     assert isinstance(outputs, dict)
     texts = len(items) + sum(len(m) for item in outputs.values() for m in item.values() if isinstance(m, dict))
     words = sum(
         len({(folder and w["gpt-4-0613_synonyms"][k]) and k for k in ("pun_word_synonym", "alter_word_synonym")})
-        for w in load(folder / "synonyms.json").values()  # type: ignore[attr-defined]
+        for w in load(folder / "synonyms.json").values()
     )
-    return texts + words + len(load(folder / "pun_generation_manual_indicators.json"))  # type: ignore[arg-type]
+    return texts + words + len(load(folder / "pun_generation_manual_indicators.json"))
 
 
 def he_count(folder: Path) -> int:
@@ -178,7 +179,7 @@ def he_count(folder: Path) -> int:
 
 
 def cloze_count(folder: Path) -> int:
-    records = [r for name in ("annotated_samples", "annotated_new_jokes") for r in load(folder / f"{name}.json")]  # type: ignore[attr-defined]
+    records = [r for name in ("annotated_samples", "annotated_new_jokes") for r in load(folder / f"{name}.json")]
     return sum(len(r["straight"]) * len(r["punny"]) for r in records)
 
 
@@ -194,8 +195,8 @@ COUNTS: dict[str, tuple[Callable[[Path], int], int]] = {  # independent count; r
     "rjokes": (lambda f: sum(len(lines_of(f / f"{n}.tsv.gz")) for n in ("dev", "test")), 1),
     "potd_reddithumor": (lambda f: sum(len(lines_of(f / f"puns_{n}.tsv")) for n in ("train", "dev")), 0),
     "short_jokes": (lambda f: quoted_records(f / "reddit-cleanjokes.csv") - 1, 0),
-    "crowdtruth_shorttext": (lambda f: sum(len(load(f / f"{n}.json")) for n in ("proverbs", "wiki_sentences")), 0),  # type: ignore[arg-type]
-    "jacksonpaull_rlhf": (lambda f: 2 * len(load(f / "Pun_Dataset.json")), 31),  # type: ignore[arg-type]
+    "crowdtruth_shorttext": (lambda f: sum(len(load(f / f"{n}.json")) for n in ("proverbs", "wiki_sentences")), 0),
+    "jacksonpaull_rlhf": (lambda f: 2 * len(load(f / "Pun_Dataset.json")), 31),
     "hh_rlhf": (lambda f: len(lines_of(f / "test.jsonl.gz")), 9),
 }  # fmt: skip
 

@@ -390,6 +390,7 @@ def browser() -> Any:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if program is None:
+        # A browser is a system package that pip cannot install.
         pytest.skip("no chromium found: the report is not rendered in a browser")
     with api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])

@@ -217,6 +217,7 @@ def test_phoneme_errors_on_words_held_back(measure: ModuleType) -> None:
 @pytest.mark.slow
 def test_alternatives_of_heterographic_puns(measure: ModuleType, punster_data: Path) -> None:
     if not (punster_data / "semeval2017_task7").is_dir():
+        # PUNSTER_DATA may name a folder that holds some of the sources only.
         pytest.skip(f"no semeval2017_task7 in {punster_data}")
     found = measure.recall(punster_data)
     print(found)

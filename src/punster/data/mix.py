@@ -173,8 +173,9 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     statement["not_open"] = sorted({p["licence"] for p in statements if not p["open"] and p["taken"]})
     if not rows:
         raise UserError("the mixture is empty: " + "; ".join(f"{p['part']}: {p['read']} rows read" for p in statements))
-    for line in told(statement) if say else ():
-        say(line)  # type: ignore[misc]
+    if say:
+        for line in told(statement):
+            say(line)
     return rows, statement
 
 

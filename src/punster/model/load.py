@@ -275,7 +275,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for item in reader.tensors:
         try:
             tensors[item.name] = torch.from_numpy(dequantize(item.data, item.tensor_type).copy()).float()
-        except NotImplementedError:
+        except NotImplementedError:  # what gguf raises for a storage type that it has no de-quantiser for
             raise UserError(
                 f"{path}: tensor {item.name} is stored as {item.tensor_type.name}, which gguf cannot de-quantise"
             ) from None

@@ -116,8 +116,8 @@ def _analysis(path: Path, known: SemEvalTexts, skips: Skips) -> Located:
     yield from each(((place, (place, line)) for place, line in lines(path)), collect, skips)
 
     def convert(pair: str) -> list[Row]:
-        ties = {known.find(text) for text, kind, *_ in groups[pair] if kind == "pun"} - {None}
-        return _group("analysis", pair, min(ties, default=None), groups[pair], {})  # type: ignore[type-var]
+        ties = [tie for text, kind, *_ in groups[pair] if kind == "pun" and (tie := known.find(text)) is not None]
+        return _group("analysis", pair, min(ties, default=None), groups[pair], {})
 
     yield from each(((first[pair], pair) for pair in groups), convert, skips)
 
