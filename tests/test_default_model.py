@@ -25,7 +25,7 @@ def test_sampler_agrees_with_the_training_path(dtype: torch.dtype, bound: float)
     rollout = generate(role, prompts, Decoding(12), tokenizer.eos_id, torch.Generator().manual_seed(1))
     batch = collate(rollout.examples)
     with torch.no_grad():
-        trained, _ = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets())
+        trained = token_log_probs(role.response_hidden(batch), role.model.head, batch.targets())
     gap = (trained - torch.cat(rollout.log_probs)).abs()
     assert float(gap.mean()) <= bound
 

@@ -16,6 +16,7 @@ from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
+from punster.rollout.decode import Stepper
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, Rollout, _generate, choose, generate, inverse_cdf, truncate
 
@@ -53,7 +54,7 @@ def adapted(role: Role) -> Role:
 def training_log_probs(role: Role, rollout: Rollout, temperature: float) -> list[Tensor]:
     batch = collate(rollout.examples)
     with torch.no_grad():
-        flat, _ = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets(), temperature)
+        flat = token_log_probs(role.response_hidden(batch), role.model.head, batch.targets(), temperature)
     return list(flat.split([len(example.response) for example in rollout.examples]))
 
 
@@ -130,17 +131,18 @@ def test_a_row_does_not_depend_on_how_the_batch_is_cut(adapted: Role, max_rows: 
 def test_a_row_depends_on_its_own_uniforms_only(role: Role) -> None:
     """Each row alone, all rows, and all rows the other way round: the same ids (finished rows leave in between)."""
     uniforms = torch.rand(len(PROMPTS), 12, generator=seeded(6))
-    together = _generate(role, PROMPTS, 1, Decoding(12), EOS, uniforms)
+    stepper = Stepper.of(role.model, role.adapters, role.last_layer)
+    together = _generate(role, stepper, PROMPTS, 1, Decoding(12), EOS, uniforms)
     lengths = [len(ids) for ids, _ in together]
     assert min(lengths) <= 6 and max(lengths) >= 10
-    backward = _generate(role, PROMPTS[::-1], 1, Decoding(12), EOS, uniforms.flip(0))[::-1]
-    alone = [_generate(role, [prompt], 1, Decoding(12), EOS, uniforms[i : i + 1])[0] for i, prompt in enumerate(PROMPTS)]
+    backward = _generate(role, stepper, PROMPTS[::-1], 1, Decoding(12), EOS, uniforms.flip(0))[::-1]
+    alone = [_generate(role, stepper, [prompt], 1, Decoding(12), EOS, uniforms[i : i + 1])[0] for i, prompt in enumerate(PROMPTS)]
     changed = uniforms.clone()
     changed[1:] = torch.rand(len(PROMPTS) - 1, 12, generator=seeded(7))
     for i, (ids, logs) in enumerate(together):
         assert backward[i][0] == ids and alone[i][0] == ids
         torch.testing.assert_close(alone[i][1], logs, rtol=0, atol=1e-5)
-    assert _generate(role, PROMPTS, 1, Decoding(12), EOS, changed)[0][0] == together[0][0]
+    assert _generate(role, stepper, PROMPTS, 1, Decoding(12), EOS, changed)[0][0] == together[0][0]
 
 
 def test_samples_of_one_prompt_equal_separate_rows(role: Role) -> None:

@@ -99,7 +99,7 @@ def test_prompt_tokens_have_no_weight_and_eos_has(tiny_llama: Path, tokenizer: T
     role = Role(load_model(str(tiny_llama)))
     batch = collate(examples)
     hidden = role.hidden(batch).detach().requires_grad_(True)
-    log_probs, _ = token_log_probs(batch.select_predictors(hidden), role.model.head_weight, batch.targets())
+    log_probs = token_log_probs(batch.select_predictors(hidden), role.model.head, batch.targets())
     (-log_probs.sum()).backward()
     assert hidden.grad is not None
     for row, example in enumerate(examples):
@@ -117,7 +117,7 @@ def test_the_pad_id_does_not_matter(tiny_llama: Path, tokenizer: Tokenizer, exam
     results = []
     for pad in (0, tokenizer.eos_id, examples[0].response[0]):
         batch = collate(examples, pad_id=pad)
-        log_probs, _ = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets())
+        log_probs = token_log_probs(role.response_hidden(batch), role.model.head, batch.targets())
         assert batch.targets().tolist() == [token for example in examples for token in example.response]
         results.append(log_probs)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -166,8 +166,8 @@ def exact_kl(role: Role, reference: Role, examples: Sequence[Example], temperatu
     for rows in token_batches([example.length for example in examples], max_tokens):
         batch = trunk.collate(examples, rows, reference.model.device)
         compared = compare_policies(
-            role.response_hidden(batch), role.model.head_weight, reference.response_hidden(batch),
-            reference.model.head_weight, batch.targets(), temperature,
+            role.response_hidden(batch), role.model.head, reference.response_hidden(batch),
+            reference.model.head, batch.targets(), temperature,
         )  # fmt: skip
         total += float(compared["kl"].sum())
     return total / len(examples)

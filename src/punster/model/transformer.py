@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, d width, H heads, K key-value heads, h head size, V vo
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from punster.data.batch import PrefixTree
 from punster.errors import UserError
 from punster.model.lora import Adapter, low_rank
+from punster.model.product import LogitHead, Matrix, project
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,21 @@ class ModelConfig:
             at + "mlp.down_proj": (d, ff),
         }  # fmt: skip
 
+    @property
+    def norm_sites(self) -> tuple[str, str]:
+        """The norms before attention and before the feed-forward part."""
+        return ("ln_1", "ln_2") if self.family == "gpt2" else ("input_layernorm", "post_attention_layernorm")
+
+    @property
+    def steps(self) -> dict[str, tuple[str, ...]]:
+        """The linear layers of a block by what they do; those of one step read the same input."""
+        if self.family == "gpt2":
+            return {"attend": ("attn.c_attn",), "out": ("attn.c_proj",), "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)}
+        queries = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        return {
+            "attend": queries, "out": ("self_attn.o_proj",), "up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)
+        }  # fmt: skip
+
     def block_prefix(self, layer: int) -> str:
         return f"transformer.h.{layer}." if self.family == "gpt2" else f"model.layers.{layer}."
 
@@ -106,9 +121,9 @@ class KeyValueCache:
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (rows, config.n_kv_head, capacity, config.d_head)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.length = 0
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.length, self.capacity = 0, capacity
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, t, h) behind what is there; returns all keys and values so far (views)."""
@@ -119,8 +134,14 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        self.keys = [self._selected(keys, rows) for keys in self.keys]
+        self.values = [self._selected(values, rows) for values in self.values]
+
+    def _selected(self, buffer: Tensor, rows: Tensor) -> Tensor:
+        """Rows of a buffer; only what is filled is copied."""
+        fresh = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
+        fresh[:, :, : self.length] = buffer[rows, :, : self.length]
+        return fresh
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,8 @@ class Decoder:
         self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
         self._fingerprint: str | None = None
-        self._head: Tensor | None = None
+        self._matrices: dict[tuple[str, ...], Matrix] = {}
+        self._head: LogitHead | None = None
 
     # ---- where things are -------------------------------------------------------------------------------------
     @property
@@ -151,17 +173,31 @@ class Decoder:
         return self.weights["transformer.wte.weight" if self.config.family == "gpt2" else "model.embed_tokens.weight"]
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, d) fp32: the embedding itself where the head is tied.
-
-        The head is fp32 even on a bf16 base: bf16 logits alone put noise of several hundredths on log-probs.
-        """
-        weight = self.embedding if self.config.tied else self.weights["lm_head.weight"]
-        if weight.dtype == torch.float32 or self.trained_from == 0:
-            return weight.float()
+    def head(self) -> LogitHead:
+        """The map to logits: the embedding itself where the head is tied."""
         if self._head is None:
-            self._head = weight.float()
+            self._head = LogitHead(self.embedding if self.config.tied else self.weights["lm_head.weight"])
         return self._head
+
+    def matrix(self, sites: tuple[str, ...]) -> Matrix:
+        """Frozen linear layers that read the same input, as one; their weights become views of it, so nothing is held twice."""
+        if sites not in self._matrices:
+            fused = torch.cat([self.weights[site + ".weight"] for site in sites])
+            biases = [self.weights[site + ".bias"] for site in sites if site + ".bias" in self.weights]
+            for site, part in zip(sites, fused.split([self.weights[site + ".weight"].shape[0] for site in sites]), strict=True):
+                self.weights[site + ".weight"] = part
+            self._matrices[sites] = Matrix(fused, torch.cat(biases) if biases else None)
+        return self._matrices[sites]
+
+    def projection(self, layer: int, which: str) -> list[tuple[str, slice]]:
+        """The linear layers of one step of a block ("attend", "out", "up" or "down"), and their columns of the joint output."""
+        places, column = [], 0
+        sites = self.config.sites(layer)
+        for name in self.config.steps[which]:
+            site = self.config.block_prefix(layer) + name
+            places.append((site, slice(column, column + sites[site][0])))
+            column += sites[site][0]
+        return places
 
     @property
     def device(self) -> torch.device:
@@ -242,21 +278,22 @@ class Decoder:
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
         """
         positions = tree.positions if tree is not None else positions
-        rotation = self._rotation(positions, hidden.shape[1]) if self.config.family == "llama" else None
-        step = self._gpt2_block if self.config.family == "gpt2" else self._llama_block
+        turn = None
+        if self.config.family == "llama":
+            turn = self.turn(torch.arange(hidden.shape[1], device=self.device)[None] if positions is None else positions)
         for layer in range(first, last):
-            hidden = step(hidden, layer, adapters, rotation, Attention(mask, cache, tree))
+            hidden = self._block(hidden, layer, adapters, turn, Attention(mask, cache, tree))
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head; it belongs to the branch, not to the trunk."""
         if self.config.family == "gpt2":
-            return self._norm(hidden, "transformer.ln_f")
-        return self._norm(hidden, "model.norm")
+            return norm(self, hidden, "transformer.ln_f")
+        return norm(self, hidden, "model.norm")
 
     def logits(self, normed: Tensor) -> Tensor:
         """(…, d) after the final norm -> (…, V) fp32. For sampling; training goes through rollout.logprobs."""
-        return F.linear(normed, self.head_weight)
+        return self.head.logits(normed)
 
     def forward(self, ids: Tensor, adapters: Sequence[Adapter] = (), mask: Tensor | None = None) -> Tensor:
         """(B, T) ids -> (B, T, V) logits; `mask` (B, T) marks real tokens of left- or right-padded rows."""
@@ -269,92 +306,78 @@ class Decoder:
         return self.logits(self.final_norm(hidden))
 
     # ---- parts ------------------------------------------------------------------------------------------------
-    def _linear(self, x: Tensor, site: str, adapters: Sequence[Adapter]) -> Tensor:
-        weight = self.weights[site + ".weight"]
-        y = F.linear(x.to(weight.dtype), weight, self.weights.get(site + ".bias")).float()
-        delta = low_rank(x, site, adapters)
-        return y if delta is None else y + delta
+    def _project(self, x: Tensor, layer: int, which: str, adapters: Sequence[Adapter]) -> Tensor:
+        """One step's linear layers with their adapters: (…, in) -> (…, out) fp32."""
+        places = self.projection(layer, which)
+        if not any(self.weights[site + ".weight"].requires_grad for site, _ in places):
+            return project(x, self.matrix(tuple(site for site, _ in places)), places, adapters)
+        outputs = []  # trained weights are fp32 and one layer each
+        for site, _ in places:
+            y = F.linear(x, self.weights[site + ".weight"], self.weights.get(site + ".bias"))
+            delta = low_rank(x, site, adapters)
+            outputs.append(y if delta is None else y + delta)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self.weights[name + ".weight"].float()
-        if self.config.family == "gpt2":
-            return F.layer_norm(x, (x.shape[-1],), weight, self.weights[name + ".bias"].float(), self.config.norm_eps)
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
-
-    def _rotation(self, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, (1 or B, 1, T, h), computed in fp32 (Su et al. 2021; half-rotation form)."""
+    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What `rotated` needs at these positions (…): cos (…, 1, 1, h / 2) and -sin, sin (…, 1, 2, h / 2) (Su et al. 2021)."""
         half = self.config.d_head // 2
-        device = self.device
-        if positions is None:
-            positions = torch.arange(length, device=device)[None]
-        inverse = self.config.rope_theta ** (-torch.arange(0, half, device=device, dtype=torch.float32) * 2 / self.config.d_head)
-        angles = positions.float()[:, None, :, None] * inverse
-        angles = torch.cat((angles, angles), -1)
-        return angles.cos(), angles.sin()
+        powers = torch.arange(0, half, device=self.device, dtype=torch.float32) * 2 / self.config.d_head
+        angles = positions.float()[..., None] * self.config.rope_theta**-powers
+        sin = angles.sin()
+        return angles.cos()[..., None, None, :], torch.stack((-sin, sin), -2)[..., None, :, :]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, seen: Attention) -> Tensor:
-        """q (B, H, T, h), k and v (B, K, T, h) -> (B, T, H*h). Keys are never expanded for grouped queries in decoding."""
+    def _attend(self, qkv: Tensor, layer: int, seen: Attention) -> Tensor:
+        """(B, T, H + 2K, h) or with a tree (1, N, H + 2K, h) -> (B, T, H*h) or (1, N, H*h)."""
         mask, cache, tree = seen.mask, seen.cache, seen.tree
-        if tree is not None:
-            q, k, v = (tree.spread(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        rows, heads, length, size = q.shape
-        groups = heads // k.shape[1]
+        heads, kv_heads = self.config.n_head, self.config.n_kv_head
+        qkv = (qkv if tree is None else tree.spread(qkv)).transpose(1, 2)
+        length = qkv.shape[2]
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if length == 1 and cache is not None and tree is None:  # decoding: plain products over the grouped heads
-            q = q.reshape(rows, k.shape[1], groups, size).to(k.dtype)
-            scores = (q @ k.transpose(2, 3)).float() / math.sqrt(size)
-            if mask is not None:
-                scores = scores.masked_fill(~mask[:, :, None, :], -1e30)
-            out = (scores.softmax(-1).to(v.dtype) @ v).float().reshape(rows, 1, heads * size)
-            return out
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        if heads > kv_heads:
+            k, v = k.repeat_interleave(heads // kv_heads, 1), v.repeat_interleave(heads // kv_heads, 1)
         if mask is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            assert length == 1 or k.shape[2] == length, "several tokens behind earlier keys need a mask"
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == length)
         else:
             # A row of a left pad may look at nothing: let it look at itself, so that it stays finite.
             safe = mask | ~mask.any(-1, keepdim=True)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=safe[:, None])
-        out = out.transpose(1, 2).reshape(rows, length, heads * size)
+        out = out.transpose(1, 2).flatten(2)
         return out if tree is None else tree.gather(out)
 
-    def _llama_block(
-        self, x: Tensor, layer: int, adapters: Sequence[Adapter], rotation: tuple[Tensor, Tensor] | None,
-        seen: Attention,
-    ) -> Tensor:  # fmt: skip
+    def _block(
+        self, x: Tensor, layer: int, adapters: Sequence[Adapter], turn: tuple[Tensor, Tensor] | None, seen: Attention
+    ) -> Tensor:
         at, c = self.config.block_prefix(layer), self.config
-        rows, length, _ = x.shape
-        y = self._norm(x, at + "input_layernorm")
-        q = self._linear(y, at + "self_attn.q_proj", adapters).view(rows, length, c.n_head, c.d_head).transpose(1, 2)
-        k = self._linear(y, at + "self_attn.k_proj", adapters).view(rows, length, c.n_kv_head, c.d_head).transpose(1, 2)
-        v = self._linear(y, at + "self_attn.v_proj", adapters).view(rows, length, c.n_kv_head, c.d_head).transpose(1, 2)
-        assert rotation is not None
-        cos, sin = rotation
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = x + self._linear(self._attend(q, k, v, layer, seen), at + "self_attn.o_proj", adapters)
-        y = self._norm(x, at + "post_attention_layernorm")
-        gate = activate(self._linear(y, at + "mlp.gate_proj", adapters), c.activation)
-        return x + self._linear(gate * self._linear(y, at + "mlp.up_proj", adapters), at + "mlp.down_proj", adapters)
-
-    def _gpt2_block(
-        self, x: Tensor, layer: int, adapters: Sequence[Adapter], rotation: tuple[Tensor, Tensor] | None,
-        seen: Attention,
-    ) -> Tensor:  # fmt: skip
-        at, c = self.config.block_prefix(layer), self.config
-        rows, length, _ = x.shape
-        y = self._linear(self._norm(x, at + "ln_1"), at + "attn.c_attn", adapters)
-        q, k, v = (part.view(rows, length, c.n_head, c.d_head).transpose(1, 2) for part in y.split(c.d_model, -1))
-        x = x + self._linear(self._attend(q, k, v, layer, seen), at + "attn.c_proj", adapters)
-        y = activate(self._linear(self._norm(x, at + "ln_2"), at + "mlp.c_fc", adapters), c.activation)
-        return x + self._linear(y, at + "mlp.c_proj", adapters)
+        before, between = c.norm_sites
+        qkv = self._project(norm(self, x, at + before), layer, "attend", adapters).unflatten(-1, (-1, c.d_head))
+        if turn is not None:
+            turned = c.n_head + c.n_kv_head
+            qkv = torch.cat((rotated(qkv[..., :turned, :], *turn), qkv[..., turned:, :]), -2)
+        x = x + self._project(self._attend(qkv, layer, seen), layer, "out", adapters)
+        y = self._project(norm(self, x, at + between), layer, "up", adapters)
+        if c.family == "llama":
+            gate, up = y.chunk(2, -1)
+            y = activate(gate, c.activation) * up
+        else:
+            y = activate(y, c.activation)
+        return x + self._project(y, layer, "down", adapters)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (B, heads, T, h) in the form that rotates halves."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+def norm(model: Decoder, x: Tensor, name: str) -> Tensor:
+    """LayerNorm (GPT-2) or RMSNorm (Llama) over the last dimension, in fp32."""
+    weight = model.weights[name + ".weight"].float()
+    if model.config.family == "gpt2":
+        return F.layer_norm(x, (x.shape[-1],), weight, model.weights[name + ".bias"].float(), model.config.norm_eps)
+    return F.rms_norm(x, (x.shape[-1],), weight, model.config.norm_eps)
+
+
+def rotated(x: Tensor, cos: Tensor, turn: Tensor) -> Tensor:
+    """Rotary embedding of (…, heads, h) in the form that rotates halves; cos and turn as `Decoder.turn` makes them."""
+    halves = x.unflatten(-1, (2, -1))
+    return torch.addcmul(halves * cos, halves.flip(-2), turn).flatten(-2)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:

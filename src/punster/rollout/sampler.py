@@ -17,6 +17,7 @@ from punster.errors import UserError
 from punster.model.lora import join
 from punster.model.role import Role
 from punster.model.transformer import KeyValueCache, causal_mask
+from punster.rollout.decode import Stepper, Stream, decode_one_token
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def generate(
     uniforms = torch.rand(len(prompts) * samples, decoding.max_new_tokens, generator=generator, dtype=torch.float64).float()
     if role.adapters:
         role = Role(role.model, (join(role.adapters),))
+    stepper = Stepper.of(role.model, role.adapters, role.last_layer)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     per_call = max(1, max_rows // samples)
     examples: list[Example | None] = [None] * (len(prompts) * samples)
@@ -99,7 +101,8 @@ def generate(
     for start in range(0, len(order), per_call):
         chosen = order[start : start + per_call]
         rows = [prompt * samples + k for prompt in chosen for k in range(samples)]
-        results = _generate(role, [prompts[i] for i in chosen], samples, decoding, eos_id, uniforms[rows].to(role.model.device))
+        drawn = uniforms[rows].to(role.model.device)
+        results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn)
         for row, (ids, logs) in zip(rows, results, strict=True):
             examples[row] = Example(tuple(prompts[row // samples]), tuple(ids))
             log_probs[row] = logs
@@ -108,7 +111,13 @@ def generate(
 
 
 def _generate(
-    role: Role, prompts: Sequence[Sequence[int]], samples: int, decoding: Decoding, eos_id: int, uniforms: Tensor
+    role: Role,
+    stepper: Stepper,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    decoding: Decoding,
+    eos_id: int,
+    uniforms: Tensor,
 ) -> list[tuple[list[int], Tensor]]:
     model, device = role.model, role.model.device
     widest = max(len(prompt) for prompt in prompts)
@@ -119,9 +128,12 @@ def _generate(
         mask[row, widest - len(prompt) :] = True
     cache = KeyValueCache(model.config, len(prompts), widest + decoding.max_new_tokens, torch.float32, device)
     logits = prefill(role, ids, mask, cache, PrefixTree.of(prompts, device, left=True))
+    bias = torch.zeros(len(prompts), 1, cache.capacity, device=device)
+    bias[:, 0, :widest] = torch.where(mask, 0.0, -1e30)
+    stream = Stream(cache, mask.sum(1), None if bool(mask.all()) else bias)
     if samples > 1:  # the prompt was run once for all its samples
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-        cache.select(repeat)
+        stream.select(repeat)
         logits, mask, ids = logits[repeat], mask[repeat], ids[repeat]
     total = logits.shape[0]
     active = torch.arange(total, device=device)
@@ -143,10 +155,9 @@ def _generate(
             break
         if int((~living).sum()) * 8 >= living.numel():  # finished rows leave once they are an eighth of the batch
             keep = living.nonzero()[:, 0]
-            cache.select(keep)
-            active, token, mask = active[keep], token[keep], mask[keep]
-        mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), 1)
-        logits = decode_one_token(role, token, mask, cache)
+            stream.select(keep)
+            active, token = active[keep], token[keep]
+        logits = decode_one_token(stepper, token, stream)
     return [(tokens[row, : lengths[row]].tolist(), logs[row, : lengths[row]].cpu()) for row in range(total)]
 
 
@@ -159,18 +170,6 @@ def prefill(role: Role, ids: Tensor, mask: Tensor, cache: KeyValueCache, tree: P
     return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]]))
 
 
-def decode_one_token(role: Role, token: Tensor, mask: Tensor, cache: KeyValueCache) -> Tensor:
-    """Feed one token (B,) per row; mask (B, cache.length + 1) marks real keys; logits (B, V) of the next token."""
-    model = role.model
-    positions = (mask.long().sum(1, keepdim=True) - 1).clamp(min=0)
-    hidden = model.embed(token[:, None], positions)
-    hidden = model.blocks(
-        hidden, 0, role.last_layer, adapters=role.adapters, positions=positions, mask=mask[:, None, :], cache=cache
-    )
-    cache.length += 1
-    return model.logits(model.final_norm(hidden[:, -1]))
-
-
 def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pick one token per row from (B, V) logits with one uniform (B,) each; its log-prob under what was sampled from."""
     if seen is not None:
@@ -179,13 +178,12 @@ def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | N
     if decoding.temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    logits = logits / decoding.temperature
+    logits = logits / decoding.temperature if decoding.temperature != 1 else logits
     if decoding.top_k or decoding.top_p < 1 or decoding.min_p:
         logits = truncate(logits, decoding)
-    log_z = logits.logsumexp(-1, keepdim=True)
-    probs = (logits - log_z).exp()
+    probs = logits.softmax(-1)
     token = inverse_cdf(probs, uniform)
-    return token, (logits.gather(1, token[:, None]) - log_z)[:, 0]
+    return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
 def truncate(logits: Tensor, decoding: Decoding) -> Tensor:
@@ -211,7 +209,7 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
     index with mass.
     """
     rows, size = probs.shape
-    padded = torch.nn.functional.pad(probs, (0, -size % block)).view(rows, -1, block)
+    padded = (torch.nn.functional.pad(probs, (0, -size % block)) if size % block else probs).view(rows, -1, block)
     sums = padded.sum(-1)
     edges = sums.cumsum(-1)
     target = uniform[:, None] * edges[:, -1:]

@@ -200,7 +200,7 @@ def response_log_probs(role: Role, examples: Sequence[Example], trunk: Trunk, ma
 
 def summed(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
     """(B,) summed log-probs of the responses and (B,) lengths."""
-    flat, _ = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets(), with_entropy=False)
+    flat = token_log_probs(role.response_hidden(batch), role.model.head, batch.targets())
     return batch.scatter(flat).sum(1), batch.response_lengths
 
 

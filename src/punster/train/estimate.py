@@ -26,7 +26,7 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
     base = shared_base(config.model, dtype, device)
     speed = 0.95 * measured_speed(dtype, device)
     block = sum(out * into for out, into in base.config.sites(0).values())
-    head, layers = base.head_weight.numel(), base.config.n_layer
+    head, layers = base.head.weight.numel(), base.config.n_layer
     sampled = (PROMPT + RESPONSE) * block * layers + RESPONSE * head  # one sampled response
     result = {}
     for name, stage in stages.items():

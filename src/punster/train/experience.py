@@ -172,8 +172,8 @@ def collect(
         batch = trunk.collate(examples, rows, device)
         width = batch.mask.shape[1]
         compared = compare_policies(
-            policy.response_hidden(batch), policy.model.head_weight, reference.response_hidden(batch),
-            reference.model.head_weight, batch.targets(), setup.decoding.temperature,
+            policy.response_hidden(batch), policy.model.head, reference.response_hidden(batch),
+            reference.model.head, batch.targets(), setup.decoding.temperature,
         )  # fmt: skip
         for name, flat in compared.items():
             tensors[name][rows, :width] = batch.scatter(flat)

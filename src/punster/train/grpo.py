@@ -135,9 +135,7 @@ def train_step(
         batch = exp.trunk.collate(exp.examples, rows, policy.model.device)
         mask = batch.mask
         cut = (rows, slice(0, mask.shape[1]))
-        flat, _ = token_log_probs(
-            policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature, with_entropy=False
-        )
+        flat = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets(), config.temperature)
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
         loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)

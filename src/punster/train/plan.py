@@ -36,7 +36,7 @@ def training_cost(role: Role, examples: Sequence[Example], passes: float) -> flo
     """Multiply-adds: the trunk once, and forward, input gradients and recomputed head for each pass (LoRA: no weight gradients)."""
     tokens = sum(example.length for example in examples)
     responses = sum(len(example.response) for example in examples)
-    block, head = block_size(role), role.model.head_weight.numel()
+    block, head = block_size(role), role.model.head.weight.numel()
     branch = role.last_layer - role.first_layer
     use_head = 0 if role.head is not None else 3 * head * responses
     weights = 1 if role.model.trained_from is not None else 0

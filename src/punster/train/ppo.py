@@ -128,9 +128,7 @@ def train_step(
         cut = (rows, slice(0, width))
         mask = batch.mask
         if with_policy:
-            flat, _ = token_log_probs(
-                policy.response_hidden(batch), policy.model.head_weight, batch.targets(), config.temperature, with_entropy=False
-            )
+            flat = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets(), config.temperature)
             log_prob = batch.scatter(flat)
             loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut], mask, config.clip)
             (loss / tokens).backward()

@@ -67,9 +67,7 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
             loss_sum = 0.0
             for group in token_batches([examples[row].length for row in rows_now], config.max_tokens):
                 batch = trunk.collate(examples, [rows_now[i] for i in group], policy.model.device)
-                log_probs, _ = token_log_probs(
-                    policy.response_hidden(batch), policy.model.head_weight, batch.targets(), with_entropy=False
-                )
+                log_probs = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets())
                 loss = -log_probs.sum() / tokens
                 loss.backward()
                 loss_sum += float(loss.detach())
@@ -91,8 +89,6 @@ def held_out_loss(policy: Role, examples: Sequence[Example], trunk: Trunk) -> fl
     total, tokens = 0.0, 0
     for group in token_batches([example.length for example in examples], 4096):
         batch = trunk.collate(examples, group, policy.model.device)
-        log_probs, _ = token_log_probs(
-            policy.response_hidden(batch), policy.model.head_weight, batch.targets(), with_entropy=False
-        )
+        log_probs = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets())
         total, tokens = total - float(log_probs.sum()), tokens + log_probs.numel()
     return total / max(1, tokens)

@@ -1,0 +1,135 @@
+"""Products with frozen matrices, and low-rank updates beside them.
+
+Weights are reordered once for the CPU's matrix kernels. PyTorch's operators for that are private, so they are tried out once
+and left alone if they fail; plain products take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from punster.model.lora import Adapter
+
+
+@cache
+def can_reorder(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and CPU multiply by reordered weights, and get it right."""
+    try:
+        x = torch.linspace(-1, 1, 3 * 32).view(3, 32).to(dtype)
+        weight = torch.linspace(-1, 1, 48 * 32).view(48, 32).to(dtype)
+        return bool(torch.allclose(_product(x, _reorder(weight), None), F.linear(x, weight), rtol=0.02, atol=0.02))
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return reordered
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+class Matrix:
+    """One or several frozen linear layers that read the same input: x (n, in) -> x W^T + bias (n, out), without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, forward_only: bool = False):
+        self.dtype, self.bias = weight.dtype, bias
+        self._reordered = _reorder(weight) if weight.device.type == "cpu" and can_reorder(weight.dtype) else None
+        self.weight = weight if self._reordered is None or not forward_only else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """In the type of the weights."""
+        x = x.to(self.dtype)
+        if self._reordered is None:
+            assert self.weight is not None
+            return F.linear(x, self.weight, self.bias)
+        return _product(x, self._reordered, self.bias)
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """(n, out) -> (n, in): gradient W, in the type of the gradient."""
+        assert self.weight is not None
+        return (gradient.to(self.dtype) @ self.weight).to(gradient.dtype)
+
+
+class _Projection(torch.autograd.Function):
+    """x (n, in) -> x W^T + sum of scale x A^T B^T on the columns of each update, fp32; updates are (columns, scale) with A, B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Matrix, updates: list[tuple[slice, float]], *low_rank: Tensor) -> Tensor:
+        y = matrix(x).to(x.dtype)
+        if updates:
+            a, b = low_rank[::2], low_rank[1::2]
+            low = F.linear(x, a[0] if len(a) == 1 else torch.cat(a))
+            for (columns, scale), factor, part in zip(updates, b, low.split([t.shape[0] for t in a], 1), strict=True):
+                y[:, columns].addmm_(part, factor.T, alpha=scale)
+            ctx.save_for_backward(x, low, *low_rank)
+        ctx.matrix, ctx.updates = matrix, updates
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        back = ctx.matrix.pull_back(gradient) if wanted[0] else None
+        if not ctx.updates:
+            return back, None, None
+        x, low, *low_rank = ctx.saved_tensors
+        a, b = low_rank[::2], low_rank[1::2]
+        ranks = [t.shape[0] for t in a]
+        pulled = torch.empty_like(low)
+        grads: list[Tensor | None] = []
+        parts = zip(ctx.updates, b, low.split(ranks, 1), pulled.split(ranks, 1), strict=True)
+        for place, ((columns, scale), factor, part, into) in enumerate(parts):
+            into.copy_(gradient[:, columns] @ factor).mul_(scale)
+            grads += [None, (gradient[:, columns].T @ part).mul_(scale) if wanted[4 + 2 * place] else None]
+        if back is not None:
+            back.addmm_(pulled, a[0] if len(a) == 1 else torch.cat(a))
+        if any(wanted[3::2]):
+            for place, grad_a in enumerate((pulled.T @ x).split(ranks)):
+                grads[2 * place] = grad_a if wanted[3 + 2 * place] else None
+        return back, None, None, *grads
+
+
+def project(x: Tensor, matrix: Matrix, sites: Sequence[tuple[str, slice]], adapters: Sequence[Adapter]) -> Tensor:
+    """(…, in) -> (…, out) fp32, differentiable in x and in the adapters' A and B; sites are (name, columns of the output)."""
+    found = [(columns, adapter, site) for site, columns in sites for adapter in adapters if site in adapter.a]
+    factors = [tensor for _, adapter, site in found for tensor in (adapter.a[site], adapter.b[site])]
+    flat = x.reshape(-1, x.shape[-1])
+    y: Tensor = _Projection.apply(flat, matrix, [(columns, adapter.scale) for columns, adapter, _ in found], *factors)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass
+class LogitHead:
+    """The map from final states to logits, (n, d) -> (n, V), and its transpose for gradients.
+
+    Logits are fp32 products even on a bf16 base: bf16 logits alone put noise of several hundredths on log-probs. What flows
+    back from them is a difference of probabilities, for which products in the base's own type are good enough.
+    """
+
+    weight: Tensor  # (V, d) in the type of the base
+    _forward: Matrix | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self.weight.requires_grad or (hidden.requires_grad and torch.is_grad_enabled()):
+            return F.linear(hidden, self.weight.to(hidden.dtype))  # differentiable
+        if self._forward is None:
+            exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            self._forward = Matrix(exact, forward_only=True)
+        return self._forward(hidden)
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """(n, V) -> (n, d): gradient W."""
+        return (gradient.to(self.weight.dtype) @ self.weight.detach()).to(gradient.dtype)

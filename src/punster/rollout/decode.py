@@ -1,0 +1,142 @@
+"""One decoding step for many rows: fused and reordered frozen weights, adapters beside them, attention over a static cache.
+
+The numbers are those of `Decoder.blocks`: products in the type of the base, everything else in fp32.
+B rows, d width, H heads, K key-value heads, g = H / K, h head size, S keys so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from punster.model.lora import Adapter
+from punster.model.product import Matrix
+from punster.model.transformer import Decoder, KeyValueCache, activate, norm, rotated
+
+
+@dataclass
+class Product:
+    """Linear layers that read the same input as one product, their low-rank updates beside it."""
+
+    matrix: Matrix
+    a: Tensor | None  # (sum of ranks, in)
+    updates: list[tuple[slice, slice, Tensor]]  # columns of the output, ranks, scaled B^T (r, out)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, in) fp32 -> (B, out) fp32."""
+        return self.update(self.matrix(x).float(), x)
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """total (B, out) += the product of x (B, in)."""
+        self.update(total.add_(self.matrix(x)), x)
+
+    def update(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (B, out) += scale B A x for every adapter."""
+        if self.a is not None:
+            low = F.linear(x, self.a)
+            for columns, ranks, b in self.updates:
+                y[:, columns].addmm_(low[:, ranks], b)
+        return y
+
+
+@dataclass
+class Stage:
+    """One block, ready for decoding."""
+
+    attend: Product  # q, k, v
+    out: Product
+    up: Product  # Llama: gate and up; GPT-2: c_fc
+    down: Product
+
+
+@dataclass
+class Stepper:
+    """A network with its adapters, ready for decoding."""
+
+    model: Decoder
+    stages: list[Stage]
+
+    @classmethod
+    def of(cls, model: Decoder, adapters: Sequence[Adapter], layers: int) -> Stepper:
+        steps = ("attend", "out", "up", "down")
+        return cls(model, [Stage(*(product_of(model, layer, step, adapters) for step in steps)) for layer in range(layers)])
+
+
+@dataclass
+class Stream:
+    """Rows in flight."""
+
+    cache: KeyValueCache
+    positions: Tensor  # (B,) of the token to be fed next
+    bias: Tensor | None  # (B, 1, capacity): -inf-like on left padding; None where no row is padded
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) the given rows."""
+        self.cache.select(rows)
+        self.positions = self.positions[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
+
+
+def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapter]) -> Product:
+    places = model.projection(layer, which)
+    sites = tuple(site for site, _ in places)
+    if any(model.weights[site + ".weight"].requires_grad for site in sites):  # trained: today's values
+        biases = [model.weights[site + ".bias"].detach() for site in sites if site + ".bias" in model.weights]
+        weight = torch.cat([model.weights[site + ".weight"].detach() for site in sites])
+        matrix = Matrix(weight, torch.cat(biases) if biases else None, forward_only=True)
+    else:
+        matrix = model.matrix(sites)
+    found = [(columns, adapter, site) for site, columns in places for adapter in adapters if site in adapter.a]
+    updates, rank = [], 0
+    for columns, adapter, site in found:
+        b = (adapter.b[site].detach() * adapter.scale).T.contiguous()
+        updates.append((columns, slice(rank, rank + adapter.rank), b))
+        rank += adapter.rank
+    return Product(matrix, torch.cat([adapter.a[site].detach() for _, adapter, site in found]) if found else None, updates)
+
+
+def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, list[Tensor]] | None = None) -> Tensor:
+    """Feed one token (B,) per row; logits (B, V) of the next one. `keep` collects the states (B, d) before some layers."""
+    model, config = stepper.model, stepper.model.config
+    x = model.embed(token[:, None], stream.positions[:, None])[:, 0]
+    turn = model.turn(stream.positions) if config.family == "llama" else None
+    for layer, stage in enumerate(stepper.stages):
+        if keep is not None and layer in keep:
+            keep[layer].append(x.clone())
+        before, between = (config.block_prefix(layer) + name for name in config.norm_sites)
+        qkv = stage.attend(norm(model, x, before))
+        stage.out.add_to(x, attend(config.n_head, config.n_kv_head, qkv, turn, layer, stream))
+        y = stage.up(norm(model, x, between))
+        if config.family == "llama":
+            gate, up = y.chunk(2, -1)
+            y = activate(gate, config.activation).mul_(up)
+        else:
+            y = activate(y, config.activation)
+        stage.down.add_to(x, y)
+    stream.cache.length += 1
+    stream.positions = stream.positions + 1
+    return model.logits(model.final_norm(x))
+
+
+def attend(heads: int, kv_heads: int, qkv: Tensor, turn: tuple[Tensor, Tensor] | None, layer: int, stream: Stream) -> Tensor:
+    """(B, (H + 2K) h) -> (B, H h): the new key and value go into the cache; keys are not expanded for grouped queries."""
+    rows, cache = qkv.shape[0], stream.cache
+    size = qkv.shape[1] // (heads + 2 * kv_heads)
+    qk, v = qkv.view(rows, heads + 2 * kv_heads, size).split((heads + kv_heads, kv_heads), 1)
+    if turn is not None:
+        qk = rotated(qk, *turn)
+    keys, values = cache.append(layer, qk[:, heads:, None], v[:, :, None])
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # (B K, S, h), views of the cache
+    queries = qk[:, :heads].reshape(rows * kv_heads, heads // kv_heads, size)
+    scale = 1 / math.sqrt(size)
+    if stream.bias is None:
+        scores = torch.baddbmm(queries.new_zeros(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=scale)
+    else:
+        bias = stream.bias[:, :, : keys.shape[1]].repeat_interleave(kv_heads, 0)
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), values).view(rows, heads * size)
