@@ -67,13 +67,13 @@ def rollout_keys() -> list[Key]:
 def step_keys() -> list[Key]:
     keys = []
     for verb, title in (("sft", "SFT"), ("reward", "reward model"), ("dpo", "DPO")):
-        ours = side("punster", f"{verb}_step", warmup=2, top_layers="all")
-        theirs = side(TRL, verb, warmup=2, layers="all")
+        task = {"task": "dpo_step"} if verb == "dpo" else {"task": "steps", "verb": verb}
+        ours = side("punster", **task, warmup=2, top_layers="all")
+        theirs = side(TRL, "supervised", warmup=2, verb=verb, layers="all")
         text = f"{title}, one step of {BATCH} rows, LoRA in all layers, nothing cached"
         keys.append(Key(f"{verb}_step", f"{verb}_step", ours, theirs, "seconds", "s", 2.5, text))
-        whole = side("punster", f"{verb}_run", top_layers="auto")
-        peer = side(TRL, verb, warmup=1, every=EPOCHS * STEPS, layers="all")
-        same = side(TRL, verb, warmup=1, every=EPOCHS * STEPS, layers="top")
+        whole = side("punster", "runs", verb=verb, top_layers="auto")
+        peer, same = (side(TRL, "supervised", every=EPOCHS * STEPS, verb=verb, layers=layers) for layers in ("all", "top"))
         group = f"{verb}_cached"
         text = (
             f"{title}, {EPOCHS} epochs of {ROWS} rows, default top layers and cached trunk, filling included; theirs: all layers"
@@ -90,12 +90,13 @@ def policy_keys() -> list[Key]:
     grpo_ours, grpo_theirs = side("punster", "grpo", top_layers="all"), side(TRL, "grpo")
     text = f"GRPO iteration, LoRA in all layers: 32 completions, 8 a prompt, {NEW} new tokens, one epoch, KL on"
     keys = [Key("grpo_iteration", "grpo", grpo_ours, grpo_theirs, "seconds", "s", 4.0, text)]
-    peer = side(TRL_PPO, "ppo")
+    peer, cast = (side(TRL_PPO, "ppo", autocast=on) for on in (False, True))
     every, top = (side("punster", "ppo", top_layers=layers) for layers in ("all", "auto"))
     text = f"PPO iteration, 32 prompts, {NEW} new tokens, 4 epochs; "
     keys += [
         Key("ppo_all_layers", "ppo", every, peer, "seconds", "s", 4.0, text + "LoRA in all layers, nothing cached"),
         Key("ppo_iteration", "ppo", top, peer, "seconds", "s", 8.0, text + "default top layers and cached trunk; theirs: all layers"),
+        Key("ppo_all_layers_autocast", "ppo", every, cast, "seconds", "s", None, "LoRA in all layers; theirs: under bf16 autocast"),
         Key("ppo_memory", "ppo", top, peer, "peak", "GB", 3.0, "peak memory of PPO, default top layers"),
         Key("ppo_memory_all_layers", "ppo", every, peer, "peak", "GB", None, "the same, LoRA in all layers"),
     ]  # fmt: skip

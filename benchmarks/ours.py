@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,15 +32,15 @@ from punster.train.run import Cursor, Run, make_optimizer, optimizer_step, seede
 from punster.train.setup import extend, open_base, open_policy_role
 
 DATA = json.loads(prepare.DATA.read_text())
-LORA = {"lora_r": RANK, "lora_alpha": ALPHA}
+
+
+NUMBERS = itertools.count()
 
 
 def settings(name: str, **more: Any) -> dict[str, Any]:
     """What all runs share; a run's folder is new in each call."""
-    where = BENCH / "work"
-    number = next(n for n in itertools.count() if not (where / f"{name}-{n}").exists())
-    shared = {"name": f"{name}-{number}", "out": str(where), "model": str(prepare.MODEL), "quiet": True, "batch_size": BATCH}
-    return {**shared, **LORA, **more}
+    shared = {"name": f"{name}-{os.getpid()}-{next(NUMBERS)}", "out": str(BENCH / "work"), "model": str(prepare.MODEL)}
+    return {**shared, "quiet": True, "batch_size": BATCH, "lora_r": RANK, "lora_alpha": ALPHA, **more}
 
 
 def rollout(line: Line, batch: int, mode: str = "lora") -> None:
@@ -75,6 +75,19 @@ def pair_rows(count: int) -> list[dict[str, Any]]:
     return [{"prompt": row["plain"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in DATA["pairs"][:count]]
 
 
+def train(verb: str, count: int, top_layers: str, **more: Any) -> None:
+    """A run of the verb on the first `count` rows; like the peers' without evaluation."""
+    sft.encode_fitting = lambda *args, **named: []  # type: ignore[assignment]
+    reward.fitting_pairs = lambda *args: []  # type: ignore[assignment]
+    shared = settings(verb, top_layers=top_layers, **more)
+    if verb == "sft":
+        sft.sft(SftConfig(**shared), sft_rows(count))
+    elif verb == "reward":
+        reward.train_reward(RewardConfig(**shared, normalise_samples=0, test_limit=0), pair_rows(count))
+    else:
+        dpo.dpo(DpoConfig(**shared, actor=str(prepare.RUNS / f"sft-{top_layers}")), pair_rows(count))
+
+
 def after_each_step(act: Callable[[], None]) -> None:
     """Run.log is what every loop calls at the end of a step: log, then act."""
     log = Run.log
@@ -86,26 +99,9 @@ def after_each_step(act: Callable[[], None]) -> None:
     Run.log = logged  # type: ignore[method-assign]
 
 
-def without_evaluation() -> None:
-    """The peers run without evaluation, so nothing is held out here either."""
-    sft.encode_fitting = lambda *args, **named: []  # type: ignore[attr-defined]
-    reward.fitting_pairs = lambda *args: []  # type: ignore[assignment]
-
-
-QUIET_REWARD = {"normalise_samples": 0, "test_limit": 0}
-
-
-def sft_step(line: Line, top_layers: str) -> None:
-    without_evaluation()
+def single_steps(line: Line, verb: str, top_layers: str) -> None:
     after_each_step(line.step)
-    sft.sft(SftConfig(**settings("sft", steps=1000, top_layers=top_layers)), sft_rows(2 * ROWS))
-
-
-def reward_step(line: Line, top_layers: str) -> None:
-    without_evaluation()
-    after_each_step(line.step)
-    config = RewardConfig(**settings("reward", steps=1000, top_layers=top_layers, **QUIET_REWARD))
-    reward.train_reward(config, pair_rows(2 * ROWS))
+    train(verb, 2 * ROWS, top_layers, steps=1000)
 
 
 def dpo_step(line: Line, top_layers: str) -> None:
@@ -124,8 +120,8 @@ def dpo_step(line: Line, top_layers: str) -> None:
         line.step()
 
 
-def whole_runs(line: Line, train: Callable[[], object]) -> None:
-    """Time trainings from where the trunk is about to be computed to the end of the last step."""
+def whole_runs(line: Line, verb: str, top_layers: str) -> None:
+    """Trainings of EPOCHS passes, timed from where the trunk is about to be computed to the end of each step."""
     began, marks = 0.0, [0.0]
     enter = Run.__enter__
 
@@ -138,24 +134,9 @@ def whole_runs(line: Line, train: Callable[[], object]) -> None:
 
     Run.__enter__ = entered  # type: ignore[method-assign]
     after_each_step(lambda: marks.append(time.perf_counter() - began))
-    without_evaluation()
     while True:
-        train()
+        train(verb, ROWS, top_layers, epochs=EPOCHS)
         line.step(seconds=marks[-1], marks=list(marks))
-
-
-def sft_run(line: Line, top_layers: str) -> None:
-    whole_runs(line, lambda: sft.sft(SftConfig(**settings("sft", epochs=EPOCHS, top_layers=top_layers)), sft_rows(ROWS)))
-
-
-def reward_run(line: Line, top_layers: str) -> None:
-    config = {"epochs": EPOCHS, "top_layers": top_layers, **QUIET_REWARD}
-    whole_runs(line, lambda: reward.train_reward(RewardConfig(**settings("reward", **config)), pair_rows(ROWS)))
-
-
-def dpo_run(line: Line, top_layers: str) -> None:
-    config = {"epochs": EPOCHS, "top_layers": top_layers, "actor": str(prepare.RUNS / f"sft-{top_layers}")}
-    whole_runs(line, lambda: dpo.dpo(DpoConfig(**settings("dpo", **config)), pair_rows(ROWS)))
 
 
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
@@ -238,14 +219,13 @@ def growth_step(policy: Role, point: Point) -> Callable[[], object]:
 
 
 TASKS: dict[str, Callable[..., None]] = {
-    "rollout": rollout, "peak": peak, "sft_step": sft_step, "reward_step": reward_step, "dpo_step": dpo_step, "sft_run": sft_run,
-    "reward_run": reward_run, "dpo_run": dpo_run, "ppo": ppo_task, "grpo": grpo_task, "growth": growth,
+    "rollout": rollout, "peak": peak, "steps": single_steps, "dpo_step": dpo_step, "runs": whole_runs, "ppo": ppo_task, "grpo": grpo_task,
+    "growth": growth,
 }  # fmt: skip
 
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    Path(BENCH / "work").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     TASKS[task["task"]](Line(task["warmup"], task["every"]), **task["settings"])
 

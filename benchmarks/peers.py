@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -101,46 +102,21 @@ def plain(**more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_order() -> dict[str, Any]:
-    return {"train_sampling_strategy": "sequential", "max_length": None}
-
-
-def rows(line: Line, *columns: str) -> Any:
-    """Single steps see the batches that punster sees; whole trainings the first ROWS rows, over and over."""
+def supervised(line: Line, verb: str, layers: str) -> None:
+    """SFT, reward, DPO. Single steps see the batches that punster sees; whole trainings the first ROWS rows, over and over."""
+    import trl
     from datasets import Dataset
 
     chosen = [DATA["pairs"][i] for i in DATA["order"]] if line.every == 1 else DATA["pairs"][:ROWS]
-    return Dataset.from_list(
-        [{"completion" if c == "chosen" and len(columns) == 2 else c: row[c] for c in columns} for row in chosen]
-    )
-
-
-def sft(line: Line, layers: str) -> None:
-    from trl import SFTConfig, SFTTrainer
-
-    trainer = SFTTrainer(
-        model=language_model(), args=SFTConfig(**plain(**in_order(), completion_only_loss=True)), train_dataset=rows(line, "prompt", "chosen"),
-        processing_class=AutoTokenizer.from_pretrained(MODEL), peft_config=lora("CAUSAL_LM", layers), callbacks=[Steps(line)],
-    )  # fmt: skip
-    trainer.train()
-
-
-def reward(line: Line, layers: str) -> None:
-    from trl import RewardConfig, RewardTrainer
-
-    trainer = RewardTrainer(
-        model=score_model(), args=RewardConfig(**plain(**in_order())), train_dataset=rows(line, "prompt", "chosen", "rejected"),
-        processing_class=AutoTokenizer.from_pretrained(MODEL), peft_config=lora("SEQ_CLS", layers), callbacks=[Steps(line)],
-    )  # fmt: skip
-    trainer.train()
-
-
-def dpo(line: Line, layers: str) -> None:
-    from trl import DPOConfig, DPOTrainer
-
-    trainer = DPOTrainer(
-        model=language_model(), args=DPOConfig(**plain(**in_order())), train_dataset=rows(line, "prompt", "chosen", "rejected"),
-        processing_class=AutoTokenizer.from_pretrained(MODEL), peft_config=lora("CAUSAL_LM", layers), callbacks=[Steps(line)],
+    columns = {"prompt": "prompt", "chosen": "completion"} if verb == "sft" else {c: c for c in ("prompt", "chosen", "rejected")}
+    prefix = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[verb]
+    more = {"completion_only_loss": True} if verb == "sft" else {}
+    config = getattr(trl, f"{prefix}Config")(**plain(train_sampling_strategy="sequential", max_length=None, **more))
+    trainer = getattr(trl, f"{prefix}Trainer")(
+        model=score_model() if verb == "reward" else language_model(), args=config,
+        train_dataset=Dataset.from_list([{new: row[old] for old, new in columns.items()} for row in chosen]),
+        processing_class=AutoTokenizer.from_pretrained(MODEL), callbacks=[Steps(line)],
+        peft_config=lora("SEQ_CLS" if verb == "reward" else "CAUSAL_LM", layers),
     )  # fmt: skip
     trainer.train()
 
@@ -162,7 +138,10 @@ def grpo(line: Line) -> None:
     trainer.train()
 
 
-def ppo(line: Line) -> None:
+def ppo(line: Line, autocast: bool) -> None:
+    """PPOTrainer makes an Accelerator of its own, which knows of `bf16` through this variable alone (as `accelerate launch` sets it)."""
+    if autocast and BF16:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -211,15 +190,7 @@ def growth(line: Line, axis: str, work: str) -> None:
         line.step(**timed(functools.partial(once, point)))
 
 
-TASKS: dict[str, Callable[..., None]] = {
-    "rollout": rollout,
-    "sft": sft,
-    "reward": reward,
-    "dpo": dpo,
-    "grpo": grpo,
-    "ppo": ppo,
-    "growth": growth,
-}
+TASKS: dict[str, Callable[..., None]] = {"rollout": rollout, "supervised": supervised, "grpo": grpo, "ppo": ppo, "growth": growth}
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ MODEL, LORA, SFT_PEFT, DATA, RUNS = BENCH / "model", BENCH / "lora", BENCH / "sf
 def prepare(versions: Iterable[str], say: Callable[[str], None]) -> None:
     for version in sorted(set(versions)):
         install(version, say)
+    shutil.rmtree(BENCH / "work", ignore_errors=True)
     # In a process of its own, whose memory is given back before anything is measured.
     subprocess.run([sys.executable, "-m", "benchmarks.prepare"], cwd=ROOT, check=True)
 

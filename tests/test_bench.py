@@ -165,5 +165,5 @@ def test_sides_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == ["punster ready", "1.16.0 ready", "punster", "1.16.0", "punster", "1.16.0", "punster closed", "1.16.0 closed"]
     assert (
         len(reports[key.ours]) == len(reports[key.theirs]) == 2
-        and side("punster", "sft_step", warmup=2, top_layers="all") == key.ours
+        and side("punster", "steps", warmup=2, verb="sft", top_layers="all") == key.ours
     )
