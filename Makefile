@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch instead of gigabytes of CUDA: make demo TORCH_INDEX=<address of PyTorch's CPU wheels>
 TORCH_INDEX ?=
 
-.PHONY: setup demo test test-fast lint format clean
+.PHONY: setup demo bench test test-fast lint format clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/punster run demo $(ARGS)
+
+bench: setup
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
