@@ -85,7 +85,7 @@ def test_shared_prefixes_run_once_and_change_nothing(model: Decoder, cached: boo
     together = collate(some)
     assert together.tree.first.numel() == 19 < sum(example.length for example in some)  # 44 tokens, 19 distinct prefixes
     batch = Trunk.compute(model, some, [2]).collate(some, range(len(some))) if cached else together
-    assert cached == (2 in batch.trunk)
+    assert cached == ((2, model.trunk_key(2)) in batch.trunk)
     found_scores, found = role.scores(batch).detach(), gradients(role, batch)
     alone = [collate([example]) for example in some]
     assert_same(found_scores, torch.cat([role.scores(one).detach() for one in alone]))
@@ -112,7 +112,7 @@ def test_cached_trunk_equals_uncached_gradients_included(model: Decoder, depths:
     role.head.trainable()
     rows = [4, 0, 3]
     cached, plain = trunk.collate(some, rows), collate([some[row] for row in rows])
-    assert set(cached.trunk) == set(depths) and not plain.trunk
+    assert {depth for depth, _ in cached.trunk} == set(depths) and not plain.trunk
     assert_same(real(cached, role.hidden(cached)), real(plain, role.hidden(plain)))
     first, second = gradients(role, cached), gradients(role, plain)
     assert len(first) == 2 * len(mine.a) + 2
@@ -128,13 +128,14 @@ def test_the_cache_is_really_used_where_it_fits(model: Decoder) -> None:
     batch = Trunk.compute(model, some, [1, 2]).collate(some, [0, 1])
     role = role_on(model, adapter(model))
     before = role.hidden(batch)
-    batch.trunk[1] = batch.trunk[1] + 1  # not the deepest that fits: not looked at
+    one, two = ((depth, model.trunk_key(depth)) for depth in (1, 2))
+    batch.trunk[one] = batch.trunk[one] + 1  # not the deepest that fits: not looked at
     assert torch.equal(role.hidden(batch), before)
-    batch.trunk[2] = batch.trunk[2] + torch.randn(32, generator=torch.Generator().manual_seed(0))
+    batch.trunk[two] = batch.trunk[two] + torch.randn(32, generator=torch.Generator().manual_seed(0))
     assert not torch.allclose(role.hidden(batch), before)
     deeper = role_on(model, adapter(model, first=1))  # its branch begins below depth 2: uses depth 1 only
     changed = deeper.hidden(batch)
-    del batch.trunk[2]
+    del batch.trunk[two]
     assert torch.equal(deeper.hidden(batch), changed)
 
 
@@ -166,8 +167,28 @@ def test_full_fine_tuning_shares_the_trunk_below_its_layers(model: Decoder) -> N
         assert not torch.allclose(role.hidden(plain), role_on(model).hidden(plain), atol=1e-2)
         everything = role_on(model.trainable_copy(0))
         assert everything.first_layer == 0
-        cached.trunk[2] = cached.trunk[2] * 0
+        for key in cached.trunk:
+            cached.trunk[key] = cached.trunk[key] * 0
         assert_same(everything.hidden(cached), role_on(model).hidden(plain))
+
+
+def test_frozen_adapters_are_part_of_the_trunk(model: Decoder) -> None:
+    """A policy on an SFT adapter starts at its own lowest layer; roles without that SFT adapter never touch these states."""
+    some = examples()
+    below, mine = adapter(model, 1, name="sft"), adapter(model, 3).trainable()
+    policy = role_on(model, below, mine, trained=("policy",))
+    assert (policy.first_layer, policy.frozen_depth) == (1, 3)
+    cached, plain = Trunk.shared([policy], some, 4096).collate(some, [0, 3]), collate([some[0], some[3]])
+    assert [depth for depth, _ in cached.trunk] == [3]
+    for a, b in zip(gradients(policy, cached), gradients(policy, plain), strict=True):
+        assert_same(a, b, 5e-6)
+    with torch.no_grad():
+        reference, other = role_on(model, below), role_on(model, adapter(model, 2))
+        cached.trunk = {key: states + 1 for key, states in cached.trunk.items()}
+        assert not torch.allclose(reference.hidden(cached), reference.hidden(plain))  # it shares them ...
+        assert torch.equal(other.hidden(cached), other.hidden(plain))  # ... and it does not
+        next(below.parameters()).mul_(2)  # the adapter is another one now
+        assert torch.equal(reference.hidden(cached), reference.hidden(plain))
 
 
 def test_first_layer_is_the_lowest_difference(model: Decoder) -> None:

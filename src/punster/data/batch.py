@@ -74,7 +74,7 @@ class PrefixTree:
 class Batch:
     """Right-padded rows [prompt, response, padding]. Causal attention needs no mask: nothing real looks at a pad.
 
-    ids (B, T); prompt_lengths, lengths (B,); trunk: depth -> (1, N, d) activations of the plain base; R is the longest
+    ids (B, T); prompt_lengths, lengths (B,); trunk: (depth, key) -> (1, N, d) states that roles can go on from; R is the longest
     response of the batch, and per-token quantities of responses are (B, R).
     """
 
@@ -82,8 +82,7 @@ class Batch:
     prompt_lengths: Tensor
     lengths: Tensor
     tree: PrefixTree
-    trunk: dict[int, Tensor] = field(default_factory=dict)
-    trunk_keys: dict[int, str] = field(default_factory=dict)
+    trunk: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @property
     def response_lengths(self) -> Tensor:

@@ -160,8 +160,7 @@ def proxy_of(config: EvaluateConfig, rollout: Rollout, reference: Role, tokenize
 @torch.no_grad()
 def exact_kl(role: Role, reference: Role, examples: Sequence[Example], temperature: float, max_tokens: int = 2048) -> float:
     """KL(role || reference) in nats a response: full-vocabulary KL summed over each response's tokens, averaged."""
-    plain = reference.model if reference.model.trained_from is None else reference.model.trunk_of
-    trunk = Trunk.compute(plain or role.model, examples, [min(role.first_layer, reference.first_layer)], max_tokens)
+    trunk = Trunk.compute(reference, examples, [min(role.first_layer, reference.first_layer)], max_tokens)
     total = 0.0
     for rows in token_batches([example.length for example in examples], max_tokens):
         batch = trunk.collate(examples, rows, reference.model.device)

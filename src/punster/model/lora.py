@@ -6,6 +6,7 @@ products. They are fp32, saved and loaded in PEFT's format, and never merged int
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,18 @@ class Adapter:
     a: dict[str, Tensor] = field(default_factory=dict)
     b: dict[str, Tensor] = field(default_factory=dict)
     first_layer: int = 0
+    _hash: tuple[list[int], str] = field(default=([], ""), repr=False, compare=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over scale, names and values; computed again whenever a tensor was written to."""
+        versions = [tensor._version for tensor in self.parameters()]
+        if versions != self._hash[0]:
+            digest = hashlib.sha256(f"{self.scale}".encode())
+            for name, tensor in self.named_parameters():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            self._hash = versions, digest.hexdigest()
+        return self._hash[1]
 
     @classmethod
     def create(

@@ -6,7 +6,7 @@ of either, through `Trunk`: activations that were computed once and are handed t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +40,19 @@ class Role:
             lowest.append(self.model.trained_from)
         return min([*lowest, self.last_layer])
 
+    @property
+    def frozen_depth(self) -> int:
+        """The lowest layer that this role trains: what lies below may be computed once and kept."""
+        lowest = [adapter.first_layer for adapter in self.adapters if adapter.name in self.trained]
+        if self.model.trained_from is not None:
+            lowest.append(self.model.trained_from)
+        return min([*lowest, self.last_layer])
+
+    def trunk_key(self, depth: int) -> str:
+        """Names this role's states after `depth` layers: the base, and every adapter that reaches below that depth."""
+        below = [adapter.fingerprint() for adapter in self.adapters if adapter.first_layer < depth]
+        return "+".join([self.model.trunk_key(depth), *below])
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The trainable parameters, under names that are the same in every process."""
         for adapter in self.adapters:
@@ -63,13 +76,11 @@ class Role:
     # ---- passes -----------------------------------------------------------------------------------------------
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, d) states after the final norm, from the batch's trunk activations where they fit; each prefix runs once."""
-        depth = max((d for d in batch.trunk if d <= self.first_layer and self._shares(batch, d)), default=None)
-        state = self.model.embed_tree(batch.ids, batch.tree) if depth is None else batch.trunk[depth]
-        state = self.model.blocks(state, depth or 0, self.last_layer, adapters=self.adapters, tree=batch.tree)
+        fitting = [depth for depth, key in batch.trunk if depth <= self.frozen_depth and key == self.trunk_key(depth)]
+        depth = max(fitting, default=0)
+        state = batch.trunk[depth, self.trunk_key(depth)] if depth else self.model.embed_tree(batch.ids, batch.tree)
+        state = self.model.blocks(state, depth, self.last_layer, adapters=self.adapters, tree=batch.tree)
         return batch.tree.spread(self.model.final_norm(state))
-
-    def _shares(self, batch: Batch, depth: int) -> bool:
-        return batch.trunk_keys.get(depth) == self.model.trunk_key(depth)
 
     def response_hidden(self, batch: Batch) -> Tensor:
         """(N, d) states that predict the N response tokens of the batch, row after row."""
@@ -97,44 +108,52 @@ class Role:
 
 @dataclass
 class Trunk:
-    """Activations of the plain base at one or more depths, one unpadded (length, d) tensor per example."""
+    """A role's states at one or more depths, one unpadded (length, d) tensor per example, under (depth, key)."""
 
-    keys: dict[int, str]
-    rows: dict[int, list[Tensor]]
+    rows: dict[tuple[int, str], list[Tensor]]
 
     @classmethod
     @torch.no_grad()
     def compute(
-        cls, model: Decoder, examples: Sequence[Example], depths: Sequence[int], max_tokens: int = 4096,
+        cls, path: Role | Decoder, examples: Sequence[Example], depths: Iterable[int], max_tokens: int = 4096,
         only: Collection[int] | None = None,
     ) -> Trunk:  # fmt: skip
-        """Run the base once over all examples (or `only` these rows), keeping the states after each of `depths` layers.
+        """Run a role (or the plain base) once over all examples, or `only` these rows, keeping the states after `depths` layers.
 
-        Depth 0 is not kept. Examples that occur more than once (a pun in several pairs) are run and stored once.
+        Depth 0 is not kept, nor any depth above the lowest layer that the role trains. Other roles use whatever has their key.
+        Examples that occur more than once (a pun in several pairs) are run and stored once.
         """
-        wanted = sorted({depth for depth in depths if depth > 0})
+        role = path if isinstance(path, Role) else Role(path)
+        model = role.model
+        wanted = sorted({depth for depth in depths if 0 < depth <= role.frozen_depth})
         unique = list(dict.fromkeys(examples[row] for row in (range(len(examples)) if only is None else sorted(only))))
         states: dict[int, dict[Example, Tensor]] = {depth: {} for depth in wanted}
         for rows in prefix_batches(unique, max_tokens) if wanted else []:
             batch = collate([unique[row] for row in rows], device=model.device)
             state, done = model.embed_tree(batch.ids, batch.tree), 0
             for depth in wanted:
-                state, done = model.blocks(state, done, depth, tree=batch.tree), depth
+                state, done = model.blocks(state, done, depth, adapters=role.adapters, tree=batch.tree), depth
                 for place, row in enumerate(rows):
                     states[depth][unique[row]] = state[0, batch.tree.nodes[place, : unique[row].length]]
-        keys = {depth: model.trunk_key(depth) for depth in wanted}
         absent = torch.empty(0, model.config.d_model)
-        return cls(keys, {depth: [states[depth].get(example, absent) for example in examples] for depth in wanted})
+        return cls({(d, role.trunk_key(d)): [states[d].get(example, absent) for example in examples] for d in wanted})
+
+    @classmethod
+    def shared(
+        cls, roles: Sequence[Role], examples: Sequence[Example], max_tokens: int, only: Collection[int] | None = None
+    ) -> Trunk:
+        """What several roles can share, along the path of the first: its frozen part, and where the others leave the base."""
+        depths = {roles[0].frozen_depth, *(role.first_layer for role in roles[1:])}
+        return cls.compute(roles[0], examples, depths, max_tokens, only)
 
     def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """A padded batch of some of the examples, with their activations (attention is causal: a longer text's serve too)."""
         batch = collate([examples[row] for row in rows], device=device)
-        for depth, states in self.rows.items():
+        for key, states in self.rows.items():
             if any(len(states[row]) < examples[row].length for row in rows):
                 raise KeyError(f"the trunk was not computed for one of the rows {list(rows)[:8]}")
             new = zip(rows, batch.tree.starts, strict=True)  # a row's own nodes are the end of it
-            batch.trunk[depth] = torch.cat([states[row][start : examples[row].length] for row, start in new])[None]
-        batch.trunk_keys = self.keys
+            batch.trunk[key] = torch.cat([states[row][start : examples[row].length] for row, start in new])[None]
         return batch
 
 

@@ -87,9 +87,7 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
     with Run(config, "dpo", steps) as run:
         restore(run, state)
-        base = reference.model
-        depths = sorted({policy.first_layer, reference.first_layer})
-        trunk = Trunk.compute(base, examples, depths, config.max_tokens)
+        trunk = Trunk.shared([policy], examples, config.max_tokens)
         ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             units = cursor.next(config.batch_size)
@@ -97,7 +95,7 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
                 assert judge is not None
                 examples = sampled_pairs(policy, judge, [prompt_ids[u] for u in units], config, tokenizer, sampling)
                 units = list(range(len(examples) // 2))
-                trunk = Trunk.compute(base, examples, depths, config.max_tokens)
+                trunk = Trunk.shared([policy], examples, config.max_tokens)
                 ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
             if labels is not None:
                 metrics = kto_step(config, policy, examples, labels, units, trunk, ref_sums)
@@ -281,7 +279,7 @@ def mismatched_kl(config: DpoConfig, policy: Role, examples: Sequence[Example]) 
     reference = replace(policy, adapters=tuple(a for a in policy.adapters if a.name not in policy.trained))
     if policy.model.trained_from is not None:
         raise UserError("--loss-type kto needs --adapter lora (the reference is the adapter switched off)")
-    trunk = Trunk.compute(policy.model, crossed, [policy.first_layer, reference.first_layer], config.max_tokens)
+    trunk = Trunk.shared([policy], crossed, config.max_tokens)
     difference = response_log_probs(policy, crossed, trunk, config.max_tokens) - response_log_probs(
         reference, crossed, trunk, config.max_tokens
     )

@@ -158,9 +158,8 @@ def collect(
     prompts = [setup.prompts[row] for row in prompt_rows for _ in range(samples)]
     texts = [setup.tokenizer.decode(example.response) for example in examples]
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
-    base = min((role.model for role in roles), key=lambda model: model.trained_from is not None)
     closed = rollout.closed
-    trunk = Trunk.compute(base, closed, sorted({role.first_layer for role in roles}), setup.max_tokens)
+    trunk = Trunk.shared(roles, closed, setup.max_tokens)
     scores = setup.reward(prompts, texts, closed, trunk)
     groups = partition(examples, minibatches, shuffling, setup.max_tokens, samples)
     lengths = torch.tensor([len(example.response) for example in examples])

@@ -37,10 +37,10 @@ def training_cost(role: Role, examples: Sequence[Example], passes: float) -> flo
     tokens = sum(example.length for example in examples)
     responses = sum(len(example.response) for example in examples)
     block, head = block_size(role), role.model.head.weight.numel()
-    branch = role.last_layer - role.first_layer
+    branch = role.last_layer - role.frozen_depth
     use_head = 0 if role.head is not None else 3 * head * responses
     weights = 1 if role.model.trained_from is not None else 0
-    return tokens * block * (role.first_layer + (2 + weights) * branch * passes) + use_head * passes
+    return tokens * block * (role.frozen_depth + (2 + weights) * branch * passes) + use_head * passes
 
 
 def announce(config: TrainConfig, verb: str, role: Role, steps: int, examples: Sequence[Example], extra: float = 0.0) -> bool:
@@ -57,12 +57,12 @@ def announce(config: TrainConfig, verb: str, role: Role, steps: int, examples: S
     seconds = (training_cost(role, examples, passes) + extra) / speed / 0.6
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
-    stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.first_layer else 0
-    working = config.max_tokens * role.model.config.d_model * 4 * 40 * (role.last_layer - role.first_layer)
+    stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0
+    working = config.max_tokens * role.model.config.d_model * 4 * 40 * (role.last_layer - role.frozen_depth)
     memory = base + trainable * 16 + stored + working + 512 * role.model.config.vocab_size * 12
     print(f"{verb} {folder}: {steps} steps of {config.batch_size} rows, {len(examples)} rows of data")
     print(
-        f"  model {role.model.name}, layers {role.first_layer}..{role.last_layer - 1} trained, {trainable:,} trainable parameters, {role.model.dtype}"
+        f"  model {role.model.name}, layers {role.frozen_depth}..{role.last_layer - 1} trained, {trainable:,} trainable parameters, {role.model.dtype}"
     )
     print(f"  about {seconds / 60:.1f} minutes at {2 * speed / 1e9:.0f} GFLOP/s here, about {memory / 1e9:.1f} GB of memory")
     return True

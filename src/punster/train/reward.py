@@ -85,8 +85,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         restore(run, state)
         used = rows_used(len(given), config.seed, steps * config.batch_size)
         texts_used = {text for pair in used for text in (2 * pair, 2 * pair + 1)}
-        trunk = Trunk.compute(plain.model, examples, [model.first_layer], config.max_tokens, texts_used)
-        held_out = Trunk.compute(plain.model, validation, [model.first_layer], config.max_tokens)
+        trunk = Trunk.shared([model], examples, config.max_tokens, texts_used)
+        held_out = Trunk.shared([model], validation, config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             pairs = cursor.next(config.batch_size)
             sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}

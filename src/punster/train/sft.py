@@ -59,8 +59,8 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
     with Run(config, verb, steps) as run:
         restore(run, state)
         used = rows_used(len(examples), config.seed, steps * config.batch_size)
-        trunk = Trunk.compute(start.model, examples, [policy.first_layer], config.max_tokens, used)
-        held_out_trunk = Trunk.compute(start.model, validation, [policy.first_layer], config.max_tokens)
+        trunk = Trunk.shared([policy], examples, config.max_tokens, used)
+        held_out_trunk = Trunk.shared([policy], validation, config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
             tokens = sum(len(examples[row].response) for row in rows_now)
