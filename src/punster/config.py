@@ -45,7 +45,8 @@ class TrainConfig:
     lora_r: int = opt(16, "rank of the adapter")
     lora_alpha: float = opt(32.0, "scale of the adapter; its product is multiplied by alpha / r")
     top_layers: str | int | float = opt(
-        "auto", "how many of the uppermost layers are adapted: a number, a share below 1, all, or auto (a third)"
+        "auto",
+        "how many of the uppermost layers are adapted: a number, a share below 1, all, or auto (sft: a third, else a fifth)",
     )
     prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
     device: str = opt("auto", "auto, cpu, cuda, mps")
@@ -120,7 +121,7 @@ class RewardConfig(TrainConfig):
     split: Literal["train", "gold"] = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
-    depth: float = opt(0.0, "layers that run before the head reads: a number, a share below 1, or 0 for all")
+    depth: float = opt(0.667, "layers that run before the head reads: a number, a share below 1, or 0 for all")
     pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
     epochs: float = opt(1.0, "passes over the pairs")
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up")

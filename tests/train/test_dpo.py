@@ -119,7 +119,7 @@ def test_sampled_pairs_are_best_against_worst(config: Config, reward_run: str) -
     policy, tokenizer = open_role(settings.actor, settings)
     judge, _ = open_role(reward_run, settings, tokenizer)
     prompts = [tokenizer.prompt_ids(f"pun: {word}") for word in ("sea", "bread", "time")]
-    examples = sampled_pairs(policy, judge, prompts, settings, tokenizer, seeded(1, "pairs"))
+    examples, _ = sampled_pairs(policy, judge, prompts, settings, tokenizer, seeded(1, "pairs"))
     eos = tokenizer.eos_id
     closed = [e if e.response[-1] == eos else replace(e, response=(*e.response, eos)) for e in examples]
     scores = score_examples(judge, closed)
@@ -142,7 +142,7 @@ def test_pairs_of_known_scores(config: Config, sft_run: str, monkeypatch: pytest
     policy, tokenizer = open_role(sft_run, config())
 
     def pairs(**settings: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        found = sampled_pairs(policy, policy, [], config(samples=4, **settings), tokenizer, seeded(1, "pairs"))
+        found, _ = sampled_pairs(policy, policy, [], config(samples=4, **settings), tokenizer, seeded(1, "pairs"))
         return [(a.response, b.response) for a, b in zip(found[::2], found[1::2], strict=True)]
 
     assert pairs() == [((5, 1), (5, 3)), ((7, 0), (7, 2))]  # .8 - 1 is below .1

@@ -96,7 +96,9 @@ def test_the_last_token_is_eos_and_mean_covers_the_response_only(reward_run: str
 def test_first_loss_by_hand(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
     """Bradley-Terry of the untrained head with margins subtracted, plus the centring term, mean over pairs."""
     rows = [{**pair, "margin": 0.5 * i} for i, pair in enumerate(PAIRS)]
-    config = make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=8, normalise_samples=0)
+    config = make(
+        RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=8, normalise_samples=0, depth=0
+    )
     run = train_reward(config, rows)
     trained, tokenizer = load_run(run)
     untrained = Role(trained.model, head=ScalarHead.create(32, seeded(1, "head")))

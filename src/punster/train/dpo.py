@@ -93,7 +93,7 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
             units = cursor.next(config.batch_size)
             if config.online:
                 assert judge is not None
-                examples = sampled_pairs(policy, judge, [prompt_ids[u] for u in units], config, tokenizer, sampling)
+                examples, worth = sampled_pairs(policy, judge, [prompt_ids[u] for u in units], config, tokenizer, sampling)
                 units = list(range(len(examples) // 2))
                 trunk = Trunk.shared([policy], examples, config.max_tokens)
                 ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
@@ -103,6 +103,8 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
                 metrics = pair_step(config, policy, examples, units, trunk, ref_sums)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
+            if config.online:
+                metrics["objective/scores"] = sum(worth) / len(worth)
             state.numbers["loss"] = metrics["loss"]
             run.log(step, metrics, f"loss {metrics['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
             if run.save_due(step):
@@ -139,7 +141,7 @@ def load_examples(
     if config.pairs == "sampled":
         assert judge is not None
         ids = check_prompts(tokenizer, reference.model, sampling_prompts(config), config.max_new_tokens)
-        examples = sampled_pairs(reference, judge, ids, config, tokenizer, seeded(config.seed, "pairs"))
+        examples, _ = sampled_pairs(reference, judge, ids, config, tokenizer, seeded(config.seed, "pairs"))
         if config.loss_type == "kto":
             return examples, torch.arange(len(examples)) % 2 == 0
         return examples, None
@@ -160,12 +162,12 @@ def sampled_pairs(
     config: DpoConfig,
     tokenizer: Tokenizer,
     generator: torch.Generator,
-) -> list[Example]:
+) -> tuple[list[Example], list[float]]:
     """Best (even places) and worst (odd) of several samples to each prompt, by reward less the missing-EOS penalty.
 
     With more pairs a prompt: the second best against the second worst, and so on. A response that does not end is never
     preferred, unless nothing else was drawn; as the worse one it teaches to end. A prompt whose best ended response is not
-    worth more than its worst one gives no pair.
+    worth more than its worst one gives no pair. Also what every sample is worth.
     """
     decoding = Decoding(config.max_new_tokens, config.temperature)
     rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
@@ -182,7 +184,7 @@ def sampled_pairs(
         for place in range(config.pairs_per_prompt):
             if place < len(better) and worth[better[place]] > worth[ranked[place]]:
                 pairs += [rollout.examples[better[place]], rollout.examples[ranked[place]]]
-    return pairs or [rollout.examples[ending[0][0]]] * 2  # nothing to learn from: a text against itself has no gradient
+    return pairs or [rollout.examples[ending[0][0]]] * 2, worth  # nothing to learn from: a text against itself has no gradient
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------

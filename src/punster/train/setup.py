@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from punster.config import TrainConfig
+from punster.config import SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
@@ -97,14 +97,18 @@ def layer_count(value: float, layers: int) -> int:
 
 
 def top_layers(config: TrainConfig, model: Decoder, last: int = 0) -> range:
-    """The layers that are adapted: the top k of those below the read-out, or all; auto is a third of the model."""
+    """The layers that are adapted: the top k of those below the read-out, or all.
+
+    auto is a third of the model for SFT and a fifth for what is trained on top of it: docs/PERFORMANCE.md has the measurements.
+    """
     layers = model.config.n_layer
     last = last or layers
     if last > layers:
         raise UserError(f"--depth {last}: the model has {layers} layers")
     if config.top_layers == "all":
         return range(last)
-    count = max(1, round(layers / 3)) if config.top_layers == "auto" else layer_count(float(config.top_layers), layers)
+    share = 1 / 3 if isinstance(config, SftConfig) else 1 / 5
+    count = max(1, round(layers * share)) if config.top_layers == "auto" else layer_count(float(config.top_layers), layers)
     if count > last:
         raise UserError(f"--top-layers {count}: only {last} layers run before the read-out")
     return range(last - count, last)
