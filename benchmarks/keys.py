@@ -72,6 +72,12 @@ def step_keys() -> list[Key]:
         theirs = side(TRL, "supervised", warmup=2, verb=verb, layers="all")
         text = f"{title}, one step of {BATCH} rows, LoRA in all layers, nothing cached"
         keys.append(Key(f"{verb}_step", f"{verb}_step", ours, theirs, "seconds", "s", 2.5, text))
+        other = side(TRL, "supervised", warmup=2, verb=verb, layers="all", autocast=False)
+        keys.append(
+            Key(
+                f"{verb}_step_no_autocast", f"{verb}_step", ours, other, "seconds", "s", None, "the same, theirs without autocast"
+            )
+        )
         whole = side("punster", "runs", verb=verb, top_layers="auto")
         peer, same = (side(TRL, "supervised", every=EPOCHS * STEPS, verb=verb, layers=layers) for layers in ("all", "top"))
         group = f"{verb}_cached"
@@ -90,13 +96,12 @@ def policy_keys() -> list[Key]:
     grpo_ours, grpo_theirs = side("punster", "grpo", top_layers="all"), side(TRL, "grpo")
     text = f"GRPO iteration, LoRA in all layers: 32 completions, 8 a prompt, {NEW} new tokens, one epoch, KL on"
     keys = [Key("grpo_iteration", "grpo", grpo_ours, grpo_theirs, "seconds", "s", 4.0, text)]
-    peer, cast = (side(TRL_PPO, "ppo", autocast=on) for on in (False, True))
+    peer = side(TRL_PPO, "ppo")
     every, top = (side("punster", "ppo", top_layers=layers) for layers in ("all", "auto"))
     text = f"PPO iteration, 32 prompts, {NEW} new tokens, 4 epochs; "
     keys += [
         Key("ppo_all_layers", "ppo", every, peer, "seconds", "s", 4.0, text + "LoRA in all layers, nothing cached"),
         Key("ppo_iteration", "ppo", top, peer, "seconds", "s", 8.0, text + "default top layers and cached trunk; theirs: all layers"),
-        Key("ppo_all_layers_autocast", "ppo", every, cast, "seconds", "s", None, "LoRA in all layers; theirs: under bf16 autocast"),
         Key("ppo_memory", "ppo", top, peer, "peak", "GB", 3.0, "peak memory of PPO, default top layers"),
         Key("ppo_memory_all_layers", "ppo", every, peer, "peak", "GB", None, "the same, LoRA in all layers"),
     ]  # fmt: skip

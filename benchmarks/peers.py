@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +101,7 @@ def plain(**more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def supervised(line: Line, verb: str, layers: str) -> None:
+def supervised(line: Line, verb: str, layers: str, autocast: bool = True) -> None:
     """SFT, reward, DPO. Single steps see the batches that punster sees; whole trainings the first ROWS rows, over and over."""
     import trl
     from datasets import Dataset
@@ -111,7 +110,9 @@ def supervised(line: Line, verb: str, layers: str) -> None:
     columns = {"prompt": "prompt", "chosen": "completion"} if verb == "sft" else {c: c for c in ("prompt", "chosen", "rejected")}
     prefix = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[verb]
     more = {"completion_only_loss": True} if verb == "sft" else {}
-    config = getattr(trl, f"{prefix}Config")(**plain(train_sampling_strategy="sequential", max_length=None, **more))
+    config = getattr(trl, f"{prefix}Config")(
+        **plain(train_sampling_strategy="sequential", max_length=None, bf16=BF16 and autocast, **more)
+    )
     trainer = getattr(trl, f"{prefix}Trainer")(
         model=score_model() if verb == "reward" else language_model(), args=config,
         train_dataset=Dataset.from_list([{new: row[old] for old, new in columns.items()} for row in chosen]),
@@ -138,10 +139,7 @@ def grpo(line: Line) -> None:
     trainer.train()
 
 
-def ppo(line: Line, autocast: bool) -> None:
-    """PPOTrainer makes an Accelerator of its own, which knows of `bf16` through this variable alone (as `accelerate launch` sets it)."""
-    if autocast and BF16:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+def ppo(line: Line) -> None:
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
