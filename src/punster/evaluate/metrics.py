@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from statistics import correlation
 
 _WORD = re.compile(r"[a-z0-9']+")
 
@@ -35,3 +36,27 @@ def copy_rate(texts: Sequence[str], training: Sequence[str], threshold: float = 
         candidates = {index for word in tokens for index in by_word.get(word, ())}
         copies += any(jaccard(tokens, known[index]) >= threshold for index in candidates)
     return copies / len(texts) if texts else 0.0
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    found = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for place in range(start, end):
+            found[order[place]] = (start + 1 + end) / 2
+        start = end
+    return found
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation, ties shared; nan where one side is constant or there are fewer than two values."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} values against {len(b)}")
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return float("nan")
+    return correlation(ranks(a), ranks(b))
