@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from punster.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
+from punster.algorithms.kl import PENALTIES, AdaptiveKL, FixedKL, kl_estimate, kl_penalty
 
 P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.3, 0.2, 0.05, 0.35], dtype=torch.float64)
@@ -85,3 +87,40 @@ def test_fixed_controller_stays() -> None:
     controller = FixedKL(0.05)
     controller.update(1e9, 1000)
     assert controller.beta == 0.05
+
+
+# ---- penalties in the reward --------------------------------------------------------------------------------------
+def expected(kind: str) -> float:
+    """Over all five symbols, with the exact KL at every one of them."""
+    return float((P * kl_penalty(P.log(), Q.log(), torch.full_like(P, KL), kind)).sum())
+
+
+def test_penalties_in_exact_expectation() -> None:
+    """k1, k3 and exact are the KL; clamped lies above it; none is nothing; js and k2 by their definitions."""
+    x = (P / Q).log()
+    m = (P + Q) / 2
+    js = ((P / m).log().clamp(min=0) + (Q / m).log().clamp(min=0)) / 2
+    hand = {"k1": KL, "k3": KL, "exact": KL, "none": 0.0, "k2": float((P * x.square()).sum()) / 2,
+            "clamped": float((P * x.clamp(min=0)).sum()), "js": float((P * js).sum())}  # fmt: skip
+    assert set(hand) == set(PENALTIES)
+    for kind, value in hand.items():
+        assert expected(kind) == pytest.approx(value, abs=1e-14)
+    assert hand["clamped"] > KL + 0.05
+
+
+def test_js_penalty_is_symmetric_bounded_and_zero_for_equal_policies() -> None:
+    zero = torch.zeros_like(P)
+    a, b = kl_penalty(P.log(), Q.log(), zero, "js"), kl_penalty(Q.log(), P.log(), zero, "js")
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+    assert torch.equal(kl_penalty(P.log(), P.log(), zero, "js"), zero)
+    far = kl_penalty(torch.tensor(-0.001), torch.tensor(-60.0), torch.tensor(0.0), "js")
+    assert float(far) == pytest.approx(math.log(2) / 2, abs=1e-4)
+
+
+def test_penalty_values_by_hand() -> None:
+    """log pi = -1, log ref = -1.5: clamped .5; exchanged 0."""
+    pi, ref, exact = (torch.tensor(x, dtype=torch.float64) for x in (-1.0, -1.5, 0.3))
+    assert float(kl_penalty(pi, ref, exact, "clamped")) == 0.5 and float(kl_penalty(ref, pi, exact, "clamped")) == 0
+    assert float(kl_penalty(pi, ref, exact, "exact")) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="unknown KL penalty"):
+        kl_penalty(pi, ref, exact, "k4")

@@ -110,7 +110,7 @@ MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
         ("grpo", [1 / 6, 1 / 2]),
         ("dr_grpo", [1 / 20, 1 / 20]),
         ("dapo", [1 / 4, 1 / 4]),
-        ("rloo", [1 / 4, 1 / 4]),
+        ("rloo", [1 / 2, 1 / 2]),
         ("reinforce++", [1 / 4, 1 / 4]),
     ],
 )
@@ -161,7 +161,7 @@ def test_micro_batches_do_not_change_a_step(variant: str, config: Config, reader
         grpo(config(name, max_tokens=size, steps=2, variant=variant), None, letters)
         for name, size in (("small", 64), ("large", 100_000))
     ]
-    for metric in ("policy/loss", "policy/grad_norm", "objective/exact_kl"):
+    for metric in ("policy/loss", "grad_norm", "objective/exact_kl"):
         assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), rel=2e-3, abs=1e-5)
 
 

@@ -6,7 +6,7 @@
 | grpo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of each response, then responses   |
 | dr_grpo     | r - mean                       | k3 in the loss    | responses x longest allowed response      |
 | dapo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of the whole rollout; clip-higher  |
-| rloo        | r - mean of the others         | k1 in the reward  | tokens of the whole rollout               |
+| rloo        | r - mean of the others         | k1 in the reward  | responses (the sum over their tokens)     |
 | reinforce++ | return-to-go, batch-whitened   | k1 in the reward  | tokens of the whole rollout               |
 """
 
@@ -27,6 +27,7 @@ from punster.model.role import Role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
 from punster.train.experience import Experience, collect, open_policy, sample_table
+from punster.train.guard import Guard
 from punster.train.plan import announce
 from punster.train.run import (
     Cursor,
@@ -39,6 +40,7 @@ from punster.train.run import (
     save_checkpoint,
     seeded,
 )  # fmt: skip
+from punster.train.shaping import filter_prompts
 
 KL_IN_REWARD = ("rloo", "reinforce++")
 
@@ -54,15 +56,18 @@ def grpo(
     if announce(config, "grpo", policy, steps, setup.dry_examples):
         return None
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
-    cursor = Cursor(len(setup.prompts), seeded(config.seed, "data"))
+    cursor = Cursor(filter_prompts(setup, config), seeded(config.seed, "data"))
     sampling, shuffling = seeded(config.seed, "sampling"), seeded(config.seed, "minibatches")
     generators = {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling}
     state = State(policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0})
     with Run(config, "grpo", steps) as run:
         restore(run, state)
+        guard = Guard(run, state, tokenizer, config.max_kl)
         for step in range(run.step + 1, steps + 1):
+            guard.begin(step)
             rows = cursor.next(config.batch_size // config.samples)
             exp = collect(setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples)
+            guard.check_rollout(exp.kl, exp.mask)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
             advantages = advantages_of(config, exp, scores)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
@@ -73,6 +78,7 @@ def grpo(
                     stats = train_step(config, exp, groups, policy, advantages)
                     if not updates and stats["ratio_gap"] > 1e-5:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
+                    guard.check_losses({"the loss": stats["loss"]})
                     updates.append(stats | optimizer_step(optimizer, rate, config.max_grad_norm))
             spread = scores.view(-1, config.samples).std(1)
             state.numbers["episodes"] += len(exp.examples)
@@ -117,6 +123,8 @@ def token_weights(config: GrpoConfig, mask: Tensor) -> Tensor:
         return mask / mask.sum(1, keepdim=True) / rows
     if config.variant == "dr_grpo":
         return mask / (rows * config.max_new_tokens)
+    if config.variant == "rloo":
+        return mask / rows
     return mask / mask.sum()
 
 

@@ -63,16 +63,7 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
         held_out_trunk = Trunk.compute(start.model, validation, [policy.first_layer], config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
-            tokens = sum(len(examples[row].response) for row in rows_now)
-            loss_sum = 0.0
-            for group in token_batches([examples[row].length for row in rows_now], config.max_tokens):
-                batch = trunk.collate(examples, [rows_now[i] for i in group], policy.model.device)
-                log_probs, _ = token_log_probs(
-                    policy.response_hidden(batch), policy.model.head_weight, batch.targets(), with_entropy=False
-                )
-                loss = -log_probs.sum() / tokens
-                loss.backward()
-                loss_sum += float(loss.detach())
+            loss_sum, tokens = accumulate_nll(policy, trunk, examples, rows_now, config.max_tokens)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics = {"loss": loss_sum, "num_tokens": tokens, **optimizer_step(optimizer, rate, config.max_grad_norm)}
             if step == steps or (config.eval_every and step % config.eval_every == 0):
@@ -83,6 +74,23 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
                 run.raise_if_stopped()
         run.finish({"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)})
         return run.folder
+
+
+def accumulate_nll(
+    policy: Role, trunk: Trunk, examples: Sequence[Example], rows: Sequence[int], max_tokens: int, weight: float = 1.0
+) -> tuple[float, int]:
+    """Add the gradient of weight * cross-entropy per response token of these rows; returns that loss and the tokens."""
+    tokens = sum(len(examples[row].response) for row in rows)
+    total = 0.0
+    for group in token_batches([examples[row].length for row in rows], max_tokens):
+        batch = trunk.collate(examples, [rows[i] for i in group], policy.model.device)
+        log_probs, _ = token_log_probs(
+            policy.response_hidden(batch), policy.model.head_weight, batch.targets(), with_entropy=False
+        )
+        loss = -weight * log_probs.sum() / tokens
+        loss.backward()
+        total += float(loss.detach())
+    return total, tokens
 
 
 @torch.no_grad()
