@@ -238,8 +238,11 @@ class GrpoConfig(PolicyConfig):
     epochs: int = opt(2, "passes over each rollout")
     minibatches: int = opt(1, "optimizer steps in one pass")
     clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)")
-    beta: float = opt(
-        0.02, "coefficient of the KL: k3 in the loss for grpo, dr_grpo and dapo; k1 in the reward for rloo and reinforce++"
+    beta: float = opt(0.02, "coefficient of the KL (where it acts: --kl-in)")
+    kl_in: Literal["auto", "reward", "loss", "corrected"] = opt(
+        "auto",
+        "k1 in the reward, k3 in the loss, or k3 times the ratio in the loss (corrected, as TRL has it); auto: as published, the "
+        "loss for grpo, dr_grpo and dapo, the reward for rloo and reinforce++",
     )
 
     def __post_init__(self) -> None:
@@ -248,6 +251,12 @@ class GrpoConfig(PolicyConfig):
         require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
         require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
         require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
+
+    @property
+    def kl_place(self) -> str:
+        """Where the KL acts: reward, loss or corrected."""
+        published = "reward" if self.variant in ("rloo", "reinforce++") else "loss"
+        return published if self.kl_in == "auto" else self.kl_in
 
 
 @dataclass

@@ -48,6 +48,16 @@ def kl_penalty(log_prob: Tensor, ref_log_prob: Tensor, exact: Tensor, kind: str 
     return kl_estimate(log_prob, ref_log_prob, kind)
 
 
+def kl_loss(log_prob: Tensor, old_log_prob: Tensor, ref_log_prob: Tensor, corrected: bool = False) -> Tensor:
+    """Per-token k3 as GRPO has it in its loss (Shao et al. 2024, eq. 4), differentiable in log_prob.
+
+    Its gradient on samples of pi is that of KL(ref || pi). Corrected: times the ratio pi / pi_old, through which the gradient
+    flows too, so that it is that of KL(pi || ref) (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
+    """
+    k3 = kl_estimate(log_prob, ref_log_prob, "k3")
+    return k3 * (log_prob - old_log_prob).clamp(-20, 20).exp() if corrected else k3
+
+
 @dataclass
 class AdaptiveKL:
     """Coefficient controller of Ziegler et al. 2019: beta grows while the sequence KL is above target."""

@@ -8,6 +8,8 @@
 | dapo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of the whole rollout; clip-higher  |
 | rloo        | r - mean of the others         | k1 in the reward  | responses (the sum over their tokens)     |
 | reinforce++ | return-to-go, batch-whitened   | k1 in the reward  | tokens of the whole rollout               |
+
+Where the KL acts can be chosen for each (--kl-in).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from punster.algorithms.advantages import group_advantages, reinforce_pp_advantages
-from punster.algorithms.kl import kl_estimate
+from punster.algorithms.kl import kl_estimate, kl_loss
 from punster.algorithms.losses import clipped_policy_loss
 from punster.config import GrpoConfig
 from punster.model.role import Role
@@ -41,8 +43,6 @@ from punster.train.run import (
     seeded,
 )  # fmt: skip
 from punster.train.shaping import filter_prompts
-
-KL_IN_REWARD = ("rloo", "reinforce++")
 
 
 def grpo(
@@ -109,10 +109,10 @@ def grpo(
 def advantages_of(config: GrpoConfig, exp: Experience, scores: Tensor) -> Tensor:
     """(B, R) advantages of the variant."""
     k1 = kl_estimate(exp.log_prob, exp.ref_log_prob) * exp.mask
+    beta = config.beta if config.kl_place == "reward" else 0.0
     if config.variant == "reinforce++":
-        return reinforce_pp_advantages(scores, k1, exp.mask, config.beta)
-    if config.variant == "rloo":
-        scores = scores - config.beta * k1.sum(1)
+        return reinforce_pp_advantages(scores, k1, exp.mask, beta)
+    scores = scores - beta * k1.sum(1)
     return group_advantages(scores, config.samples, config.variant)[:, None] * exp.mask
 
 
@@ -149,8 +149,9 @@ def train_step(
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
         loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)
-        if config.beta and config.variant not in KL_IN_REWARD:
-            loss = loss + config.beta * (kl_estimate(log_prob, exp.ref_log_prob[cut], "k3") * weights[cut]).sum()
+        if config.beta and config.kl_place != "reward":
+            kl = kl_loss(log_prob, exp.log_prob[cut], exp.ref_log_prob[cut], config.kl_place == "corrected")
+            loss = loss + config.beta * (kl * weights[cut]).sum()
         loss.backward()
         sums["loss"] += float(loss.detach())
         for key in ("clipfrac", "approx_kl", "ratio"):
