@@ -32,7 +32,8 @@ def kl_penalty(log_prob: Tensor, ref_log_prob: Tensor, exact: Tensor, kind: str 
 
     The regularisers that Sun et al. 2023 (arXiv 2309.09055, section 4) compare, in the notation above: k1; clamped:
     max(k1, 0), biased upwards; k2, half the square; k3, their Bregman divergence; js, with m = (pi + ref) / 2:
-    (max(log pi / m, 0) + max(log ref / m, 0)) / 2; none. exact is the expectation of k1 over the next token, without its noise.
+    (max(log pi / m, 0) + max(log ref / m, 0)) / 2; none. exact is the expectation of k1 over the next token: it says what earlier tokens led to, but is the same for every
+    token of a state, so the token's own advantage needs -beta (k1 - exact) on top (PPO's loop adds it).
     """
     if kind == "exact":
         return exact

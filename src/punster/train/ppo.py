@@ -87,6 +87,8 @@ def ppo(
             if step == 1:
                 calibrate(critic, exp, rewards, config.gamma)
             advantages, returns = gae(rewards, exp.values, exp.mask, config.gamma, config.lam)
+            if config.kl_penalty == "exact":  # one KL for all tokens of a state: what each of them adds to it is k1's deviation
+                advantages = advantages - controller.beta * (exp.log_prob - exp.ref_log_prob - exp.kl) * exp.mask
             advantages = masked_whiten(advantages, exp.mask)
             rate = learning_rate(1.0, step - 1, steps, config.warmup)
             updates: list[dict[str, float]] = []
