@@ -273,6 +273,10 @@ class DpoConfig(TrainConfig):
         help="embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
     )
     columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
+    max_length: int = opt(
+        0, "given rows longer than this lose the beginning of their prompt, never EOS; where a response alone is longer the row is "
+        "left out (0: rows beyond the model's context are an error)",
+    )  # fmt: skip
     prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
     samples: int = opt(8, "sampled pairs: responses drawn for each prompt")
@@ -303,6 +307,7 @@ class DpoConfig(TrainConfig):
         )
         require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
+        require(self.max_length == 0 or self.max_length >= 2, f"--max-length must be 0 or at least 2, got {self.max_length}")
         require(self.prompt_limit >= 0, f"--prompt-limit must be >= 0, got {self.prompt_limit}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
         needs = self.online or self.pairs == "sampled"

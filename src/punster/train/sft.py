@@ -5,7 +5,7 @@ punster sft -n NAME -b 16 [--model M] [--data D ...]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,10 @@ from punster.train.run import (
 from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
 
-def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft") -> Path | None:
+def sft(
+    config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft",
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path | None:  # fmt: skip
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
     if config.pretrained:
         start, tokenizer = open_policy_role(config.pretrained, config)
@@ -69,6 +72,8 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
             run.log(step, metrics, f"loss {loss_sum:.3f}")
+            if callback is not None:
+                callback(step, metrics)
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
