@@ -211,8 +211,8 @@ def growth_step(policy: Role, point: Point) -> Callable[[], object]:
     def step() -> None:
         for group in token_batches([example.length for example in examples], config.max_tokens):
             batch = collate([examples[row] for row in group])
-            states, head = policy.response_hidden(batch), policy.model.head_weight
-            (-token_log_probs(states, head, batch.targets(), with_entropy=False)[0].sum() / 1000).backward()
+            states, head = policy.response_hidden(batch), policy.model.head
+            (-token_log_probs(states, head, batch.targets()).sum() / 1000).backward()
         optimizer_step(optimizer, 1e-6, 1.0)
 
     return step

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from punster import __version__
-from punster.errors import UserError, near_matches
+from punster.errors import Aborted, UserError, near_matches
 
 USAGE = """punster: RLHF for small language models, made for puns
 
@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"punster {verb}: {error}", file=sys.stderr)
         return 2
+    except Aborted as error:
+        print(f"punster {verb}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from punster.model.load import DEFAULT_MODEL
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"]
 COLUMNS_HELP = "names of the fields in your files, FIELD=COLUMN: --columns prompt=question completion=answer"
+KlPenalty = Literal["k1", "clamped", "k2", "k3", "js", "none", "exact"]
 DpoLoss = Literal["sigmoid", "ipo", "hinge", "robust", "kto", "orpo", "simpo"]
 
 
@@ -150,7 +151,7 @@ class RewardConfig(TrainConfig):
 class PolicyConfig(TrainConfig):
     """What ppo and grpo share: a policy, rewards, prompts, sampling."""
 
-    actor: str = opt("", "SFT run to start from; the reference is this run", short="-a")
+    actor: str = opt("", "SFT run to start from, or 'base' for the plain model; the reference is the same", short="-a")
     reward_model: str | None = opt(None, "reward-model run", short="-c")
     reward: list[str] = opt(factory=list, help="Python rewards FILE.py:FUNCTION[:WEIGHT], added to the reward model's score")
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
@@ -161,6 +162,14 @@ class PolicyConfig(TrainConfig):
     missing_eos_penalty: float = opt(1.0, "taken off the score of a response that does not end")
     clip: float = opt(0.2, "ratio clip")
     eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation")
+    max_kl: float = opt(100.0, "exact KL in nats a response at which the run goes back to its last good step and stops")
+    filter_std: float = opt(0.0, "prompts are dropped whose --filter-samples responses differ less in reward (0: none)")
+    filter_samples: int = opt(4, "responses of the reference to each prompt by which --filter-std decides")
+    memory: Literal["trunk", "hydra", "lora", "separate"] = opt(
+        "trunk",
+        "copies of the base: one, its lower layers run once (trunk); one (hydra); two, policy and reference on one and critic "
+        "and reward model on the other (lora); one for each role (separate)",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,6 +179,9 @@ class PolicyConfig(TrainConfig):
         require(self.beta >= 0, f"--beta must be >= 0, got {self.beta}")
         require(0 < self.clip < 1, f"--clip must lie in (0, 1), got {self.clip}")
         require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
+        require(self.max_kl > 0, f"--max-kl must be > 0, got {self.max_kl}")
+        require(self.filter_std >= 0, f"--filter-std must be >= 0, got {self.filter_std}")
+        require(self.filter_samples >= 2, f"--filter-samples must be at least 2, got {self.filter_samples}")
         require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
 
 
@@ -180,6 +192,12 @@ class PpoConfig(PolicyConfig):
     batch_size: int = opt(64, "responses in one rollout", short="-b")
     steps: int | None = opt(20, "rollouts")
     lr: float = opt(3e-4, "learning rate of the policy; linear to 0 after warm-up")
+    kl_penalty: KlPenalty = opt(
+        "k1", "KL in the reward: k1, clamped, k2 (squared), k3 (Bregman), js, none, exact (full vocabulary)"
+    )
+    critic: Literal["separate", "joined"] = opt(
+        "separate", "the critic's adapter: its own, or the policy's (Hydra's joined form)"
+    )
     critic_lr: float = opt(3e-4, "learning rate of the critic")
     critic_warmup: int = opt(1, "first rollouts in which only the critic learns")
     epochs: int = opt(4, "passes over each rollout")
@@ -187,8 +205,13 @@ class PpoConfig(PolicyConfig):
     gamma: float = opt(1.0, "discount")
     lam: float = opt(0.95, "GAE lambda")
     value_clip: float = opt(0.2, "value clip")
-    value_coef: float = opt(0.1, "weight of the value loss (it matters through clipping only: the critic has its own optimizer)")
-    whiten_rewards: bool = opt(False, "divide rewards by their standard deviation in each rollout, without shifting the mean")
+    value_coef: float = opt(0.1, "weight of the value loss (for a separate critic it matters through clipping only)")
+    whiten_rewards: bool = opt(False, "divide the tokens' rewards by their standard deviation in each rollout; the mean stays")
+    scale_rewards: bool = opt(False, "divide scores by their standard deviation over all rollouts so far")
+    clip_rewards: float | None = opt(None, "cut scores to this range on both sides of 0, after scaling")
+    reference_baseline: bool = opt(False, "subtract the score of one fixed response of the reference to each prompt")
+    sft_coef: float = opt(0.0, "weight of an SFT loss mixed into every update, against forgetting")
+    sft_data: list[str] = opt(factory=lambda: ["embedded"], help="rows with prompt and completion for --sft-coef")
     target_kl: float | None = opt(None, "adaptive coefficient: sequence KL in nats to steer at (default: fixed beta)")
     kl_horizon: int = opt(10_000, "adaptive coefficient: its horizon in responses")
     stop_kl: float = opt(0.1, "a pass ends early once approx_kl exceeds this")
@@ -198,6 +221,9 @@ class PpoConfig(PolicyConfig):
         require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
         require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
         require(self.critic_lr > 0, f"--critic-lr must be > 0, got {self.critic_lr}")
+        require(self.clip_rewards is None or self.clip_rewards > 0, f"--clip-rewards must be > 0, got {self.clip_rewards}")
+        require(self.critic == "separate" or self.adapter == "lora", "--critic joined needs --adapter lora")
+        require(self.sft_coef >= 0, f"--sft-coef must be >= 0, got {self.sft_coef}")
         require(self.batch_size >= 2, "-b / batch-size must be at least 2 for ppo: advantages are whitened over the rollout")
 
 
@@ -213,8 +239,11 @@ class GrpoConfig(PolicyConfig):
     epochs: int = opt(2, "passes over each rollout")
     minibatches: int = opt(1, "optimizer steps in one pass")
     clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)")
-    beta: float = opt(
-        0.02, "coefficient of the KL: k3 in the loss for grpo, dr_grpo and dapo; k1 in the reward for rloo and reinforce++"
+    beta: float = opt(0.02, "coefficient of the KL (where it acts: --kl-in)")
+    kl_in: Literal["auto", "reward", "loss", "corrected"] = opt(
+        "auto",
+        "k1 in the reward, k3 in the loss, or k3 times the ratio in the loss (corrected, as TRL has it); auto: as published, the "
+        "loss for grpo, dr_grpo and dapo, the reward for rloo and reinforce++",
     )
 
     def __post_init__(self) -> None:
@@ -223,6 +252,12 @@ class GrpoConfig(PolicyConfig):
         require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
         require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
         require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
+
+    @property
+    def kl_place(self) -> str:
+        """Where the KL acts: reward, loss or corrected."""
+        published = "reward" if self.variant in ("rloo", "reinforce++") else "loss"
+        return published if self.kl_in == "auto" else self.kl_in
 
 
 @dataclass
@@ -239,6 +274,10 @@ class DpoConfig(TrainConfig):
         help="embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
     )
     columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
+    max_length: int = opt(
+        0, "given rows longer than this lose the beginning of their prompt, never EOS; where a response alone is longer the row is "
+        "left out (0: rows beyond the model's context are an error)",
+    )  # fmt: skip
     prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
     samples: int = opt(8, "sampled pairs: responses drawn for each prompt")
@@ -269,6 +308,7 @@ class DpoConfig(TrainConfig):
         )
         require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
+        require(self.max_length == 0 or self.max_length >= 2, f"--max-length must be 0 or at least 2, got {self.max_length}")
         require(self.prompt_limit >= 0, f"--prompt-limit must be >= 0, got {self.prompt_limit}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
         needs = self.online or self.pairs == "sampled"

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Usage or input was wrong; the message says what was found, what was expected and what to do."""
 
 
+class Aborted(Exception):
+    """Training went wrong and was stopped; the run holds its last good step. Exit code 1, no traceback."""
+
+
 def near_matches(word: str, known: Iterable[str]) -> str:
     """' Did you mean a, b?' for the known words nearest to `word`, or an empty string."""
     names = list(dict.fromkeys(known))

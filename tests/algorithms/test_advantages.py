@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from punster.algorithms.advantages import (
+    RunningScale,
     gae,
     group_advantages,
     masked_mean,
@@ -170,3 +171,21 @@ def test_reinforce_pp_is_the_whitened_return_to_go() -> None:
     expected = torch.zeros_like(raw)
     expected[mask] = (kept - kept.mean()) / (kept.var(unbiased=True) + 1e-8).sqrt()
     torch.testing.assert_close(reinforce_pp_advantages(scores, kl, mask, beta), expected, rtol=0, atol=1e-10)
+
+
+def test_running_scale_is_the_deviation_of_everything_so_far() -> None:
+    generator = torch.Generator().manual_seed(9)
+    scale, seen = RunningScale(), torch.zeros(0)
+    for size in (5, 1, 8, 3):
+        scores = 40 + 3 * torch.randn(size, generator=generator)
+        seen = torch.cat([seen, scores])
+        assert scale.update(scores) == pytest.approx(float(seen.double().std()), rel=1e-9)
+    again = RunningScale(scale.count, scale.mean, scale.squares)  # as a checkpoint stores it
+    more = torch.tensor([1.0, 2.0])
+    assert again.update(more) == scale.update(more)
+
+
+def test_running_scale_of_a_constant_is_one() -> None:
+    scale = RunningScale()
+    assert scale.update(torch.tensor([2.0])) == 1.0
+    assert scale.update(torch.tensor([2.0, 2.0])) == 1.0

@@ -17,7 +17,7 @@ from punster.data.batch import Example, collate
 from punster.errors import UserError
 from punster.model.role import Trunk, score_examples
 from punster.rollout.sampler import Rollout
-from punster.train.dpo import dpo, response_log_probs, sampled_pairs, summed, unpaired
+from punster.train.dpo import dpo, encode_given, response_log_probs, sampled_pairs, summed, unpaired
 from punster.train.reward import encode_pairs, train_reward
 from punster.train.run import load_run, seeded
 from punster.train.setup import open_role
@@ -222,3 +222,43 @@ def test_rewards_of_another_base_do_not_fit(config: Config, tiny_gpt2: Path, tmp
     )
     with pytest.raises(UserError, match="another base"):
         dpo(replace(config(), reward_model=str(other), online=True))
+
+
+# ---- long rows ----------------------------------------------------------------------------------------------------
+def test_long_rows_lose_the_beginning_of_their_prompt_and_never_eos(
+    config: Config, sft_run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    role, tokenizer = load_run(sft_run)
+    rows = [
+        {"prompt": "sea " * 60, "chosen": "tide", "rejected": "the dull tide turned"},
+        {"prompt": "sea", "chosen": "tide", "rejected": "dull"},
+        {"prompt": "sea", "chosen": "tide", "rejected": "dull " * 60},
+    ]
+    examples, kept = encode_given(config(max_length=40), rows, ("chosen", "rejected"), role.model, tokenizer)
+    assert kept == rows[:2] and len(examples) == 4
+    assert examples[0].prompt == examples[1].prompt  # both sides see the same prompt
+    assert max(examples[0].length, examples[1].length) == 40
+    assert list(examples[0].prompt) == tokenizer.prompt_ids(rows[0]["prompt"])[-len(examples[0].prompt) :]
+    assert all(example.response[-1] == tokenizer.eos_id for example in examples)
+    assert list(examples[2].prompt) == tokenizer.prompt_ids("sea")
+    assert "1 prompts cut at their beginning, 1 of 3 rows left out" in capsys.readouterr().err
+    for limit, message in ((1000, "the model's context is 128"), (3, "every row has a response")):
+        with pytest.raises(UserError, match=message):
+            encode_given(config(max_length=limit), rows, ("chosen", "rejected"), role.model, tokenizer)
+    with pytest.raises(UserError, match=r"row 1: .* tokens, but the model's context is 128"):
+        dpo(config("whole"), [{"prompt": "sea " * 200, "chosen": "a", "rejected": "b"}])
+
+
+def test_labels_stay_with_their_rows_when_some_are_left_out(config: Config, reader: Any) -> None:
+    rows = [
+        {"prompt": "sea", "completion": text, "label": label}
+        for text, label in (("dull " * 60, False), ("tide", True), ("a", False))
+    ]
+    run = dpo(config(loss_type="kto", max_length=40, batch_size=2, steps=1), rows)
+    assert reader.summary(run)["rows"] == 2
+
+
+def test_callbacks_are_called_each_step_with_the_metrics(config: Config) -> None:
+    seen: list[tuple[int, float]] = []
+    dpo(config(), PAIRS, lambda step, metrics: seen.append((step, metrics["loss"])))
+    assert [step for step, _ in seen] == [1, 2, 3] and seen[0][1] == pytest.approx(math.log(2), abs=1e-6)

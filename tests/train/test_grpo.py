@@ -110,7 +110,7 @@ MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
         ("grpo", [1 / 6, 1 / 2]),
         ("dr_grpo", [1 / 20, 1 / 20]),
         ("dapo", [1 / 4, 1 / 4]),
-        ("rloo", [1 / 4, 1 / 4]),
+        ("rloo", [1 / 2, 1 / 2]),
         ("reinforce++", [1 / 4, 1 / 4]),
     ],
 )
@@ -161,7 +161,7 @@ def test_micro_batches_do_not_change_a_step(variant: str, config: Config, reader
         grpo(config(name, max_tokens=size, steps=2, variant=variant), None, letters)
         for name, size in (("small", 64), ("large", 100_000))
     ]
-    for metric in ("policy/loss", "policy/grad_norm", "objective/exact_kl"):
+    for metric in ("policy/loss", "grad_norm", "objective/exact_kl"):
         assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), rel=2e-3, abs=1e-5)
 
 
@@ -179,3 +179,20 @@ def test_bad_settings_are_user_errors(config: Config) -> None:
         grpo(config())
     with pytest.raises(UserError, match="returned 2 numbers"):
         grpo(replace(config(), name="short"), None, lambda p, c: [1.0, 2.0])
+
+
+def test_kl_can_move_to_the_reward_or_be_corrected(config: Config, make: Make, reader: Any) -> None:
+    """In the reward it is part of every variant's advantage and of no loss; corrected, the loss differs from plain k3."""
+    kl = torch.tensor([[1.0, 2.0, 3.0, 9.0], [2.0, 9.0, 9.0, 9.0]])
+    moved = make(GrpoConfig, name="x", variant="dr_grpo", samples=2, beta=0.5, batch_size=2, kl_in="reward")
+    expected = torch.tensor([0.5, -0.5])[:, None] * MASK  # rewards 4 - 3 and 1 - 1
+    torch.testing.assert_close(advantages_of(moved, experience(kl), torch.tensor([4.0, 1.0])), expected)
+    kept = make(GrpoConfig, name="x", variant="rloo", samples=2, beta=0.5, batch_size=2, kl_in="loss")
+    torch.testing.assert_close(
+        advantages_of(kept, experience(kl), torch.tensor([4.0, 1.0])), torch.tensor([3.0, -3.0])[:, None] * MASK
+    )
+    policies = []
+    for place in ("reward", "loss", "corrected"):
+        run = grpo(config(place, kl_in=place, beta=0.5), None, letters)
+        policies.append(reader.tensor_bytes(run)["adapters/policy/adapter_model.safetensors"])
+    assert len(set(policies)) == 3

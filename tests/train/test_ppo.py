@@ -20,8 +20,9 @@ from punster.data.batch import Example
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.role import score_examples
+from punster.train.critic import calibrate, make_critic
 from punster.train.experience import collect, open_policy, partition
-from punster.train.ppo import calibrate, make_critic, ppo
+from punster.train.ppo import ppo
 from punster.train.reward import train_reward
 from punster.train.run import load_run, seeded
 from punster.train.setup import encode
@@ -126,7 +127,7 @@ def test_the_critic_starts_as_the_normalised_reward_model(config: Config, reward
     setup = open_policy(settings, None, None)
     model = setup.reward.model
     assert model is not None and model.normalisation != (1.0, 0.0)
-    critic = make_critic(settings, model, setup.reference)
+    critic = make_critic(settings, setup)
     examples = [encode(setup.tokenizer, model.model, "pun: sea", text) for text in ("the tide", "a whale of a time")]
     assert score_examples(critic, examples) == pytest.approx(score_examples(model, examples), abs=1e-5)
     assert critic.parameters() and all(tensor.requires_grad for tensor in critic.parameters())
@@ -136,7 +137,7 @@ def test_the_critic_starts_as_the_normalised_reward_model(config: Config, reward
 def test_the_first_rollout_calibrates_the_critic(config: Config, reward_run: str) -> None:
     """Least squares by torch.linalg: the head's scale and shift, and the rollout's values with them; never a negative scale."""
     setup = open_policy(config(reward_model=reward_run), None, None)
-    critic = make_critic(config(), setup.reward.model, setup.reference)
+    critic = make_critic(config(), setup)
     exp = collect(setup, [0, 1, 2, 3, 4, 5], seeded(1, "sampling"), seeded(1, "minibatches"), critic=critic)
     assert critic.head is not None
     before, weight, bias = exp.values[exp.mask], critic.head.weight.clone(), critic.head.bias.clone()

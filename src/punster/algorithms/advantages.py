@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,25 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Ten
     rewards = -beta * kl * mask
     last = mask.sum(1) - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+@dataclass
+class RunningScale:
+    """Standard deviation of all scores seen so far (Welford 1962, merged by batches as in Chan et al. 1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def update(self, scores: Tensor) -> float:
+        """Take in a rollout's scores (B,); returns the unbiased deviation, or 1 while there is none."""
+        count, mean = float(len(scores)), float(scores.double().mean())
+        between = (mean - self.mean) ** 2 * self.count * count / (self.count + count)
+        self.squares += float((scores.double() - mean).square().sum()) + between
+        self.count += count
+        self.mean += (mean - self.mean) * count / self.count
+        deviation = math.sqrt(self.squares / max(1.0, self.count - 1))
+        return deviation if deviation > 1e-8 else 1.0
 
 
 def group_advantages(rewards: Tensor, samples: int, variant: str = "grpo", eps: float = 1e-4) -> Tensor:

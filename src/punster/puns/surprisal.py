@@ -68,7 +68,7 @@ def example_log_probs(role: Role, examples: Sequence[Example], max_tokens: int =
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     for rows in prefix_batches(examples, max_tokens):
         batch = collate([examples[row] for row in rows], device=role.model.device)
-        logs, _ = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets(), with_entropy=False)
+        logs = token_log_probs(role.response_hidden(batch), role.model.head, batch.targets())
         for row, part in zip(rows, logs.cpu().split(batch.response_lengths.tolist()), strict=True):
             found[row] = part
     return found

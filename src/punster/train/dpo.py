@@ -8,7 +8,7 @@ the sigmoid loss of the first step is ln 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from punster.data.schema import Row
 from punster.errors import UserError
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
 from punster.train.plan import announce
@@ -48,13 +49,16 @@ from punster.train.setup import (
     load_rows,
     open_policy_role,
     open_reward_model,
+    to_stderr,
 )
 
 
-def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
+def dpo(
+    config: DpoConfig, rows: Sequence[Row] | None = None, callback: Callable[[int, dict[str, float]], None] | None = None
+) -> Path | None:  # fmt: skip
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
     if not config.actor:
-        raise UserError("an SFT run is needed to start from: -a runs/SFT")
+        raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     reference, tokenizer = open_policy_role(config.actor, config)
     check_model(config, config.actor, reference)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
@@ -107,6 +111,8 @@ def dpo(config: DpoConfig, rows: Sequence[Row] | None = None) -> Path | None:
                 metrics["objective/scores"] = sum(worth) / len(worth)
             state.numbers["loss"] = metrics["loss"]
             run.log(step, metrics, f"loss {metrics['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
+            if callback is not None:
+                callback(step, metrics)
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
@@ -148,11 +154,41 @@ def load_examples(
     source = rows if rows is not None else config.data
     if config.loss_type == "kto":
         given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns)
-        texts = [encode(tokenizer, reference.model, r["prompt"], r["completion"], f"row {i}") for i, r in enumerate(given, 1)]
-        return texts, torch.tensor([bool(row["label"]) for row in given])
+        examples, kept = encode_given(config, given, ("completion",), reference.model, tokenizer)
+        return examples, torch.tensor([bool(row["label"]) for row in kept])
     given = load_rows(source, "preference", given_pairs, config.columns)
-    both = [(row, side, i) for i, row in enumerate(given, 1) for side in ("chosen", "rejected")]
-    return [encode(tokenizer, reference.model, row["prompt"], row[side], f"row {i}") for row, side, i in both], None
+    return encode_given(config, given, ("chosen", "rejected"), reference.model, tokenizer)[0], None
+
+
+def encode_given(
+    config: DpoConfig, rows: Sequence[Row], sides: Sequence[str], model: Decoder, tokenizer: Tokenizer
+) -> tuple[list[Example], list[Row]]:
+    """Examples row by row and side by side, and the rows that were kept; --max-length cuts what both sides have in common."""
+    limit = config.max_length
+    if not limit:
+        return [encode(tokenizer, model, r["prompt"], r[side], f"row {i}") for i, r in enumerate(rows, 1) for side in sides], [
+            *rows
+        ]
+    if limit > model.config.max_positions:
+        raise UserError(f"--max-length {limit}: the model's context is {model.config.max_positions} tokens")
+    examples: list[Example] = []
+    kept: list[Row] = []
+    cut = 0
+    for row in rows:
+        prompt = tokenizer.prompt_ids(row["prompt"])
+        responses = [tuple(tokenizer.response_ids(row[side])) for side in sides]
+        room = limit - max(map(len, responses))
+        if room >= 1:
+            examples += [Example(tuple(prompt[-room:]), response) for response in responses]
+            kept.append(row)
+            cut += len(prompt) > room
+    if not kept:
+        raise UserError(f"--max-length {limit}: every row has a response that alone is longer")
+    if cut or len(kept) < len(rows):
+        to_stderr(
+            f"--max-length {limit}: {cut} prompts cut at their beginning, {len(rows) - len(kept)} of {len(rows)} rows left out"
+        )
+    return examples, kept
 
 
 def sampled_pairs(

@@ -19,7 +19,15 @@ from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, generate
 from punster.train.run import Run, seeded
-from punster.train.setup import check_model, check_prompts, extend, load_prompts, open_policy_role, open_reward_model
+from punster.train.setup import (
+    check_model,
+    check_prompts,
+    extend,
+    load_prompts,
+    open_policy_role,
+    open_reward_model,
+    own_copy,
+)  # fmt: skip
 
 
 @dataclass
@@ -36,6 +44,7 @@ class Setup:
     max_tokens: int
     seed: int
     eval_prompts: list[Any]
+    cache_trunk: bool = True
 
     @property
     def dry_examples(self) -> list[Example]:
@@ -47,7 +56,7 @@ class Setup:
 def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: RewardFunction | None) -> Setup:
     """Policy = SFT run + a fresh adapter; reference = the SFT run; rewards as configured."""
     if not config.actor:
-        raise UserError("an SFT run is needed to start from: -a runs/SFT")
+        raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     reference, tokenizer = open_policy_role(config.actor, config)
     check_model(config, config.actor, reference)
     model = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
@@ -58,6 +67,10 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     decoding = Decoding(config.max_new_tokens, config.temperature)
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     policy = extend(reference, config, "policy")
+    if config.memory == "separate":
+        reference = own_copy(reference)
+    if config.memory in ("lora", "separate") and model is not None:
+        model = own_copy(model)
     embedded = prompts is None and config.prompts == "embedded"
     shown = corpus.prompts("val") if embedded else texts  # people's own prompts are all they have
     return Setup(
@@ -71,6 +84,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
         config.max_tokens,
         config.seed,
         shown[: config.eval_prompts],
+        config.memory == "trunk",
     )
 
 
@@ -99,10 +113,14 @@ class Experience:
         """A fresh permutation for another pass."""
         return partition(self.examples, minibatches, generator, self.max_tokens, self.samples)
 
-    def metrics(self, beta: float, scores: Tensor) -> dict[str, float]:
-        """Rollout metrics under TRL's names; KL and entropy are sums per response and means per token."""
+    def metrics(self, beta: float, scores: Tensor, penalty: Tensor | None = None) -> dict[str, float]:
+        """Rollout metrics under TRL's names; KL and entropy are sums per response and means per token.
+
+        penalty (B, R): the KL that is in the reward, where it is not k1.
+        """
         tokens = self.mask.sum()
         k1 = (self.log_prob - self.ref_log_prob) * self.mask
+        penalised = k1.sum(1) if penalty is None else (penalty * self.mask).sum(1)
         gap = ((self.log_prob - self.sampler_log_prob) * self.mask).abs().sum() / tokens
         return {
             "objective/kl": float(k1.sum(1).mean()),
@@ -111,8 +129,8 @@ class Experience:
             "objective/entropy_per_token": float(self.entropy.sum() / tokens),
             "objective/scores": float(self.scores.mean()),
             "objective/scores_std": float(self.scores.std()) if len(self.scores) > 1 else 0.0,
-            "objective/non_score_reward": float(-beta * k1.sum(1).mean()),
-            "objective/rlhf_reward": float((scores - beta * k1.sum(1)).mean()),
+            "objective/non_score_reward": float(-beta * penalised.mean()),
+            "objective/rlhf_reward": float((scores - beta * penalised).mean()),
             "val/num_eos_tokens": float(self.finished.sum()),
             "eos_rate": float(self.finished.float().mean()),
             "length": float(tokens / len(self.examples)),
@@ -159,7 +177,7 @@ def collect(
     texts = [setup.tokenizer.decode(example.response) for example in examples]
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     closed = rollout.closed
-    trunk = Trunk.shared(roles, closed, setup.max_tokens)
+    trunk = Trunk.shared(roles, closed, setup.max_tokens) if setup.cache_trunk else Trunk({})
     scores = setup.reward(prompts, texts, closed, trunk)
     groups = partition(examples, minibatches, shuffling, setup.max_tokens, samples)
     lengths = torch.tensor([len(example.response) for example in examples])

@@ -6,8 +6,10 @@
 | grpo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of each response, then responses   |
 | dr_grpo     | r - mean                       | k3 in the loss    | responses x longest allowed response      |
 | dapo        | (r - mean) / (std + 1e-4)      | k3 in the loss    | tokens of the whole rollout; clip-higher  |
-| rloo        | r - mean of the others         | k1 in the reward  | tokens of the whole rollout               |
+| rloo        | r - mean of the others         | k1 in the reward  | responses (the sum over their tokens)     |
 | reinforce++ | return-to-go, batch-whitened   | k1 in the reward  | tokens of the whole rollout               |
+
+Where the KL acts can be chosen for each (--kl-in).
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ import torch
 from torch import Tensor
 
 from punster.algorithms.advantages import group_advantages, reinforce_pp_advantages
-from punster.algorithms.kl import kl_estimate
+from punster.algorithms.kl import kl_estimate, kl_loss
 from punster.algorithms.losses import clipped_policy_loss
 from punster.config import GrpoConfig
 from punster.model.role import Role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
 from punster.train.experience import Experience, collect, open_policy, sample_table
+from punster.train.guard import Guard
 from punster.train.plan import announce
 from punster.train.run import (
     Cursor,
@@ -39,8 +42,7 @@ from punster.train.run import (
     save_checkpoint,
     seeded,
 )  # fmt: skip
-
-KL_IN_REWARD = ("rloo", "reinforce++")
+from punster.train.shaping import filter_prompts
 
 
 def grpo(
@@ -54,15 +56,18 @@ def grpo(
     if announce(config, "grpo", policy, steps, setup.dry_examples):
         return None
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
-    cursor = Cursor(len(setup.prompts), seeded(config.seed, "data"))
+    cursor = Cursor(filter_prompts(setup, config), seeded(config.seed, "data"))
     sampling, shuffling = seeded(config.seed, "sampling"), seeded(config.seed, "minibatches")
     generators = {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling}
     state = State(policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0})
     with Run(config, "grpo", steps) as run:
         restore(run, state)
+        guard = Guard(run, state, tokenizer, config.max_kl)
         for step in range(run.step + 1, steps + 1):
+            guard.begin(step)
             rows = cursor.next(config.batch_size // config.samples)
             exp = collect(setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples)
+            guard.check_rollout(exp.kl, exp.mask)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
             advantages = advantages_of(config, exp, scores)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
@@ -73,6 +78,7 @@ def grpo(
                     stats = train_step(config, exp, groups, policy, advantages)
                     if not updates and stats["ratio_gap"] > 1e-5:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
+                    guard.check_losses({"the loss": stats["loss"]})
                     updates.append(stats | optimizer_step(optimizer, rate, config.max_grad_norm))
             spread = scores.view(-1, config.samples).std(1)
             state.numbers["episodes"] += len(exp.examples)
@@ -103,10 +109,10 @@ def grpo(
 def advantages_of(config: GrpoConfig, exp: Experience, scores: Tensor) -> Tensor:
     """(B, R) advantages of the variant."""
     k1 = kl_estimate(exp.log_prob, exp.ref_log_prob) * exp.mask
+    beta = config.beta if config.kl_place == "reward" else 0.0
     if config.variant == "reinforce++":
-        return reinforce_pp_advantages(scores, k1, exp.mask, config.beta)
-    if config.variant == "rloo":
-        scores = scores - config.beta * k1.sum(1)
+        return reinforce_pp_advantages(scores, k1, exp.mask, beta)
+    scores = scores - beta * k1.sum(1)
     return group_advantages(scores, config.samples, config.variant)[:, None] * exp.mask
 
 
@@ -117,6 +123,8 @@ def token_weights(config: GrpoConfig, mask: Tensor) -> Tensor:
         return mask / mask.sum(1, keepdim=True) / rows
     if config.variant == "dr_grpo":
         return mask / (rows * config.max_new_tokens)
+    if config.variant == "rloo":
+        return mask / rows
     return mask / mask.sum()
 
 
@@ -139,8 +147,9 @@ def train_step(
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
         loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)
-        if config.beta and config.variant not in KL_IN_REWARD:
-            loss = loss + config.beta * (kl_estimate(log_prob, exp.ref_log_prob[cut], "k3") * weights[cut]).sum()
+        if config.beta and config.kl_place != "reward":
+            kl = kl_loss(log_prob, exp.log_prob[cut], exp.ref_log_prob[cut], config.kl_place == "corrected")
+            loss = loss + config.beta * (kl * weights[cut]).sum()
         loss.backward()
         sums["loss"] += float(loss.detach())
         for key in ("clipfrac", "approx_kl", "ratio"):

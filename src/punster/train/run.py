@@ -215,6 +215,41 @@ class State:
     others: dict[str, Role] = dataclasses.field(default_factory=dict)  # roles that are not the result, such as the critic
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Named tensors, and what JSON can hold. The tensors may share storage with the live ones."""
+        tensors: dict[str, Tensor] = {}
+        for role_name, role in {"policy": self.policy, **self.others}.items():
+            for name, tensor in role.named_parameters():
+                tensors[f"{role_name}|{name}"] = tensor.detach().cpu().contiguous()
+        for name, (optimizer, names) in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for label, parameter in zip(names, parameters, strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer|{name}|{label}|{key}"] = value.detach().cpu().contiguous()
+        for name, generator in self.generators.items():
+            tensors[f"generator|{name}"] = generator.get_state()
+        return tensors, {"cursors": {n: list(c.order) for n, c in self.cursors.items()}, "numbers": dict(self.numbers)}
+
+    @torch.no_grad()
+    def unpack(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Bring everything back to a packed state."""
+        for role_name, role in {"policy": self.policy, **self.others}.items():
+            for name, tensor in role.named_parameters():
+                tensor.copy_(tensors[f"{role_name}|{name}"])
+        for name, (optimizer, names) in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for label, parameter in zip(names, parameters, strict=True):
+                prefix = f"optimizer|{name}|{label}|"
+                found = {k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)}
+                optimizer.state.pop(parameter, None)
+                if found:
+                    optimizer.state[parameter] = {k: t.to(parameter.device) if k != "step" else t for k, t in found.items()}
+        for name, generator in self.generators.items():
+            generator.set_state(tensors[f"generator|{name}"])
+        for name, cursor in self.cursors.items():
+            cursor.order = numbers["cursors"][name]
+        self.numbers.update(numbers["numbers"])
+
 
 def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, result: Role | None = None) -> None:
     """checkpoints/step-N: the result (the policy, unless another form of it is given), state.safetensors, state.json, a manifest."""
@@ -223,20 +258,9 @@ def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, res
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_role(temporary, result or state.policy, tokenizer)
-    tensors: dict[str, Tensor] = {}
-    for role_name, role in {"policy": state.policy, **state.others}.items():
-        for name, tensor in role.named_parameters():
-            tensors[f"{role_name}|{name}"] = tensor.detach().cpu().contiguous()
-    for name, (optimizer, names) in state.optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for label, parameter in zip(names, parameters, strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer|{name}|{label}|{key}"] = value.detach().cpu().contiguous()
-    for name, generator in state.generators.items():
-        tensors[f"generator|{name}"] = generator.get_state()
+    tensors, numbers = state.pack()
     save_file(tensors, temporary / "state.safetensors")
-    numbers = {"step": step, "cursors": {n: c.order for n, c in state.cursors.items()}, "numbers": state.numbers}
-    write_json(temporary / "state.json", numbers)
+    write_json(temporary / "state.json", {"step": step, **numbers})
     manifest = {str(p.relative_to(temporary)): _sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
     write_json(temporary / "manifest.json", manifest)
     shutil.rmtree(target, ignore_errors=True)
@@ -251,24 +275,7 @@ def restore(run: Run, state: State) -> None:
     if run.step == 0:
         return
     folder = run.checkpoints / f"step-{run.step}"
-    tensors = load_file(folder / "state.safetensors")
-    with torch.no_grad():
-        for role_name, role in {"policy": state.policy, **state.others}.items():
-            for name, tensor in role.named_parameters():
-                tensor.copy_(tensors[f"{role_name}|{name}"])
-    for name, (optimizer, names) in state.optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for label, parameter in zip(names, parameters, strict=True):
-            prefix = f"optimizer|{name}|{label}|"
-            found = {k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)}
-            if found:
-                optimizer.state[parameter] = {k: t.to(parameter.device) if k != "step" else t for k, t in found.items()}
-    for name, generator in state.generators.items():
-        generator.set_state(tensors[f"generator|{name}"])
-    numbers = json.loads((folder / "state.json").read_text())
-    for name, cursor in state.cursors.items():
-        cursor.order = numbers["cursors"][name]
-    state.numbers.update(numbers["numbers"])
+    state.unpack(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
 
 
 def steps_of(folder: Path) -> list[int]:

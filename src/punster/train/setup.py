@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -139,11 +140,21 @@ def with_head(role: Role, config: TrainConfig) -> Role:
 
 
 def open_policy_role(path: str, config: Any, tokenizer: Tokenizer | None = None) -> tuple[Role, Tokenizer]:
-    """A run that writes: reward models are refused."""
+    """A run that writes, or "base", the plain model of the configuration; reward models are refused."""
+    if path == "base":
+        base, tokenizer = open_base(config)
+        return Role(base), tokenizer
     role, tokenizer = open_role(path, config, tokenizer)
     if role.head is not None:
         raise UserError(f"{path} is a reward model: it scores texts and cannot write them; an SFT or policy run is needed here")
     return role, tokenizer
+
+
+def own_copy(role: Role) -> Role:
+    """The same role on base weights of its own, as it is with separate models."""
+    model = copy(role.model)
+    model.weights, model._head = {name: tensor.detach().clone() for name, tensor in role.model.weights.items()}, None
+    return replace(role, model=model)
 
 
 def check_model(config: TrainConfig, path: str, role: Role) -> None:

@@ -5,7 +5,7 @@ punster sft -n NAME -b 16 [--model M] [--data D ...]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,10 @@ from punster.train.run import (
 from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
 
-def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft") -> Path | None:
+def sft(
+    config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft",
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path | None:  # fmt: skip
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
     if config.pretrained:
         start, tokenizer = open_policy_role(config.pretrained, config)
@@ -63,24 +66,34 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
         held_out_trunk = Trunk.shared([policy], validation, config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
-            tokens = sum(len(examples[row].response) for row in rows_now)
-            loss_sum = 0.0
-            for group in token_batches([examples[row].length for row in rows_now], config.max_tokens):
-                batch = trunk.collate(examples, [rows_now[i] for i in group], policy.model.device)
-                log_probs = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets())
-                loss = -log_probs.sum() / tokens
-                loss.backward()
-                loss_sum += float(loss.detach())
+            loss_sum, tokens = accumulate_nll(policy, trunk, examples, rows_now, config.max_tokens)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics = {"loss": loss_sum, "num_tokens": tokens, **optimizer_step(optimizer, rate, config.max_grad_norm)}
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
             run.log(step, metrics, f"loss {loss_sum:.3f}")
+            if callback is not None:
+                callback(step, metrics)
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
         run.finish({"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)})
         return run.folder
+
+
+def accumulate_nll(
+    policy: Role, trunk: Trunk, examples: Sequence[Example], rows: Sequence[int], max_tokens: int, weight: float = 1.0
+) -> tuple[float, int]:
+    """Add the gradient of weight * cross-entropy per response token of these rows; returns that loss and the tokens."""
+    tokens = sum(len(examples[row].response) for row in rows)
+    total = 0.0
+    for group in token_batches([examples[row].length for row in rows], max_tokens):
+        batch = trunk.collate(examples, [rows[i] for i in group], policy.model.device)
+        log_probs = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets())
+        loss = -weight * log_probs.sum() / tokens
+        loss.backward()
+        total += float(loss.detach())
+    return total, tokens
 
 
 @torch.no_grad()

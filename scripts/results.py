@@ -1,0 +1,311 @@
+"""The table of results, cell by cell: every cell trains one policy, evaluates it, and writes results/CELL/summary.json.
+
+    python scripts/results.py --list                 # the cells, and which are there
+    python scripts/results.py ppo-1 rloo-2           # these (those that are there are skipped)
+    python scripts/results.py --minutes 60           # as many missing ones as fit
+    python scripts/results.py --table                # results/table.md and results/gold-against-kl.png out of what is there
+
+A cell takes at most 8 minutes on two cores, is deterministic from commit, seed and data, and runs in a process of its own, so that its
+peak memory is its own. The three runs that all cells stand on (sft, reward, gold of the demo recipe) are trained where they are
+missing. Gold is never trained against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 480  # seconds of one cell
+
+
+def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
+    """Name -> (verb, seed, what differs from the demo recipe's section of that verb). Steps are set for about equal wall time."""
+    table: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("none", 1, {}), "sft": ("none", 1, {})}
+    ppo, grpo = {"steps": 10}, {"steps": 13}
+    dpo: dict[str, Any] = {"prompt_limit": 130}
+    online: dict[str, Any] = {"online": True, "pairs": "data", "pairs_per_prompt": 1, "batch_size": 8, "steps": 22}
+    for seed in (1, 2, 3):
+        table[f"ppo-{seed}"] = ("ppo", seed, ppo)
+        table[f"grpo-{seed}"] = ("grpo", seed, grpo)
+        table[f"rloo-{seed}"] = ("grpo", seed, {**grpo, "variant": "rloo"})
+        table[f"dpo-{seed}"] = ("dpo", seed, dpo)
+        table[f"online-dpo-{seed}"] = ("dpo", seed, online)
+    for beta in (0.005, 0.05, 0.2):
+        table[f"ppo-beta-{beta}"] = ("ppo", 1, {**ppo, "beta": beta})
+    for kind in ("clamped", "k2", "k3", "js", "none", "exact"):
+        table[f"ppo-kl-{kind}"] = ("ppo", 1, {**ppo, "kl_penalty": kind})
+    table["ppo-all-layers"] = ("ppo", 1, {**ppo, "top_layers": "all", "steps": 6})
+    table["ppo-joined-critic"] = ("ppo", 1, {**ppo, "critic": "joined", "value_coef": 0.1})
+    for mode in ("hydra", "lora", "separate"):
+        table[f"ppo-memory-{mode}"] = ("ppo", 1, {**ppo, "memory": mode, "steps": 6})
+    table["kto"] = ("dpo", 1, {**dpo, "loss_type": "kto"})
+    table["distill"] = ("distill", 1, {})
+    table["direct"] = ("ppo", 1, {**ppo, "actor": "base", "missing_eos_penalty": 2.0})
+    return table
+
+
+def recipe(options: argparse.Namespace) -> Any:
+    from punster.train.pipeline import load_recipe
+
+    config = load_recipe("demo")
+    config.name, config.out, config.scale, config.quiet = "results", str(options.runs), options.scale, True
+    for name in ("model", "device", "dtype"):
+        if getattr(options, name):
+            setattr(config, name, getattr(options, name))
+    return config
+
+
+def train_shared(options: argparse.Namespace, stage: str) -> None:
+    from punster.cli import resolve
+    from punster.train.pipeline import STAGES, stage_config
+
+    settings = stage_config(recipe(options), stage)
+    settings.resume = (Path(settings.out) / stage / "config.yaml").exists()
+    resolve(STAGES[stage][1])(settings)
+
+
+def train_cell(options: argparse.Namespace, name: str) -> Path | None:
+    """The run of a cell, trained unless it is there; None where nothing is trained."""
+    from punster.cli import resolve
+    from punster.config import DistillConfig
+    from punster.data import corpus
+    from punster.train.pipeline import STAGES, stage_config
+
+    verb, seed, changes = cells()[name]
+    config = recipe(options)
+    folder = Path(config.out) / config.name
+    if verb == "none":
+        return None
+    if (folder / name / "summary.json").exists():
+        return folder / name
+    if verb == "distill":
+        few = folder / "distill-prompts.jsonl"
+        prompts = corpus.prompts("train")[: max(4, round(300 * options.scale))]
+        few.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        start = stage_config(config, "sft")
+        settings: Any = DistillConfig(
+            name=name, out=str(folder), model=config.model, seed=seed, device=start.device, dtype=start.dtype, quiet=True, lr=start.lr,
+            actor=str(folder / "sft"), reward_model=str(folder / "reward"), best_of=8, prompts=str(few), max_new_tokens=32, epochs=1,
+        )  # fmt: skip
+        target = "punster.train.distill:distill"
+    else:
+        setattr(config, verb, {**getattr(config, verb), **changes})
+        settings = replace(stage_config(config, verb), name=name, seed=seed)
+        target = STAGES[verb][1]
+    settings.resume = (folder / name / "config.yaml").exists()
+    run: Path = resolve(target)(settings)
+    return run
+
+
+def count_tokens(counter: dict[str, int]) -> None:
+    """Count what the trainers sample from here on."""
+    import importlib
+
+    for module_name in ("experience", "dpo", "distill", "shaping"):
+        module = importlib.import_module(f"punster.train.{module_name}")
+        original: Callable[..., Any] = module.generate
+
+        def counted(*arguments: Any, _original: Callable[..., Any] = original, **rest: Any) -> Any:
+            rollout = _original(*arguments, **rest)
+            counter["responses"] += len(rollout.examples)
+            counter["tokens"] += sum(len(example.response) for example in rollout.examples)
+            return rollout
+
+        module.generate = counted
+
+
+def make(options: argparse.Namespace, name: str) -> None:
+    """Train and evaluate one cell in this process, and write its summary."""
+    from punster.config import EvaluateConfig
+    from punster.errors import Aborted
+    from punster.evaluate.compare import evaluate
+    from punster.train.pipeline import commit, evaluation_config
+
+    started, sampled, aborted = time.monotonic(), {"responses": 0, "tokens": 0}, None
+    count_tokens(sampled)
+    config = recipe(options)
+    folder = Path(config.out) / config.name
+    try:
+        run = train_cell(options, name)
+    except Aborted as error:  # a result too: the run is back at its last good step
+        run, aborted = folder / name, str(error).split(". ")[0]
+    trained, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    settings: EvaluateConfig = evaluation_config(config, folder)
+    best_of = {"best_of": 16, "pool": 32} if name == "sft" else {"best_of": 0, "pool": 0}
+    shown = "base" if name == "base" else str(run or folder / "sft")
+    settings = replace(
+        settings, models=[shown], reference=str(folder / "sft"), gold=str(folder / "gold"), proxy=str(folder / "reward"), out=None,
+        quiet=True, **best_of,
+    )  # fmt: skip
+    rows = evaluate(settings)
+    label = name if name in rows["models"] else Path(shown).name
+    data = hashlib.sha256((ROOT / "src" / "punster" / "data" / "puns.jsonl").read_bytes()).hexdigest()
+    summary = {
+        "cell": name, "row": rows["models"][label], "best_of_n": rows.get("best_of_n"), "best_of": rows["models"].get("best_of_16"),
+        "proxy": "reward", "gold": "gold", "sampled": sampled, "train_seconds": round(trained, 1),
+        "wall_seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak, 3), "aborted": aborted,
+        "seed": cells()[name][1], "commit": commit(), "data_sha256": data, "scale": options.scale, "prompts": rows["prompts"],
+        "samples": rows["samples"], "decoding": rows["decoding"], "model": config.model, "settings": cells()[name][2],
+    }  # fmt: skip
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    assert len(text) < 20_000
+    target = Path(options.results) / name
+    target.mkdir(parents=True, exist_ok=True)
+    part = target / ".summary.json.part"
+    part.write_text(text)
+    part.replace(target / "summary.json")
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+COLUMNS = ("cell", "gold reward", "win rate vs SFT", "success", "exact KL", "distinct-2", "self-BLEU", "words", "EOS", "copies", "sampled tokens", "minutes", "GB")  # fmt: skip
+
+
+def load_cells(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {name: folder / name / "summary.json" for name in cells()}
+    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+
+
+def line(name: str, summary: dict[str, Any]) -> list[str]:
+    from punster.evaluate.table import interval, kl_text
+
+    row = summary["row"]
+
+    def number(key: str, digits: int = 2) -> str:
+        return "–" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+    success = row.get("success")
+    return [
+        name + (" (stopped)" if summary["aborted"] else ""), interval(row["held_out_reward"]), interval(row["win_rate_vs_sft"], percent=True),
+        interval(success, percent=True) if isinstance(success, dict) else "–", kl_text(row), number("distinct_2"), number("self_bleu"),
+        number("length", 1), f"{row['eos_rate']:.0%}", "–" if row["copy_rate"] is None else f"{row['copy_rate']:.1%}",
+        f"{summary['sampled']['tokens']:,}", f"{summary['train_seconds'] / 60:.1f}", f"{summary['peak_memory_gb']:.2f}",
+    ]  # fmt: skip
+
+
+def seed_lines(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Mean and range of the gold reward over the seeds of a method."""
+    lines = []
+    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo"):
+        golds = [found[f"{method}-{s}"]["row"]["held_out_reward"]["mean"] for s in (1, 2, 3) if f"{method}-{s}" in found]
+        kls = [found[f"{method}-{s}"]["row"]["exact_kl"] for s in (1, 2, 3) if f"{method}-{s}" in found]
+        if len(golds) > 1:
+            mean = sum(golds) / len(golds)
+            lines.append(
+                [
+                    f"{method}, {len(golds)} seeds",
+                    f"{mean:+.2f} ({min(golds):+.2f} to {max(golds):+.2f})",
+                    f"{sum(kls) / len(kls):.1f}",
+                ]
+            )
+    return lines
+
+
+def write_table(folder: Path) -> None:
+    found = load_cells(folder)
+    text = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
+    text += "".join("| " + " | ".join(line(name, summary)) + " |\n" for name, summary in found.items())
+    curve = found.get("sft", {}).get("best_of_n")
+    if curve:
+        text += "\n| best of n | gold reward | KL at most |\n|---|---|---|\n"
+        text += "".join(
+            f"| {n:.0f} | {g:+.2f} | {k:.2f} |\n" for n, g, k in zip(curve["n"], curve["gold"], curve["kl_bound"], strict=True)
+        )
+    if lines := seed_lines(found):
+        text += "\n| method | gold reward, mean and range | exact KL |\n|---|---|---|\n"
+        text += "".join("| " + " | ".join(cell) + " |\n" for cell in lines)
+    (folder / "table.md").write_text(text)
+    plot(found, curve, folder / "gold-against-kl.png")
+    print(text)
+
+
+def plot(found: dict[str, dict[str, Any]], curve: dict[str, list[float]] | None, path: Path) -> None:
+    """Gold reward against KL: a point a cell, and the best-of-n curve, which a policy should lie above."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, summary in found.items():
+        row = summary["row"]
+        if name != "base" and row["exact_kl"] is not None:
+            axes.plot(row["exact_kl"], row["held_out_reward"]["mean"], "o")
+            axes.annotate(
+                name, (row["exact_kl"], row["held_out_reward"]["mean"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+    if curve:
+        axes.plot(curve["kl_bound"], curve["gold"], "k.-", label="best of n (KL at most)")
+        axes.legend()
+    axes.set_xlabel("exact KL to SFT, nats a response")
+    axes.set_ylabel("gold reward")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", help="cells to make (default: all that are missing)")
+    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    parser.add_argument("--table", action="store_true", help="write the table and the plot and stop")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell that might end after so long")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the cost, as for punster run: .02 tries everything")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the summaries")
+    for name in ("model", "device", "dtype"):
+        parser.add_argument(f"--{name}", help="as for punster run")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)  # what a process of its own is to do
+    options = parser.parse_args(arguments)
+    for name in options.cells:
+        if name not in cells():
+            parser.error(f"unknown cell {name}; --list names them")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    if options.inside:
+        stage, _, name = options.inside.partition(":")
+        train_shared(options, name) if stage == "shared" else make(options, name)
+        return 0
+    if options.table:
+        write_table(options.results)
+        return 0
+    there = {name for name in cells() if (options.results / name / "summary.json").exists()}
+    if options.list:
+        print("\n".join(f"{name:20s} {'there' if name in there else 'missing'}" for name in cells()))
+        return 0
+    started, failed = time.monotonic(), 0
+    folder = options.runs / "results"
+    wanted = [name for name in options.cells or cells() if name not in there]
+    tasks = [
+        f"shared:{stage}" for stage in ("sft", "reward", "gold") if wanted and not (folder / stage / "summary.json").exists()
+    ]
+    for task in [*tasks, *(f"cell:{name}" for name in wanted)]:
+        if (time.monotonic() - started + LIMIT) / 60 > options.minutes:
+            print(f"{task}: not started, it might not end within --minutes {options.minutes:g}")
+            break
+        begun = time.monotonic()
+        passed = [argument for argument in sys.argv[1:] if argument not in options.cells]
+        done = subprocess.run([sys.executable, __file__, *passed, "--inside", task], check=False)
+        took = time.monotonic() - begun
+        print(f"{task}: {took:.0f} s" + (f", exit code {done.returncode}" if done.returncode else "") + (", over the limit" if took > LIMIT else ""), flush=True)  # fmt: skip
+        failed += done.returncode != 0
+        if done.returncode and task.startswith("shared"):
+            return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

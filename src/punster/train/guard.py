@@ -1,0 +1,59 @@
+"""Going back to the last good step when a policy-gradient run goes wrong."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from typing import Any
+
+from torch import Tensor
+
+from punster.errors import Aborted
+from punster.model.tokenizer import Tokenizer
+from punster.train.run import Run, State, save_checkpoint, steps_of
+
+Packed = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class Guard:
+    """Remembers the state in which a step began, and the newest one whose own rollout was in order.
+
+    A rollout shows what the updates before it did: if its KL is out of bounds, the state before those updates is the last
+    good one. A loss that is not finite damages nothing yet: the state in which its step began is good.
+    """
+
+    def __init__(self, run: Run, state: State, tokenizer: Tokenizer, max_kl: float):
+        self.run, self.state, self.tokenizer, self.max_kl = run, state, tokenizer, max_kl
+        self.good: tuple[int, Packed] | None = None
+        self.began: tuple[int, Packed]
+
+    def begin(self, step: int) -> None:
+        """Before anything of this step is done."""
+        tensors, numbers = self.state.pack()
+        self.began = step - 1, ({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+
+    def check_rollout(self, kl: Tensor, mask: Tensor) -> None:
+        """kl, mask (B, R): exact KL of the rollout's tokens. Raises Aborted if a response has more than max_kl on average."""
+        mean = float((kl * mask).sum(1).mean())
+        if not mean <= self.max_kl:
+            self.abort(*(self.good or self.began), f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}")
+        self.good = self.began
+
+    def check_losses(self, losses: dict[str, float]) -> None:
+        """Raises Aborted if one of these losses is not finite."""
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                self.abort(*self.began, f"{name} is {value}")
+
+    def abort(self, step: int, packed: Packed, reason: str) -> None:
+        """Restore a state, make it the run's newest checkpoint and its result, and stop."""
+        seen, run = self.began[0] + 1, self.run
+        self.state.unpack(*packed)
+        for later in [n for n in steps_of(run.folder) if n > step]:
+            shutil.rmtree(run.checkpoints / f"step-{later}")
+        save_checkpoint(run, step, self.state, self.tokenizer)
+        run.finish({"steps": step, "aborted": reason, "aborted_at": seen})
+        raise Aborted(
+            f"STOPPED at step {seen} of {run.steps}: {reason}. {run.folder} is back at step {step}, its last good one. "
+            "Lower --lr, or raise --beta, and start again under another name."
+        )

@@ -1,0 +1,76 @@
+"""What ChatGLM-RLHF (Hou et al. 2024, arXiv 2404.00934) adds around PPO: a reference baseline, a prompt filter, an SFT loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from punster.config import PolicyConfig, PpoConfig
+from punster.data import corpus
+from punster.errors import UserError
+from punster.model.role import Trunk
+from punster.rollout.sampler import generate
+from punster.train.experience import Setup
+from punster.train.run import Cursor, seeded
+from punster.train.setup import encode, load_rows
+from punster.train.sft import accumulate_nll
+
+
+def reference_scores(setup: Setup, rows: Sequence[int], samples: int, missing_eos_penalty: float) -> Tensor:
+    """(len(rows), samples): scores of the reference's own responses to these prompts, missing-EOS penalty included."""
+    prompts = [setup.prompts[row] for row in rows for _ in range(samples)]
+    rollout = generate(
+        setup.reference, [setup.prompt_ids[row] for row in rows], setup.decoding, setup.tokenizer.eos_id,
+        seeded(setup.seed, "reference"), samples,
+    )  # fmt: skip
+    texts = [setup.tokenizer.decode(example.response) for example in rollout.examples]
+    scores = torch.tensor(setup.reward(prompts, texts, rollout.closed), device=setup.policy.model.device)
+    scores -= missing_eos_penalty * ~torch.tensor(rollout.finished, device=scores.device)
+    return scores.view(len(rows), samples)
+
+
+def filter_prompts(setup: Setup, config: PolicyConfig) -> int:
+    """Drop the prompts whose responses all earn about the same, since they teach nothing; returns how many are left."""
+    if config.filter_std > 0:
+        scores = reference_scores(setup, range(len(setup.prompts)), config.filter_samples, config.missing_eos_penalty)
+        kept = (scores.std(1) >= config.filter_std).nonzero()[:, 0].tolist()
+        if not kept:
+            raise UserError(
+                f"--filter-std {config.filter_std}: no prompt is left; the largest is {float(scores.std(1).max()):.3f}"
+            )
+        setup.prompts, setup.prompt_ids = [setup.prompts[i] for i in kept], [setup.prompt_ids[i] for i in kept]
+    return len(setup.prompts)
+
+
+def baseline_scores(setup: Setup, config: PpoConfig, rows: set[int]) -> Tensor:
+    """(number of prompts,): score of one fixed response of the reference to each of these prompts, 0 for the others."""
+    scores = torch.zeros(len(setup.prompts), device=setup.policy.model.device)
+    if config.reference_baseline:
+        order = sorted(rows)
+        scores[order] = reference_scores(setup, order, 1, config.missing_eos_penalty)[:, 0]
+    return scores
+
+
+class SftTerm:
+    """The SFT loss that is added to each update of the policy, on rows of its own."""
+
+    def __init__(self, config: PpoConfig, setup: Setup):
+        self.config, self.policy = config, setup.policy
+        rows = load_rows(config.sft_data, "sft", corpus.sft_rows) if config.sft_coef else []
+        self.examples = [
+            encode(setup.tokenizer, setup.policy.model, row["prompt"], row["completion"], f"row {i}")
+            for i, row in enumerate(rows, 1)
+        ]
+        self.cursor = Cursor(max(1, len(rows)), seeded(config.seed, "sft"))
+        self.trunk = Trunk.shared([setup.policy], self.examples, config.max_tokens) if setup.cache_trunk else Trunk({})
+
+    def accumulate(self, minibatches: int) -> dict[str, float]:
+        """Add the gradient over as many rows as a minibatch has responses; the loss per token, before its coefficient."""
+        coefficient = self.config.sft_coef
+        if not coefficient:
+            return {}
+        rows = self.cursor.next(max(1, self.config.batch_size // minibatches))
+        loss, _ = accumulate_nll(self.policy, self.trunk, self.examples, rows, self.config.max_tokens, coefficient)
+        return {"sft": loss / coefficient}

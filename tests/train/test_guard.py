@@ -1,0 +1,110 @@
+"""A run that goes wrong stops, says so, and is back at its last good step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import punster.train.grpo as grpo_module
+import punster.train.ppo as ppo_module
+from punster.algorithms.losses import clipped_policy_loss, clipped_value_loss
+from punster.cli import main
+from punster.config import GrpoConfig, PpoConfig
+from punster.errors import Aborted
+from punster.train.grpo import grpo
+from punster.train.ppo import ppo
+from punster.train.run import load_run
+
+Make = Callable[..., Any]
+Config = Callable[..., Any]
+
+
+def letters(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    return [sum(letter.isalpha() for letter in text) / 5 for text in completions]
+
+
+@pytest.fixture
+def config(tiny_llama: Path, sft_run: str, tmp_path: Path, make: Make) -> Config:
+    def build(name: str = "run", kind: type = PpoConfig, **settings: Any) -> Any:
+        given: dict[str, Any] = {
+            "model": str(tiny_llama), "actor": sft_run, "batch_size": 8, "steps": 6, "max_new_tokens": 8, "eval_prompts": 0,
+            "lr": 1e-2, "critic_lr": 1e-3, "critic_warmup": 0, "stop_kl": 1e9, "samples": 4, "epochs": 1, "keep": 9,
+        }  # fmt: skip
+        known = kind.__dataclass_fields__
+        return make(kind, name=name, out=str(tmp_path), **{k: v for k, v in {**given, **settings}.items() if k in known})
+
+    return build
+
+
+def poisoned(original: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """The same function, whose loss is nan from one call on."""
+    calls = [0]
+
+    def wrapped(*arguments: Any) -> Any:
+        calls[0] += 1
+        loss, rest = original(*arguments)
+        return (loss * float("nan") if calls[0] >= call else loss), rest
+
+    return wrapped
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_a_kl_explosion_goes_back_before_the_updates_that_made_it(save_every: int, config: Config, reader: Any) -> None:
+    """The rollout of step s shows what step s - 1 did: the state after step s - 2 is the last good one."""
+    calm = ppo(config("calm", save_every=1, lr=5e-2), None, letters)
+    kl = reader.values(calm, "objective/exact_kl")
+    seen = next(step for step in range(3, 7) if kl[step - 1] > 1.5 * max(kl[: step - 1]))
+    limit = (kl[seen - 1] + max(kl[: seen - 1])) / 2
+    with pytest.raises(Aborted, match=rf"STOPPED at step {seen} of 6: exact KL .* above --max-kl .* back at step {seen - 2}"):
+        ppo(config("wild", save_every=save_every, lr=5e-2, max_kl=limit), None, letters)
+    wild = Path(calm).parent / "wild"
+    assert reader.final(wild).name == f"step-{seen - 2}"
+    for file in sorted((Path(calm) / "checkpoints" / f"step-{seen - 2}").rglob("*.safetensors")):
+        twin = reader.final(wild) / file.relative_to(Path(calm) / "checkpoints" / f"step-{seen - 2}")
+        assert twin.read_bytes() == file.read_bytes()  # policy, critic, both optimizers, every generator
+    summary = reader.summary(wild)
+    assert summary["steps"] == seen - 2 and summary["aborted_at"] == seen and "exact KL" in summary["aborted"]
+    role, _ = load_run(wild)
+    assert all(torch.isfinite(tensor).all() for adapter in role.adapters for _, tensor in adapter.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["clipped_policy_loss", "clipped_value_loss"])
+def test_a_loss_that_is_not_finite_goes_back_to_the_beginning_of_the_step(
+    name: str, config: Config, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = ppo(config("calm", save_every=1, max_tokens=100_000), None, letters)
+    original = {"clipped_policy_loss": clipped_policy_loss, "clipped_value_loss": clipped_value_loss}[name]
+    monkeypatch.setattr(ppo_module, name, poisoned(original, 4))  # one call a step
+    with pytest.raises(Aborted, match=r"STOPPED at step 4 of 6: the (policy|value) loss is nan.* back at step 3"):
+        ppo(config("wild", max_tokens=100_000), None, letters)
+    wild = Path(calm).parent / "wild"
+    assert (reader.final(wild) / "state.safetensors").read_bytes() == (
+        Path(calm) / "checkpoints" / "step-3" / "state.safetensors"
+    ).read_bytes()
+
+
+def test_grpo_is_guarded_too(config: Config, reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_module, "clipped_policy_loss", poisoned(clipped_policy_loss, 1))
+    with pytest.raises(Aborted, match="STOPPED at step 1 of 6: the loss is nan"):
+        grpo(config("first", GrpoConfig), None, letters)
+    monkeypatch.undo()
+    with pytest.raises(Aborted, match="above --max-kl"):
+        grpo(config("second", GrpoConfig, max_kl=1e-4), None, letters)
+
+
+def test_the_command_says_it_loudly_and_fails(
+    config: Config, sft_run: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.py").write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
+    code = main(
+        ["ppo", "-n", "wild", "--out", str(tmp_path), "-a", sft_run, "--reward", f"{tmp_path / 'r.py'}:length", "-b", "8",
+         "--steps", "6", "--lr", ".05", "--critic-warmup", "0", "--max-kl", ".0001", "--max-new-tokens", "8", "--eval-prompts", "0",
+         "--model", str(tiny_llama), "--dtype", "fp32", "--device", "cpu", "--quiet"]
+    )  # fmt: skip
+    text = capsys.readouterr().err
+    assert code == 1
+    assert "punster ppo: STOPPED at step 2 of 6" in text and "Lower --lr" in text and "Traceback" not in text
