@@ -313,8 +313,37 @@ class EvaluateConfig:
     dtype: str = opt("auto", "auto, fp32, bf16")
     out: str | None = opt(None, "write summary.json and samples.jsonl into this folder")
     quiet: bool = opt(False, "print nothing but errors")
+    judge: str | None = opt(
+        None,
+        "let a language model judge too, at this OpenAI-compatible URL (key, if any, in PUNSTER_JUDGE_KEY); openai is "
+        "OpenAI's own, with OPENAI_API_KEY. Texts are sent there; without this option nothing is sent anywhere",
+    )
+    judge_model: str = opt("", "name of the judging model at that endpoint")
+    judge_pairs: Literal["reference", "all"] = opt("reference", "compare each model with the reference, or every two models")
+    judge_budget: int = opt(2000, "at most so many calls that are not answered from the cache")
+    judge_workers: int = opt(8, "calls at once")
+    judge_rate: int = opt(0, "calls started a minute (0: no limit)")
+    judge_timeout: float = opt(60.0, "seconds to wait for an answer before trying again")
+    judge_tokens: int = opt(40, "longest answer in tokens; models that think first need hundreds")
+    judge_cache: str | None = opt(None, "SQLite file that keeps every answer (default: judge.sqlite in the cache folder)")
+    calibrate: int = opt(0, "first let the judge label so many texts that people have labelled (PUNSTER_DATA): Cohen's kappa")
 
     def __post_init__(self) -> None:
+        if self.judge is not None:
+            fine = self.judge == "openai" or re.fullmatch(r"https?://[^\s/]+\S*", self.judge)
+            require(bool(fine), f"--judge must be openai or a URL such as http://127.0.0.1:8000/v1, got {self.judge!r}")
+            require(bool(self.judge_model), "--judge needs --judge-model NAME")
+        require(self.judge is not None or not (self.judge_model or self.calibrate), "--judge-model and --calibrate need --judge")
+        counts = {
+            "budget": self.judge_budget,
+            "workers": self.judge_workers,
+            "timeout": self.judge_timeout,
+            "tokens": self.judge_tokens,
+        }
+        for flag, value in counts.items():
+            require(value > 0, f"--judge-{flag} must be above 0, got {value}")
+        require(self.judge_rate >= 0, f"--judge-rate must be >= 0, got {self.judge_rate}")
+        require(self.calibrate == 0 or self.calibrate >= 10, f"--calibrate must be at least 10, got {self.calibrate}")
         require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
         require(self.limit >= 0, f"--limit must be >= 0, got {self.limit}")
         require(self.temperature > 0, f"--temperature must be > 0 in evaluation, got {self.temperature}")

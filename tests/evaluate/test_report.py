@@ -17,8 +17,9 @@ import yaml
 
 from punster.errors import UserError
 from punster.evaluate.card import md, write_card
-from punster.evaluate.folder import COLUMNS, read_run, scrub, show
+from punster.evaluate.folder import read_run, scrub
 from punster.evaluate.report import frontier_figure, hue, opening, write_report
+from punster.evaluate.table import COLUMNS, show
 
 MODELS = ("base", "sft", "ppo", "grpo", "dpo", "best_of_8")
 PUNS = (
@@ -147,18 +148,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the report -----------------------------------------------------------------------------------------------------
 def test_numbers_of_a_pipeline_are_shown(report: Path) -> None:
     page = load(report)
-    assert page.row("PPO")[1:] == ["0.23 [0.13, 0.33]", "52.0 [49.0, 55.0] %", "6.00", "0.91", "14.3", "98.7 %", "1.2 %"]
+    assert page.row("PPO")[1:] == ["+0.23 [+0.13, +0.33]", "52% [49%, 55%]", "6.0", "0.91", "14.3", "99%", "1.2%"]
     assert page.row("best-of-8")[3] == "≤ 1.20"
-    assert page.row("SFT")[2:4] == ["–", "0.00"]
-    assert page.row("literal") == ["literal", "81.3 %", "77.7 %"]
-    assert page.row("off topic") == ["off topic", "94.2 %", "–"]
+    assert page.row("SFT")[2:4] == ["–", "0.0"]
+    assert page.row("literal") == ["literal", "81.3%", "77.7%"]
+    assert page.row("off topic") == ["off topic", "94.2%", "–"]
     assert page.row("cpu")[1] == "Some CPU"
     assert page.row("torch")[1] == "2.99.0"  # as recorded by the run, not as installed
     lead = page.text[page.text.index("DPO has the highest") :]
     assert lead.startswith(
         "DPO has the highest gold reward of the trained models, 0.97 [0.87, 1.07] against -0.14 [-0.24, -0.04] of SFT"
     )
-    assert "64.0 [61.0, 67.0] % of comparisons with SFT" in lead
+    assert "64% [61%, 67%] of comparisons with SFT" in lead
     assert "100 held-out prompts, 4 samples each; 20.6 minutes in all; seed 1." in lead
     assert "4-bit (Q4_1) copy" in page.text
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in page.text
@@ -254,7 +255,7 @@ def test_text_of_samples_is_inert(tmp_path: Path) -> None:
     # every table row keeps its number of cells: no pipe of a sample splits one
     table = [row for row in card.splitlines() if row.startswith("| ") and "window.hacked" in row]
     cells = {len(re.findall(r"(?<!\\)\|", row)) - 1 for row in table}
-    assert cells == {3, 4, len(COLUMNS)}  # samples: prompt and 2 models; accuracies: kind and 3 reward models; results
+    assert cells == {3, 4, len(COLUMNS) + 1}  # samples: prompt and 2 models; accuracies: kind and 3 reward models; results
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_damaged_files_and_odd_values(tmp_path: Path) -> None:
     summary["stages"] = summary["decoding"] = None
     (folder / "summary.json").write_text(json.dumps(summary))
     page = load(write_report(folder))
-    assert page.row("odd") == ["odd", "3.00", *["–"] * 6]
+    assert page.row("odd") == ["odd", "+3.00", *["–"] * 6]
     assert page.row("none") == ["none", *["–"] * 7]
     assert "nan" not in page.text.lower()
     assert "Reward while training" in page.text
@@ -349,7 +350,7 @@ def test_card(tmp_path: Path) -> None:
     assert parsed["library_name"] == "punster"
     assert parsed["license"] == "apache-2.0"
     assert {"ppo", "dpo", "puns"} <= set(parsed["tags"])
-    assert "| DPO | 0.97 \\[0.87, 1.07\\] | 64.0 \\[61.0, 67.0\\] % | 8.00 |" in body
+    assert "| DPO | +0.97 \\[+0.87, +1.07\\] | 64% \\[61%, 67%\\] | 8.0 |" in body
     wanted = ["How to load", "Results", "Samples", "Method", "Data and what their licences allow", "Limits", "Hyper-parameters",
               "Commands", "Versions and machine"]  # fmt: skip
     assert re.findall(r"^## (.+)$", body, re.MULTILINE) == wanted
@@ -379,7 +380,7 @@ def test_card_of_own_data_and_local_base(tmp_path: Path) -> None:
 
 def test_words_and_numbers() -> None:
     assert show({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.50 [0.25, 0.75]"
-    assert show({"mean": 0.5, "low": 0.25}, 0, percent=True) == "50 %"
+    assert show({"mean": 0.5, "low": 0.25}, 0, percent=True) == "50%"
     assert [show(v) for v in (None, float("inf"), True, "1", {})] == ["–"] * 5
     assert md("a|b *c* <d> `e` [f](http://g.h)\nnext") == r"a\|b \*c\* &lt;d&gt; \`e\` \[f\](http&#58;//g.h) next"
 

@@ -16,14 +16,11 @@ from typing import Any
 import yaml
 
 from punster.evaluate.folder import (
-    COLUMNS,
-    COLUMNS_EXPLAINED,
     LICENCES,
     METHODS,
     SHOWN_SETTINGS,
     SIZES,
     RunData,
-    as_dict,
     base_of,
     commands,
     data_used,
@@ -32,14 +29,12 @@ from punster.evaluate.folder import (
     listed,
     prompt_text,
     read_run,
-    result_rows,
     seconds_text,
-    show,
     side_by_side,
     usage,
     versions,
 )
-from punster.evaluate.table import label
+from punster.evaluate.table import as_dict, judge_sentences, label, result_tables, show
 from punster.model.load import BUILT_IN
 
 
@@ -132,12 +127,12 @@ def _loading(run: RunData, base: str) -> list[str]:
 
 def _results(run: RunData) -> list[str]:
     parts = []
-    if rows := result_rows(run):
-        size = ", ".join(f"{md(run.summary[k])} {what}" for k, what in SIZES if k in run.summary)
-        parts += [
-            f"{size}. {COLUMNS_EXPLAINED}".removeprefix(". "),
-            md_table(list(COLUMNS), [[md(c) for c in row] for row in rows]),
-        ]
+    if tables := result_tables(run.shown_summary):
+        parts.append(", ".join(f"{md(run.summary[k])} {what}" for k, what in SIZES if k in run.summary))
+        for table in tables:
+            head = ["Model", *(column.title for column in table.columns)]
+            parts += [f"**{md(table.title)}**", md_table(head, [[md(c) for c in row] for row in table.rows]), md(table.note)]
+        parts += [md(line) for line in judge_sentences(run.summary)]
     elif figures := final_figures(run):
         parts.append(md_table(["Figure", "Value"], [[md(k), v] for k, v in figures.items()]))
     if accuracies := run.accuracies:
@@ -145,7 +140,7 @@ def _results(run: RunData) -> list[str]:
         body = [[md(k.replace("_", " ")), *(show(a.get(k), 1, percent=True) for a in accuracies.values())] for k in kinds]
         parts.append("Accuracy of the reward models on held-out pairs, by kind of rejected text (50 % is chance):")
         parts.append(md_table(["Rejected text", *(md(label(n)) for n in accuracies)], body))
-    return ["## Results", *parts] if parts else []
+    return ["## Results", *filter(None, parts)] if parts else []
 
 
 def _samples(run: RunData) -> list[str]:

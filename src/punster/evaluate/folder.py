@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import re
 import shlex
@@ -18,7 +17,7 @@ import yaml
 
 from punster import __version__
 from punster.errors import UserError
-from punster.evaluate.table import label
+from punster.evaluate.table import as_dict, number
 from punster.model.load import ALIASES, BUILT_IN
 
 STAGES = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
@@ -88,6 +87,11 @@ class RunData:
         first = ("base", "sft", *sorted(n for n in given if n.startswith("best_of")), *STAGES)
         names = [n for n in dict.fromkeys((*first, *given)) if n in given]
         return {name: as_dict(given[name]) for name in names}
+
+    @property
+    def shown_summary(self) -> dict[str, Any]:
+        """The summary with its models in that order."""
+        return {**self.summary, "models": self.models}
 
     @property
     def model(self) -> str:
@@ -170,59 +174,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 # ---- words and numbers ----------------------------------------------------------------------------------------------
-def number(value: Any) -> float | None:
-    """A finite number (the mean, of an interval), or None."""
-    value = value.get("mean") if isinstance(value, dict) else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def show(value: Any, digits: int = 2, percent: bool = False) -> str:
-    """'mean [low, high]' of an interval, or a plain number; a dash where there is none."""
-    scale, unit = (100, " %") if percent else (1, "")
-    mean, low, high = number(value), number(as_dict(value).get("low")), number(as_dict(value).get("high"))
-    if mean is None:
-        return "–"
-    bounds = "" if low is None or high is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-    return f"{scale * mean:.{digits}f}{bounds}{unit}"
-
-
-def show_kl(entry: dict[str, Any]) -> str:
-    """Exact KL; for best-of-n, which has none, its upper bound."""
-    if number(entry.get("exact_kl")) is None and number(entry.get("kl_bound")) is not None:
-        return f"≤ {show(entry['kl_bound'])}"
-    return show(entry.get("exact_kl"))
-
-
-COLUMNS = (
-    "Model", "Gold reward", "Win rate against SFT", "Exact KL (nats)", "Distinct-2", "Words", "Ends by itself", "Copies",
-)  # fmt: skip
-COLUMNS_EXPLAINED = (
-    "Mean [95 % interval]. Gold reward: score by a second reward model, trained on puns that no other stage saw; compare it "
-    "within this run only. Win rate: chance that a sample scores above one of the SFT model. Exact KL: full-vocabulary KL to the "
-    "SFT model, summed over a response; for best-of-n, an upper bound (≤). Distinct-2: share of distinct word pairs. Ends by "
-    "itself: share of texts that end before the length limit. Copies: share of texts that nearly repeat a training pun."
-)
-
-
-def result_rows(run: RunData) -> list[list[str]]:
-    """A row a model, in the order of COLUMNS."""
-    return [
-        [
-            label(name), show(e.get("held_out_reward")), show(e.get("win_rate_vs_sft"), 1, percent=True), show_kl(e),
-            show(e.get("distinct_2")), show(e.get("length"), 1), show(e.get("eos_rate"), 1, percent=True),
-            show(e.get("copy_rate"), 1, percent=True),
-        ]
-        for name, e in run.models.items()
-    ]  # fmt: skip
-
-
 def best_model(run: RunData) -> str | None:
     """The trained model of the highest gold reward (best-of-n is not a model of its own, a placebo no candidate)."""
     names = [n for n in run.models if n not in ("base", "sft", "placebo") and not n.startswith("best_of")]

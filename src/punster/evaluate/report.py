@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from punster.evaluate import folder as folder_data
-from punster.evaluate.folder import RunData, Stage, as_dict, number, show
-from punster.evaluate.table import label
+from punster.evaluate.folder import RunData, Stage
+from punster.evaluate.table import as_dict, judge_sentences, label, number, result_tables, show, show_kl
 
 SAMPLED_PROMPTS = 20
 # (key of metrics.jsonl, verbs that write it, title, unit of the axis, what to look for)
@@ -108,12 +108,13 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 <h1>{{ run.name }}</h1>
 <p class="lead">{{ opening }}</p>
 {% if note %}<p class="note">{{ note }}</p>{% endif %}
-{% if rows or plain or frontier %}
+{% if results or plain or frontier %}
 <h2>Results</h2>
-{% if rows %}
-{{ data_table("Models compared: mean [95 % interval]", columns, rows, "numbers") }}
-<p class="note">{{ explained }}</p>
-{% endif %}
+{% for table in results %}
+{{ data_table(table.title + ": mean [95 % interval]", ["Model"] + table.columns | map(attribute="title") | list, table.rows, "numbers") }}
+<p class="note">{{ table.note }}</p>
+{% endfor %}
+{% for line in judge %}<p class="note">{{ line }}</p>{% endfor %}
 {% if plain %}{{ data_table("Final figures", [], plain, "numbers") }}{% endif %}
 {% if frontier %}{{ plot(frontier) }}{% endif %}
 {% endif %}
@@ -332,10 +333,10 @@ def verdict(run: RunData, best: str) -> str:
     wins = as_dict(entry.get("win_rate_vs_sft"))
     low, high = number(wins.get("low")), number(wins.get("high"))
     if number(wins) is not None:
-        text += f"; it wins {show(wins, 1, percent=True)} of comparisons with SFT"
+        text += f"; it wins {show(wins, 0, percent=True)} of comparisons with SFT"
         if low is not None and high is not None and low <= 0.5:
             text += ", so no improvement is shown" if high >= 0.5 else ", so it is worse"
-    return text + (f", at an exact KL of {kl} nats." if (kl := folder_data.show_kl(entry)) != "–" else ".")
+    return text + (f", at an exact KL of {kl} nats." if (kl := show_kl(entry)) != "–" else ".")
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -388,8 +389,8 @@ def write_report(folder: Path) -> Path:
     accuracies = [[kind.replace("_", " "), *(show(a.get(kind), 1, percent=True) for a in judges.values())] for kind in kinds]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE).render(
-        run=run, opening=opening(run), note=folder_data.base_of(run)[1], columns=folder_data.COLUMNS, explained=folder_data.COLUMNS_EXPLAINED,
-        rows=folder_data.result_rows(run), plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
+        run=run, opening=opening(run), note=folder_data.base_of(run)[1],
+        results=result_tables(run.shown_summary), judge=judge_sentences(run.summary), plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
         frontier=frontier and {**frontier, "svg": Markup(frontier["svg"])}, last=last, accuracies=accuracies,
         figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *map(label, judges)],
         settings=settings(run), commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,10 @@ def paired_test(shares: Sequence[float]) -> float:
     return sign_test(sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares))
 
 
-def prompts_needed(rate: float, power: float = 0.8, level: float = 0.95) -> float:
-    """Prompts at which a two-sided test against 50 % finds a true win rate with this power (normal approximation)."""
+def prompts_needed(rate: float, power: float = 0.8, level: float = 0.95) -> int | None:
+    """Prompts at which a two-sided test against 50 % finds a true win rate with this power (normal approximation); of 50 %, None."""
     if rate == 0.5:
-        return math.inf
+        return None
     z = NormalDist().inv_cdf
     root = z((1 + level) / 2) * 0.5 + z(power) * math.sqrt(rate * (1 - rate))
     return math.ceil((root / abs(rate - 0.5)) ** 2)
@@ -112,19 +113,27 @@ def resampled_weights(prompts: Sequence[int], resamples: int, seed: int) -> Tens
     return torch.cat([torch.ones(1, len(index), dtype=torch.float64), counts[:, index]])
 
 
-def length_controlled(
-    shares: Sequence[float], longer: Sequence[float], prompts: Sequence[int], seed: int = 1, resamples: int = 500
-) -> Interval:
+def length_controlled(shares: Sequence[float], longer: Sequence[float], seed: int = 1, resamples: int = 500) -> Interval:
     """Win rate at equal length (Dubois et al. 2024): sigmoid(c) of the fit share ~ sigmoid(c + g tanh(longer / sd)).
 
-    longer: by how many words the side is longer than its opponent. Bootstrap interval over prompts.
+    One share a prompt; longer: by how many words the side is longer than its opponent. Bootstrap interval over prompts.
     """
     gap = torch.tensor(list(longer), dtype=torch.float64)
     scale = gap.square().mean().sqrt().clamp(min=1e-9)
     inputs = torch.stack([torch.ones_like(gap), torch.tanh(gap / scale)], 1)
-    weights = resampled_weights(prompts, resamples, seed)
+    weights = resampled_weights(range(len(gap)), resamples, seed)
     fitted = torch.sigmoid(logistic_fit(inputs, torch.tensor(list(shares), dtype=torch.float64), weights)[:, 0])
     return percentiles(float(fitted[0]), fitted[1:])
+
+
+def versus(shares: Sequence[float], longer: Sequence[float], seed: int = 1) -> dict[str, Any]:
+    """What shares won against one opponent, one a prompt, amount to."""
+    rate = bootstrap(shares, seed)
+    return {
+        "win_rate": rate, "wilson": wilson(shares), "length_controlled": length_controlled(shares, longer, seed),
+        "wins": sum(s > 0.5 for s in shares), "ties": sum(s == 0.5 for s in shares), "losses": sum(s < 0.5 for s in shares),
+        "sign_test": paired_test(shares), "prompts_needed": prompts_needed(rate["mean"]),
+    }  # fmt: skip
 
 
 def bradley_terry_ratings(
