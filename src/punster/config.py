@@ -55,6 +55,7 @@ class TrainConfig:
     save_every: int = opt(0, "steps between checkpoints (0: only at the end and when interrupted)")
     keep: int = opt(2, "checkpoints that are kept")
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)")
+    eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation (0: none)")
     resume: bool = opt(False, "go on from the newest checkpoint of the run of this name")
     dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
     quiet: bool = opt(False, "print nothing but errors")
@@ -79,6 +80,7 @@ class TrainConfig:
         )
         require(self.max_tokens >= 64, f"--max-tokens must be at least 64, got {self.max_tokens}")
         require(self.keep >= 1, f"--keep must be at least 1, got {self.keep}")
+        require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
         require(self.save_every >= 0 and self.eval_every >= 0, "--save-every and --eval-every must be >= 0")
         require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
                 f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip
@@ -159,7 +161,6 @@ class PolicyConfig(TrainConfig):
     beta: float = opt(0.02, "coefficient of the per-token KL (k1) in the reward")
     missing_eos_penalty: float = opt(1.0, "taken off the score of a response that does not end")
     clip: float = opt(0.2, "ratio clip")
-    eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +169,6 @@ class PolicyConfig(TrainConfig):
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
         require(self.beta >= 0, f"--beta must be >= 0, got {self.beta}")
         require(0 < self.clip < 1, f"--clip must lie in (0, 1), got {self.clip}")
-        require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
         require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
 
 

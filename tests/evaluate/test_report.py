@@ -18,7 +18,7 @@ import yaml
 from punster.errors import UserError
 from punster.evaluate.card import md, write_card
 from punster.evaluate.folder import read_run, scrub
-from punster.evaluate.report import frontier_figure, hue, opening, write_report
+from punster.evaluate.report import frontier_figure, opening, write_report
 from punster.evaluate.table import COLUMNS, show
 
 MODELS = ("base", "sft", "ppo", "grpo", "dpo", "best_of_8")
@@ -196,12 +196,13 @@ def test_figures_tables_and_prompts(report: Path) -> None:
 
 def test_figures_hold_the_points_in_place(tmp_path: Path) -> None:
     """The frontier's error bars: a higher gold reward lies higher (smaller y), a larger KL further right."""
-    figure = frontier_figure(read_run(pipeline(tmp_path)))
+    run = read_run(pipeline(tmp_path))
+    figure = frontier_figure(run)
     assert figure is not None
     places = {}
     for name in ("sft", "ppo", "grpo", "dpo"):
         group = re.search(
-            rf'<use href="#[^"]*" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--hue{hue(name)}\); stroke', figure["svg"]
+            rf'<use href="#[^"]*" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--hue{run.hue(name)}\); stroke', figure["svg"]
         )
         assert group is not None
         places[name] = (float(group[1]), float(group[2]))
@@ -351,7 +352,7 @@ def test_card(tmp_path: Path) -> None:
     assert parsed["license"] == "apache-2.0"
     assert {"ppo", "dpo", "puns"} <= set(parsed["tags"])
     assert "| DPO | +0.97 \\[+0.87, +1.07\\] | 64% \\[61%, 67%\\] | 8.0 |" in body
-    wanted = ["How to load", "Results", "Samples", "Method", "Data and what their licences allow", "Limits", "Hyper-parameters",
+    wanted = ["How to load", "Results", "Samples", "Curves", "Method", "Data and what their licences allow", "Limits", "Hyper-parameters",
               "Commands", "Versions and machine"]  # fmt: skip
     assert re.findall(r"^## (.+)$", body, re.MULTILINE) == wanted
     for words in ("4-bit (Q4\\_1) copy", "--model HuggingFaceTB/SmolLM2-135M-Instruct", "MIT licence", "offensive", "English", "- torch: 2.99.0",

@@ -10,6 +10,7 @@ import hashlib
 import html
 import re
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def _body(run: RunData) -> list[str]:
     what = "A small language model taught to make puns" if run.policies else "A reward model of puns"
     about = f"{what}, trained with punster {md(versions(run)['punster'])}. {md(note)}".rstrip()
     parts = [f"# {md(run.name)}", about, *_loading(run, base), *_results(run), *_samples(run)]
+    if drawn := _curves(run):
+        parts += [
+            "## Curves",
+            "First to last step, with the values there; report.html has them as figures.",
+            md_table(["Metric", "Stage", "Curve", "From", "To"], drawn),
+        ]
     methods = [f"- **{md(label(s.name))}**: {METHODS[s.verb]}" for s in run.stages if s.verb in METHODS]
     if methods:
         lora = any(s.config.get("adapter") == "lora" for s in run.stages)
@@ -92,7 +99,8 @@ def _body(run: RunData) -> list[str]:
     unknown = "the user's own file; whether results may be passed on depends on its licence, which punster does not know."
     corpus = hashlib.sha256((files("punster") / "data" / "puns.jsonl").read_bytes()).hexdigest()
     used = data_used(run)
-    data = [f"- {code(d)}: {unknown}" for d in used if d != "embedded"]
+    data = [f"- {code(d)}: {unknown}" for d in used if d != "embedded" and not public_sources(d)]
+    data += [line for d in used for line in public_sources(d)]
     data.append(f"- Base model: {md(base or 'local')}, licence: {licence}.")
     if "embedded" in used or not used:
         data.insert(0, f"- Embedded corpus of punster: original puns, MIT licence, free for any use (SHA-256 {code(corpus)}).")
@@ -151,6 +159,41 @@ def _samples(run: RunData) -> list[str]:
         return ["## Samples", "The first sample to each of the first prompts, not selected.", md_table(head, body)]
     rows = [[md(prompt_text(r.get("prompt", ""))), md(r["completion"]), show(r.get("score"))] for r in last_samples(run, 5)]
     return ["## Samples", md_table(["Prompt", "Completion", "Score"], rows)] if rows else []
+
+
+def public_sources(name: str) -> list[str]:
+    """The sources of punster's own mixtures, "puns", with what their licences allow; nothing for anything else."""
+    from punster.data.mix import DEFAULTS, load_mixture
+    from punster.data.sources import SOURCES
+
+    parts = [part for recipe in DEFAULTS.values() for part in load_mixture(recipe).parts] if name == "puns" else []
+    return [
+        f"- {md(source.title)} ({md(source.home)}): {md(source.licence)}; "
+        + ("the results may be used for anything." if source.open else "not for commercial use, as far as weights inherit it.")
+        for source in (SOURCES[part] for part in dict.fromkeys(part.source for part in parts) if part in SOURCES)
+    ]
+
+
+def _curves(run: RunData) -> list[list[str]]:
+    """Every curve of the report as a line of blocks."""
+    from punster.evaluate.report import CURVES, points_of
+
+    rows = []
+    for metric, verbs, title, *_ in CURVES:
+        for stage in run.stages:
+            values = [y for _, y in points_of(stage, metric)]
+            if stage.verb in verbs and len(values) >= 2:
+                rows.append([md(title), md(label(stage.name)), blocks(values), f"{values[0]:.3g}", f"{values[-1]:.3g}"])
+    return rows
+
+
+def blocks(values: list[float], width: int = 24) -> str:
+    """A curve as block characters, the mean of each stretch from lowest to highest."""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
 
 
 def _settings(run: RunData) -> list[str]:

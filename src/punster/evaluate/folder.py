@@ -7,8 +7,9 @@ import json
 import platform
 import re
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 
 from punster import __version__
 from punster.errors import UserError
-from punster.evaluate.table import as_dict, number
+from punster.evaluate.table import as_dict, label, number
 from punster.model.load import ALIASES, BUILT_IN
 
 STAGES = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
@@ -38,6 +39,8 @@ SHOWN_SETTINGS = (
     "batch_size", "steps", "epochs", "lr", "critic_lr", "beta", "clip", "temperature", "max_new_tokens", "adapter", "lora_r",
     "lora_alpha", "top_layers", "variant", "samples", "loss_type", "pairs", "negatives", "split", "dtype", "seed",
 )  # fmt: skip
+
+HUES = {"base": 0, "sft": 1, "best_of": 2, "ppo": 3, "grpo": 4, "dpo": 5, "gold": 2, "reward": 1}
 
 # OSC, DCS and their kin with their whole content; CSI; any other escape; then bare control and bidirectional characters.
 _CONTROL = re.compile(
@@ -79,6 +82,12 @@ class RunData:
     samples: list[dict[str, Any]]
     stages: list[Stage]
     config_sha256: str = ""
+    hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
+
+    def hue(self, name: str) -> int:
+        """Number of a model's colour and marker, the same in all figures."""
+        known = HUES.get("best_of" if name.startswith("best_of") else name, 6 + sum(map(ord, name)) % 2)
+        return self.hues.get(name, known)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
@@ -132,6 +141,32 @@ def read_run(folder: Path) -> RunData:
         samples=read_lines(folder / "samples.jsonl"), stages=stages,
         config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file.is_file() else "",
     )  # fmt: skip
+
+
+def compared(runs: Sequence[RunData]) -> RunData:
+    """Several runs as one: stages and models are named after their run, so that they share tables and figures."""
+    names = [run.name for run in runs]
+    names = names if len(set(names)) == len(names) else [run.shown for run in runs]
+    titled = lambda owner, name: owner if name == owner else f"{owner}: {label(name)}"
+    models, samples, stages = {}, [], []
+    for owner, run in zip(names, runs, strict=True):
+        models |= {titled(owner, name): entry for name, entry in run.models.items()}
+        samples += [{**row, "model": titled(owner, row["model"])} for row in run.samples if isinstance(row.get("model"), str)]
+        stages += [replace(stage, name=titled(owner, stage.name) if run.pipeline else owner) for stage in run.stages]
+    hues: dict[str, int] = {}
+    for family in (models, {stage.name: stage for stage in stages if stage.verb not in ("reward", "")}):
+        hues |= {name: place % 8 for place, name in enumerate(n for n in family if n not in hues)}
+    return RunData(
+        name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models},
+        samples=samples, stages=stages, hues=hues,
+    )  # fmt: skip
+
+
+def differences(runs: Sequence[RunData]) -> list[list[str]]:
+    """Settings that are not the same in all runs: key, then each run's value."""
+    told = [{f"{s.name}.{k}" if run.pipeline else k: v for s in run.stages for k, v in s.config.items()} for run in runs]
+    keys = [k for k in dict.fromkeys(k for one in told for k in one) if len({str(one.get(k)) for one in told}) > 1]
+    return [[key, *(", ".join(listed(one.get(key))) or "–" for one in told)] for key in keys]
 
 
 def _read_stage(folder: Path, name: str) -> Stage:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ CURVES: tuple[tuple[str, tuple[str, ...], str, str, str], ...] = (
      "It starts at 0 and should rise. Very large margins mean that the pairs are memorised."),
 )  # fmt: skip
 INK, GRID = "#010101", "#020202"  # stand-ins that become CSS variables in the finished SVG
-HUES = {"base": 0, "sft": 1, "best_of": 2, "ppo": 3, "grpo": 4, "dpo": 5, "gold": 2, "reward": 1}
 MARKERS = "osD^vPXh"
 
 
@@ -118,6 +117,10 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 {% if plain %}{{ data_table("Final figures", [], plain, "numbers") }}{% endif %}
 {% if frontier %}{{ plot(frontier) }}{% endif %}
 {% endif %}
+{% if differing %}
+<h2>What differs</h2>
+{{ data_table("Settings that are not the same", ["Setting"] + names | list, differing, "") }}
+{% endif %}
 {% if accuracies %}
 <h2>Reward models</h2>
 {{ data_table("Accuracy on held-out pairs, by kind of rejected text (50 % is chance)", judges, accuracies, "numbers") }}
@@ -160,13 +163,8 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
-def hue(name: str) -> int:
-    """Number of a model's colour (and marker), the same in all figures."""
-    return HUES.get("best_of" if name.startswith("best_of") else name, 6 + sum(map(ord, name)) % 2)
-
-
-def colour(name: str) -> str:
-    return f"#0300{hue(name):02x}"
+def colour(hue: int) -> str:
+    return f"#0300{hue:02x}"
 
 
 def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> str:
@@ -200,18 +198,19 @@ def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> s
     return svg.replace("<svg", f'<svg role="img" aria-labelledby="{key}-title"', 1)
 
 
-def curve(key: str, ylabel: str, runs: list[tuple[Stage, list[tuple[float, float]]]]) -> str:
+def curve(key: str, ylabel: str, run: RunData, lines: list[tuple[Stage, list[tuple[float, float]]]]) -> str:
     """Lines over steps; long noisy ones pale, with a running mean on top."""
 
     def draw(axes: Any) -> None:
-        for stage, points in runs:
+        for stage, points in lines:
+            hue = run.hue(stage.name)
             xs, ys = zip(*points, strict=True)
             width = len(ys) // 12
             # Marker and dashes tell lines apart without colour.
             style = {
-                "color": colour(stage.name),
-                "linestyle": ("-", "--")[hue(stage.name) % 2],
-                "marker": MARKERS[hue(stage.name)],
+                "color": colour(hue),
+                "linestyle": ("-", "--")[hue % 2],
+                "marker": MARKERS[hue],
                 "markersize": 3.5 if len(ys) <= 30 else 0,
             }
             if width < 3:
@@ -242,7 +241,7 @@ def curve_figures(run: RunData) -> list[dict[str, str]]:
             key = f"curve{index}"
             ends = "; ".join(f"{label(s.name)} {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in runs)
             found.append(
-                {"key": key, "title": title, "svg": curve(key, unit, runs), "caption": f"{caption} First to last: {ends}."}
+                {"key": key, "title": title, "svg": curve(key, unit, run, runs), "caption": f"{caption} First to last: {ends}."}
             )
     return found
 
@@ -267,9 +266,15 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
 
     def draw(axes: Any) -> None:
         if line:
-            axes.plot(*zip(*line, strict=True), "--.", color=colour("best_of"), linewidth=1.4, label="best of n (bound)")
+            axes.plot(*zip(*line, strict=True), "--.", color=colour(run.hue("best_of")), linewidth=1.4, label="best of n (bound)")
         for name, x, y, bars in points:
-            style = {"fmt": MARKERS[hue(name)], "color": colour(name), "markersize": 7, "capsize": 3, "linewidth": 1.4}
+            style = {
+                "fmt": MARKERS[run.hue(name)],
+                "color": colour(run.hue(name)),
+                "markersize": 7,
+                "capsize": 3,
+                "linewidth": 1.4,
+            }
             axes.errorbar([x], [y], yerr=bars, label=label(name), **style)
         largest = max(x for x, *_ in [*line, *((x, y) for _, x, y, _ in points)])
         # A square-root axis spreads the small KLs, where best-of-n lives, and makes its law nearly straight.
@@ -368,12 +373,28 @@ def settings(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def write_report(folder: Path) -> Path:
     """Write folder/report.html."""
+    run = folder_data.read_run(Path(folder))
+    return write_page(run, opening(run), Path(folder) / "report.html")
+
+
+def write_comparison(folders: Sequence[Path], path: Path) -> Path:
+    """Several runs on one page."""
+    runs = [folder_data.read_run(Path(folder)) for folder in folders]
+    run = folder_data.compared(runs)
+    text = (
+        f"{len(runs)} runs compared: {run.name}. Each has its own SFT model, gold reward model and training reward: compare gold "
+        "rewards and scores within a run; win rates, KL, lengths and shares also between runs, as far as prompts and decoding agree."
+    )
+    return write_page(run, text, path, [one.name for one in runs], folder_data.differences(runs))
+
+
+def write_page(run: RunData, lead: str, path: Path, names: Sequence[str] = (), differing: Sequence[Sequence[str]] = ()) -> Path:
+    """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
     from markupsafe import Markup
 
     from punster.train.run import write_text
 
-    run = folder_data.read_run(Path(folder))
     frontier = frontier_figure(run)
     models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)
     cells = [
@@ -384,17 +405,16 @@ def write_report(folder: Path) -> Path:
         (folder_data.prompt_text(r.get("prompt", "")), r["completion"], show(r.get("score")))
         for r in folder_data.last_samples(run, SAMPLED_PROMPTS)
     ]
-    judges = run.accuracies
+    judges = {label(name): kinds for name, kinds in run.accuracies.items()}
     kinds = list(dict.fromkeys(kind for given in judges.values() for kind in given))
     accuracies = [[kind.replace("_", " "), *(show(a.get(kind), 1, percent=True) for a in judges.values())] for kind in kinds]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE).render(
-        run=run, opening=opening(run), note=folder_data.base_of(run)[1],
+        run=run, opening=lead, names=names, differing=differing, note=folder_data.base_of(run)[1],
         results=result_tables(run.shown_summary), judge=judge_sentences(run.summary), plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
         frontier=frontier and {**frontier, "svg": Markup(frontier["svg"])}, last=last, accuracies=accuracies,
-        figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *map(label, judges)],
+        figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *judges],
         settings=settings(run), commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),
     )  # fmt: skip
-    path = Path(folder) / "report.html"
     write_text(path, page)
     return path
