@@ -148,16 +148,20 @@ def compared(runs: Sequence[RunData]) -> RunData:
     names = [run.name for run in runs]
     names = names if len(set(names)) == len(names) else [run.shown for run in runs]
     titled = lambda owner, name: owner if name == owner else f"{owner}: {label(name)}"
-    models, samples, stages = {}, [], []
+    models: dict[str, dict[str, Any]] = {}
+    rewards: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+    stages: list[Stage] = []
     for owner, run in zip(names, runs, strict=True):
         models |= {titled(owner, name): entry for name, entry in run.models.items()}
+        rewards |= {titled(owner, name): {"accuracy": kinds} for name, kinds in run.accuracies.items()}
         samples += [{**row, "model": titled(owner, row["model"])} for row in run.samples if isinstance(row.get("model"), str)]
         stages += [replace(stage, name=titled(owner, stage.name) if run.pipeline else owner) for stage in run.stages]
     hues: dict[str, int] = {}
     for family in (models, {stage.name: stage for stage in stages if stage.verb not in ("reward", "")}):
         hues |= {name: place % 8 for place, name in enumerate(n for n in family if n not in hues)}
     return RunData(
-        name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models},
+        name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models, "reward_models": rewards},
         samples=samples, stages=stages, hues=hues,
     )  # fmt: skip
 

@@ -78,7 +78,7 @@ def pair_question(prompt: str, a: str, b: str, wording: str) -> str:
 
 
 def pair_request(prompt: str, a: str, b: str, wording: str) -> Messages:
-    examples = [(pair_question(*case, wording), answer) for *case, answer in PAIR_EXAMPLES]
+    examples = [(pair_question(p, first, second, wording), answer) for p, first, second, answer in PAIR_EXAMPLES]
     return conversation(examples, pair_question(prompt, a, b, wording))
 
 
@@ -238,6 +238,6 @@ def calibrate(
     result: dict[str, Any] = {"texts": len(labelled), "unusable": mean([answer is None for answer in answers])}
     for number, wording in enumerate(WORDINGS):
         pairs = [(bool(a["pun"]), label) for a, (_, label) in zip(answers[number::2], labelled, strict=True) if a]
-        result[wording] = kappa(*zip(*pairs, strict=True), seed) if pairs else None
+        result[wording] = kappa([said for said, _ in pairs], [label for _, label in pairs], seed) if pairs else None
     client.cache.keep_calibration(name, result)
     return result

@@ -55,12 +55,12 @@ class Cache:
 
     def answers(self, keys: Sequence[str]) -> dict[str, tuple[str, int, int]]:
         """{key: (answer, tokens in, tokens out)} of those that are there."""
-        found = {}
+        found: dict[str, tuple[str, int, int]] = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
             marks = ",".join("?" * len(part))
             query = f"SELECT key, answer, prompt_tokens, completion_tokens FROM answers WHERE key IN ({marks})"
-            found |= {row[0]: tuple(row[1:]) for row in self._run(query, part)}
+            found |= {row[0]: (row[1], row[2], row[3]) for row in self._run(query, part)}
         return found
 
     def keep(self, *row: Any) -> None:

@@ -66,6 +66,7 @@ h3 { margin: 1rem 0 .25rem; font-size: 1rem }
 .scroll:focus-visible { outline: 2px solid var(--hue1) }
 table { border-collapse: collapse; font-size: .9rem }
 caption { text-align: left; padding-bottom: .35rem }
+caption span { display: inline-block; max-width: calc(100vw - 2rem) }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; font-weight: 400 }
 thead th { background: var(--soft); vertical-align: bottom; font-weight: 600 }
 .numbers td, .numbers th[scope=row] { white-space: nowrap; font-variant-numeric: tabular-nums }
@@ -86,7 +87,7 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 <body>
 {% macro data_table(title, head, rows, kind, captioned=true) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ title }}"><table class="{{ kind }}">
-{% if captioned %}<caption>{{ title }}</caption>{% endif %}
+{% if captioned %}<caption><span>{{ title }}</span></caption>{% endif %}
 
 
 {% if head %}<thead><tr>{% for cell in head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>{% endif %}
@@ -184,8 +185,10 @@ def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> s
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[1]:
-            canvas.figure.legend(loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.5)
+        if names := axes.get_legend_handles_labels()[1]:
+            columns = max(1, min(4, 60 // (max(map(len, names)) + 5)))
+            canvas.figure.set_figheight(2.7 + 0.2 * -(-len(names) // columns))
+            canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
         out = io.StringIO()
         canvas.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
@@ -374,7 +377,7 @@ def settings(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
 def write_report(folder: Path) -> Path:
     """Write folder/report.html."""
     run = folder_data.read_run(Path(folder))
-    return write_page(run, opening(run), Path(folder) / "report.html")
+    return write_page(run, opening(run), Path(folder) / "report.html", judge_sentences(run.summary))
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
@@ -385,10 +388,13 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         f"{len(runs)} runs compared: {run.name}. Each has its own SFT model, gold reward model and training reward: compare gold "
         "rewards and scores within a run; win rates, KL, lengths and shares also between runs, as far as prompts and decoding agree."
     )
-    return write_page(run, text, path, [one.name for one in runs], folder_data.differences(runs))
+    judge = [f"{one.name}: {line}" for one in runs for line in judge_sentences(one.summary)]
+    return write_page(run, text, path, judge, [one.name for one in runs], folder_data.differences(runs))
 
 
-def write_page(run: RunData, lead: str, path: Path, names: Sequence[str] = (), differing: Sequence[Sequence[str]] = ()) -> Path:
+def write_page(
+    run: RunData, lead: str, path: Path, judge: Sequence[str], names: Sequence[str] = (), differing: Sequence[Sequence[str]] = ()
+) -> Path:
     """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
     from markupsafe import Markup
@@ -411,7 +417,7 @@ def write_page(run: RunData, lead: str, path: Path, names: Sequence[str] = (), d
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE).render(
         run=run, opening=lead, names=names, differing=differing, note=folder_data.base_of(run)[1],
-        results=result_tables(run.shown_summary), judge=judge_sentences(run.summary), plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
+        results=result_tables(run.shown_summary), judge=judge, plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
         frontier=frontier and {**frontier, "svg": Markup(frontier["svg"])}, last=last, accuracies=accuracies,
         figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *judges],
         settings=settings(run), commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),

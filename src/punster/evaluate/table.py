@@ -97,9 +97,9 @@ PAIRED_COLUMNS = (
     Column("rating", "rating", "Rating", "Bradley-Terry rating of all models against each other, mean 1000, on the scale of Elo", 0),
 )  # fmt: skip
 JUDGE_COLUMNS = (
-    Column("judge.win_rate", "win rate", "Win rate against SFT", "ties half, mean of both wordings", 0, percent=True),
-    Column("judge.wins", "won", "Won", "prompts", 0), Column("judge.ties", "tied", "Tied", "prompts", 0),
-    Column("judge.losses", "lost", "Lost", "prompts", 0),
+    Column("judge.win_rate", "win rate", "Win rate against SFT", "ties half, mean of both wordings; won, tied, lost: prompts", 0, percent=True),
+    Column("judge.wins", "won", "Won", "", 0), Column("judge.ties", "tied", "Tied", "", 0),
+    Column("judge.losses", "lost", "Lost", "", 0),
     Column("judge.length_controlled", "at equal length", "Win rate at equal length",
            "what is left of the win rate when the difference in words is taken out", 0, percent=True),
     Column("judge.sign_test", "sign test p", "Sign test, p", "on the prompts that one side won", 3),
@@ -119,7 +119,7 @@ class Table:
 
     @property
     def note(self) -> str:
-        return "; ".join(f"{column.title}: {column.note}" for column in self.columns) + "."
+        return "; ".join(f"{column.title}: {column.note}" for column in self.columns if column.note) + "."
 
 
 def table(title: str, columns: Sequence[Column], models: Mapping[str, Any], keep_all: bool = False) -> Table | None:

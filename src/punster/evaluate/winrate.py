@@ -50,7 +50,7 @@ def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact sign test on the prompts that one side won; on the discordant pairs of two yes-no outcomes it is McNemar's."""
     count, extreme = wins + losses, max(wins, losses)
     tail = sum(math.comb(count, k) for k in range(extreme, count + 1)) / 2**count
-    return min(1.0, 2 * tail)
+    return float(min(1.0, 2 * tail))
 
 
 def paired_test(shares: Sequence[float]) -> float:
@@ -64,7 +64,7 @@ def prompts_needed(rate: float, power: float = 0.8, level: float = 0.95) -> int 
         return None
     z = NormalDist().inv_cdf
     root = z((1 + level) / 2) * 0.5 + z(power) * math.sqrt(rate * (1 - rate))
-    return math.ceil((root / abs(rate - 0.5)) ** 2)
+    return math.ceil(math.pow(root / (rate - 0.5), 2))
 
 
 def kappa(a: Sequence[object], b: Sequence[object], seed: int = 1, resamples: int = 2000) -> Interval:
