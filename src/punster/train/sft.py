@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from punster.config import SftConfig
+from punster.config import DistillConfig, SftConfig
 from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.data.schema import Row
@@ -50,7 +50,7 @@ def sft(config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft")
         else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
         for i, r in enumerate(given, 1)
     ]
-    embedded = rows is None and config.data == ["embedded"]
+    embedded = config.prompts == "embedded" if isinstance(config, DistillConfig) else rows is None and config.data == ["embedded"]
     shown = held_out_prompts(None if embedded else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
