@@ -19,7 +19,7 @@ USAGE = """punster: RLHF for small language models, made for puns
   punster generate RUN|MODEL PROMPT [-k 8]                write puns
   punster score REWARD-RUN FILE.jsonl                     score texts
   punster evaluate RUN [base] [RUN ...]                   compare on held-out prompts
-  punster report RUN                                      report.html and model card
+  punster report RUN [RUN ...]                            report.html and model card; several: one page that compares them
   punster data list|prepare|check|mix                     public pun sources, your own files, mixtures of them
   punster export RUN --format hf|peft --out DIR           for transformers and peft
   punster doctor                                          versions, machine, cache, speed
@@ -279,16 +279,24 @@ def evaluate_verb(rest: list[str]) -> int:
 
 
 def report_verb(rest: list[str]) -> int:
-    parser = simple_parser("report", "Write report.html and the model card of a run.")
-    parser.add_argument("run", type=str, help="a run folder, or the folder of a pipeline")
-    folder = Path(parsed_values(parser, rest, ("run",))["run"])
-    if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
-        raise UserError(f"{folder}: no such run")
+    parser = simple_parser("report", "Write report.html and the model card of a run, or one page that compares several runs.")
+    parser.add_argument("run", type=str, nargs="+", help="a run folder, or the folder of a pipeline; or several")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="several runs: the page (default: comparison.html beside the first)"
+    )
+    o = parsed_values(parser, rest, ("run", "out"))
+    folders = [Path(name) for name in o["run"]]
+    for folder in folders:
+        if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
+            raise UserError(f"{folder}: no such run")
     from punster.evaluate.card import write_card
-    from punster.evaluate.report import write_report
+    from punster.evaluate.report import write_comparison, write_report
 
-    print(write_report(folder))
-    print(write_card(folder))
+    if len(folders) > 1:
+        print(write_comparison(folders, Path(o["out"] or folders[0].resolve().parent / "comparison.html")))
+        return 0
+    print(write_report(folders[0]))
+    print(write_card(folders[0]))
     return 0
 
 

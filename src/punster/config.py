@@ -57,6 +57,7 @@ class TrainConfig:
     save_every: int = opt(0, "steps between checkpoints (0: only at the end and when interrupted)")
     keep: int = opt(2, "checkpoints that are kept")
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)")
+    eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation (0: none)")
     resume: bool = opt(False, "go on from the newest checkpoint of the run of this name")
     dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
     quiet: bool = opt(False, "print nothing but errors")
@@ -81,6 +82,7 @@ class TrainConfig:
         )
         require(self.max_tokens >= 64, f"--max-tokens must be at least 64, got {self.max_tokens}")
         require(self.keep >= 1, f"--keep must be at least 1, got {self.keep}")
+        require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
         require(self.save_every >= 0 and self.eval_every >= 0, "--save-every and --eval-every must be >= 0")
         require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
                 f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip
@@ -161,7 +163,6 @@ class PolicyConfig(TrainConfig):
     beta: float = opt(0.02, "coefficient of the per-token KL (k1) in the reward")
     missing_eos_penalty: float = opt(1.0, "taken off the score of a response that does not end")
     clip: float = opt(0.2, "ratio clip")
-    eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation")
     max_kl: float = opt(100.0, "exact KL in nats a response at which the run goes back to its last good step and stops")
     filter_std: float = opt(0.0, "prompts are dropped whose --filter-samples responses differ less in reward (0: none)")
     filter_samples: int = opt(4, "responses of the reference to each prompt by which --filter-std decides")
@@ -178,7 +179,6 @@ class PolicyConfig(TrainConfig):
         require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
         require(self.beta >= 0, f"--beta must be >= 0, got {self.beta}")
         require(0 < self.clip < 1, f"--clip must lie in (0, 1), got {self.clip}")
-        require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
         require(self.max_kl > 0, f"--max-kl must be > 0, got {self.max_kl}")
         require(self.filter_std >= 0, f"--filter-std must be >= 0, got {self.filter_std}")
         require(self.filter_samples >= 2, f"--filter-samples must be at least 2, got {self.filter_samples}")
@@ -354,8 +354,37 @@ class EvaluateConfig:
     dtype: str = opt("auto", "auto, fp32, bf16")
     out: str | None = opt(None, "write summary.json and samples.jsonl into this folder")
     quiet: bool = opt(False, "print nothing but errors")
+    judge: str | None = opt(
+        None,
+        "let a language model judge too, at this OpenAI-compatible URL (key, if any, in PUNSTER_JUDGE_KEY); openai is "
+        "OpenAI's own, with OPENAI_API_KEY. Texts are sent there; without this option nothing is sent anywhere",
+    )
+    judge_model: str = opt("", "name of the judging model at that endpoint")
+    judge_pairs: Literal["reference", "all"] = opt("reference", "compare each model with the reference, or every two models")
+    judge_budget: int = opt(2000, "at most so many calls that are not answered from the cache")
+    judge_workers: int = opt(8, "calls at once")
+    judge_rate: int = opt(0, "calls started a minute (0: no limit)")
+    judge_timeout: float = opt(60.0, "seconds to wait for an answer before trying again")
+    judge_tokens: int = opt(40, "longest answer in tokens; models that think first need hundreds")
+    judge_cache: str | None = opt(None, "SQLite file that keeps every answer (default: judge.sqlite in the cache folder)")
+    calibrate: int = opt(0, "first let the judge label so many texts that people have labelled (PUNSTER_DATA): Cohen's kappa")
 
     def __post_init__(self) -> None:
+        if self.judge is not None:
+            fine = self.judge == "openai" or re.fullmatch(r"https?://[^\s/]+\S*", self.judge)
+            require(bool(fine), f"--judge must be openai or a URL such as http://127.0.0.1:8000/v1, got {self.judge!r}")
+            require(bool(self.judge_model), "--judge needs --judge-model NAME")
+        require(self.judge is not None or not (self.judge_model or self.calibrate), "--judge-model and --calibrate need --judge")
+        counts = {
+            "budget": self.judge_budget,
+            "workers": self.judge_workers,
+            "timeout": self.judge_timeout,
+            "tokens": self.judge_tokens,
+        }
+        for flag, value in counts.items():
+            require(value > 0, f"--judge-{flag} must be above 0, got {value}")
+        require(self.judge_rate >= 0, f"--judge-rate must be >= 0, got {self.judge_rate}")
+        require(self.calibrate == 0 or self.calibrate >= 10, f"--calibrate must be at least 10, got {self.calibrate}")
         require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
         require(self.limit >= 0, f"--limit must be >= 0, got {self.limit}")
         require(self.temperature > 0, f"--temperature must be > 0 in evaluation, got {self.temperature}")

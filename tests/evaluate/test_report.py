@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from punster.cli import main
 from punster.errors import UserError
-from punster.evaluate.card import md, write_card
-from punster.evaluate.folder import COLUMNS, read_run, scrub, show
-from punster.evaluate.report import frontier_figure, hue, opening, write_report
+from punster.evaluate.card import blocks, md, write_card
+from punster.evaluate.folder import compared, read_run, scrub
+from punster.evaluate.report import frontier_figure, opening, write_comparison, write_report
+from punster.evaluate.table import COLUMNS, show
 
 MODELS = ("base", "sft", "ppo", "grpo", "dpo", "best_of_8")
 PUNS = (
@@ -147,18 +149,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the report -----------------------------------------------------------------------------------------------------
 def test_numbers_of_a_pipeline_are_shown(report: Path) -> None:
     page = load(report)
-    assert page.row("PPO")[1:] == ["0.23 [0.13, 0.33]", "52.0 [49.0, 55.0] %", "6.00", "0.91", "14.3", "98.7 %", "1.2 %"]
+    assert page.row("PPO")[1:] == ["+0.23 [+0.13, +0.33]", "52% [49%, 55%]", "6.0", "0.91", "14.3", "99%", "1.2%"]
     assert page.row("best-of-8")[3] == "≤ 1.20"
-    assert page.row("SFT")[2:4] == ["–", "0.00"]
-    assert page.row("literal") == ["literal", "81.3 %", "77.7 %"]
-    assert page.row("off topic") == ["off topic", "94.2 %", "–"]
+    assert page.row("SFT")[2:4] == ["–", "0.0"]
+    assert page.row("literal") == ["literal", "81.3%", "77.7%"]
+    assert page.row("off topic") == ["off topic", "94.2%", "–"]
     assert page.row("cpu")[1] == "Some CPU"
     assert page.row("torch")[1] == "2.99.0"  # as recorded by the run, not as installed
     lead = page.text[page.text.index("DPO has the highest") :]
     assert lead.startswith(
         "DPO has the highest gold reward of the trained models, 0.97 [0.87, 1.07] against -0.14 [-0.24, -0.04] of SFT"
     )
-    assert "64.0 [61.0, 67.0] % of comparisons with SFT" in lead
+    assert "64% [61%, 67%] of comparisons with SFT" in lead
     assert "100 held-out prompts, 4 samples each; 20.6 minutes in all; seed 1." in lead
     assert "4-bit (Q4_1) copy" in page.text
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in page.text
@@ -195,12 +197,13 @@ def test_figures_tables_and_prompts(report: Path) -> None:
 
 def test_figures_hold_the_points_in_place(tmp_path: Path) -> None:
     """The frontier's error bars: a higher gold reward lies higher (smaller y), a larger KL further right."""
-    figure = frontier_figure(read_run(pipeline(tmp_path)))
+    run = read_run(pipeline(tmp_path))
+    figure = frontier_figure(run)
     assert figure is not None
     places = {}
     for name in ("sft", "ppo", "grpo", "dpo"):
         group = re.search(
-            rf'<use href="#[^"]*" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--hue{hue(name)}\); stroke', figure["svg"]
+            rf'<use href="#[^"]*" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--hue{run.hue(name)}\); stroke', figure["svg"]
         )
         assert group is not None
         places[name] = (float(group[1]), float(group[2]))
@@ -254,7 +257,7 @@ def test_text_of_samples_is_inert(tmp_path: Path) -> None:
     # every table row keeps its number of cells: no pipe of a sample splits one
     table = [row for row in card.splitlines() if row.startswith("| ") and "window.hacked" in row]
     cells = {len(re.findall(r"(?<!\\)\|", row)) - 1 for row in table}
-    assert cells == {3, 4, len(COLUMNS)}  # samples: prompt and 2 models; accuracies: kind and 3 reward models; results
+    assert cells == {3, 4, len(COLUMNS) + 1}  # samples: prompt and 2 models; accuracies: kind and 3 reward models; results
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,7 @@ def test_damaged_files_and_odd_values(tmp_path: Path) -> None:
     summary["stages"] = summary["decoding"] = None
     (folder / "summary.json").write_text(json.dumps(summary))
     page = load(write_report(folder))
-    assert page.row("odd") == ["odd", "3.00", *["–"] * 6]
+    assert page.row("odd") == ["odd", "+3.00", *["–"] * 6]
     assert page.row("none") == ["none", *["–"] * 7]
     assert "nan" not in page.text.lower()
     assert "Reward while training" in page.text
@@ -339,6 +342,81 @@ def test_the_report_is_the_same_twice(tmp_path: Path) -> None:
     assert not list(folder.glob(".*.part"))
 
 
+JUDGED = {
+    "endpoint": "http://127.0.0.1:8000/v1", "model": "some-judge", "pairs": 500, "answers": 3200, "consistency": 0.71, "first_position": 0.58,
+    "tie_rate": 0.31, "unusable": 0.004, "wording_disagreement": {"pairs": 0.12, "pun": 0.06},
+    "calibration": {"texts": 200, "pun": interval(0.7), "neutral": interval(0.66)},
+}  # fmt: skip
+
+
+def judged(folder: Path) -> Path:
+    """The pipeline's folder with the results of a judge."""
+    summary = json.loads((folder / "summary.json").read_text())
+    for i, name in enumerate(MODELS):
+        found = {"rating": interval(900 + 40 * i, 60), "pun_rate": interval(0.3 + 0.05 * i), "funniness": interval(1.5)}
+        if name != "sft":
+            found |= {"win_rate": interval(0.4 + 0.05 * i), "wins": 40 + i, "ties": 20, "losses": 40 - i, "sign_test": 0.0213}
+        summary["models"][name]["judge"] = found
+    (folder / "summary.json").write_text(json.dumps({**summary, "judge": JUDGED}))
+    return folder
+
+
+def test_what_the_judge_found_is_shown_with_what_is_known_of_it(tmp_path: Path) -> None:
+    folder = judged(pipeline(tmp_path))
+    page, card = load(write_report(folder)), write_card(folder).read_text()
+    heads = next(row for row in page.rows if "Won" in row)
+    row = [row for row in page.rows if row and row[0].strip() == "PPO"][1]
+    shown = dict(zip(heads, row, strict=True))
+    assert shown["Win rate against SFT"] == "50% [40%, 60%]"
+    assert [shown[head] for head in ("Won", "Tied", "Lost", "Sign test, p", "Is a pun")] == [
+        "42",
+        "20",
+        "38",
+        "0.021",
+        "40% [30%, 50%]",
+    ]
+    assert "Coherence" not in heads  # nobody has a value
+    for words in ("(consistency): 71%", "shown first wins 58%", "ties: 31%", "0.70 [0.60, 0.80]", "some-judge"):
+        assert words in page.text
+        assert md(words) in card
+
+
+# ---- several runs -----------------------------------------------------------------------------------------------------
+def test_several_runs_share_one_page(tmp_path: Path) -> None:
+    first = judged(pipeline(tmp_path / "a"))
+    second = (tmp_path / "b").joinpath("second")
+    pipeline(tmp_path / "b").rename(second)
+    config = second / "ppo" / "config.yaml"
+    config.write_text(config.read_text().replace("beta: 0.02", "beta: 0.5"))
+    page = load(write_comparison([first, second], tmp_path / "page.html"))
+    models = [row[0] for row in page.rows if row and row[0].endswith((": PPO", ": SFT"))]
+    assert models[:4] == ["demo: SFT", "demo: PPO", "second: SFT", "second: PPO"]
+    assert page.row("ppo.beta") == ["ppo.beta", "0.02", "0.5"]
+    assert [row[0] for row in page.rows if row and row[0].startswith("ppo.")] == ["ppo.beta"]
+    assert page.row("literal") == ["literal", *["81.3%", "77.7%"] * 2]
+    assert page.text.count("demo: Judge some-judge") == 1
+    assert "First to last: demo: PPO 0 to 1.61" in page.text and "second: PPO 0 to 1.61" in page.text
+    assert PUNS[1] in page.row("make a pun about topic 0")[2]
+    colours = {run.hues[name] for run in [compared([read_run(first), read_run(second)])] for name in ("demo: PPO", "second: PPO")}
+    assert len(colours) == 2
+
+
+def test_single_runs_and_runs_of_one_name_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = []
+    for place in ("x", "y"):
+        (tmp_path / place).mkdir()
+        folders.append(str(single(tmp_path / place)))
+    assert main(["report", *folders]) == 0
+    out = Path(capsys.readouterr().out.strip())
+    assert out == tmp_path / "x" / "comparison.html"
+    page = load(out)
+    assert "x/mine" in page.text and "y/mine" in page.text
+    assert len(page.all("figure")) == 2
+    assert main(["report", *folders, "--out", str(tmp_path / "c.html")]) == 0
+    assert (tmp_path / "c.html").stat().st_size > 2000
+    assert main(["report", folders[0], str(tmp_path / "none")]) == 2
+
+
 # ---- the card -------------------------------------------------------------------------------------------------------
 def test_card(tmp_path: Path) -> None:
     text = write_card(pipeline(tmp_path)).read_text()
@@ -349,8 +427,8 @@ def test_card(tmp_path: Path) -> None:
     assert parsed["library_name"] == "punster"
     assert parsed["license"] == "apache-2.0"
     assert {"ppo", "dpo", "puns"} <= set(parsed["tags"])
-    assert "| DPO | 0.97 \\[0.87, 1.07\\] | 64.0 \\[61.0, 67.0\\] % | 8.00 |" in body
-    wanted = ["How to load", "Results", "Samples", "Method", "Data and what their licences allow", "Limits", "Hyper-parameters",
+    assert "| DPO | +0.97 \\[+0.87, +1.07\\] | 64% \\[61%, 67%\\] | 8.0 |" in body
+    wanted = ["How to load", "Results", "Samples", "Curves", "Method", "Data and what their licences allow", "Limits", "Hyper-parameters",
               "Commands", "Versions and machine"]  # fmt: skip
     assert re.findall(r"^## (.+)$", body, re.MULTILINE) == wanted
     for words in ("4-bit (Q4\\_1) copy", "--model HuggingFaceTB/SmolLM2-135M-Instruct", "MIT licence", "offensive", "English", "- torch: 2.99.0",
@@ -358,6 +436,18 @@ def test_card(tmp_path: Path) -> None:
         assert words in body
     assert f"punster generate {tmp_path.name}/demo/dpo " in body  # the best trained model
     assert str(tmp_path) not in text
+
+
+def test_curves_and_licences_in_the_card(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    assert "| Reward while training | PPO | ▁▁▂▂▂▃▃▄▄▄▅▅▅▆▆▇▇▇██ | 0 | 1.61 |" in write_card(folder).read_text()
+    assert blocks([3.0, 3.0]) == "▄▄"
+    assert blocks([0.0] * 50 + [1.0] * 50, 4) == "▁▁██"
+    stage(tmp_path / "public", "sft", [{"loss": 1.0}], data=["puns"])
+    text = write_card(tmp_path / "public").read_text()
+    assert re.search(r"- SemEval-2017 Task 7 \(.*\): .*NonCommercial; not for commercial use", text)
+    assert "the user's own file" not in text
+    assert yaml.safe_load(text.split("---\n", 2)[1])["license"] == "other"
 
 
 def test_card_of_own_data_and_local_base(tmp_path: Path) -> None:
@@ -379,7 +469,7 @@ def test_card_of_own_data_and_local_base(tmp_path: Path) -> None:
 
 def test_words_and_numbers() -> None:
     assert show({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.50 [0.25, 0.75]"
-    assert show({"mean": 0.5, "low": 0.25}, 0, percent=True) == "50 %"
+    assert show({"mean": 0.5, "low": 0.25}, 0, percent=True) == "50%"
     assert [show(v) for v in (None, float("inf"), True, "1", {})] == ["–"] * 5
     assert md("a|b *c* <d> `e` [f](http://g.h)\nnext") == r"a\|b \*c\* &lt;d&gt; \`e\` \[f\](http&#58;//g.h) next"
 
@@ -398,7 +488,7 @@ def browser() -> Any:
         opened.close()
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "single", "hostile"])
+@pytest.mark.parametrize("kind", ["pipeline", "single", "hostile", "comparison"])
 def test_in_a_browser(browser: Any, tmp_path: Path, kind: str) -> None:
     folder = single(tmp_path) if kind == "single" else pipeline(tmp_path)
     if kind == "hostile":
@@ -408,6 +498,9 @@ def test_in_a_browser(browser: Any, tmp_path: Path, kind: str) -> None:
         ]
         lines(folder / "samples.jsonl", rows)
     address = write_report(folder).as_uri()
+    if kind == "comparison":
+        shutil.copytree(judged(folder), tmp_path / "another")
+        address = write_comparison([folder, tmp_path / "another"], tmp_path / "page.html").as_uri()
     for scheme, width in (("light", 390), ("dark", 390), ("light", 1280)):
         page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
         messages: list[str] = []
@@ -435,6 +528,11 @@ def test_in_a_browser(browser: Any, tmp_path: Path, kind: str) -> None:
             "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
         )
         assert smallest > 9
+        # Nothing of a figure, legends included, is cut off at its edge; names of 300 letters cannot fit.
+        cut = page.evaluate("""[...document.querySelectorAll('figure svg')].filter(s => { const b = s.getBoundingClientRect();
+            return [...s.querySelectorAll('text')].some(t => { const r = t.getBoundingClientRect();
+                return r.left < b.left - 2 || r.right > b.right + 2 || r.bottom > b.bottom + 2 }) }).length""")
+        assert cut == 0 or kind == "hostile"
         if kind != "single" and width == 390:
             wide = page.locator(".scroll:has(.puns)")
             assert wide.evaluate("e => e.scrollWidth > e.clientWidth")  # the table scrolls, the page does not

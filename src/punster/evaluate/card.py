@@ -10,20 +10,18 @@ import hashlib
 import html
 import re
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from punster.evaluate.folder import (
-    COLUMNS,
-    COLUMNS_EXPLAINED,
     LICENCES,
     METHODS,
     SHOWN_SETTINGS,
     SIZES,
     RunData,
-    as_dict,
     base_of,
     commands,
     data_used,
@@ -32,14 +30,12 @@ from punster.evaluate.folder import (
     listed,
     prompt_text,
     read_run,
-    result_rows,
     seconds_text,
-    show,
     side_by_side,
     usage,
     versions,
 )
-from punster.evaluate.table import label
+from punster.evaluate.table import as_dict, judge_sentences, label, result_tables, show
 from punster.model.load import BUILT_IN
 
 
@@ -89,6 +85,12 @@ def _body(run: RunData) -> list[str]:
     what = "A small language model taught to make puns" if run.policies else "A reward model of puns"
     about = f"{what}, trained with punster {md(versions(run)['punster'])}. {md(note)}".rstrip()
     parts = [f"# {md(run.name)}", about, *_loading(run, base), *_results(run), *_samples(run)]
+    if drawn := _curves(run):
+        parts += [
+            "## Curves",
+            "First to last step, with the values there; report.html has them as figures.",
+            md_table(["Metric", "Stage", "Curve", "From", "To"], drawn),
+        ]
     methods = [f"- **{md(label(s.name))}**: {METHODS[s.verb]}" for s in run.stages if s.verb in METHODS]
     if methods:
         lora = any(s.config.get("adapter") == "lora" for s in run.stages)
@@ -97,7 +99,8 @@ def _body(run: RunData) -> list[str]:
     unknown = "the user's own file; whether results may be passed on depends on its licence, which punster does not know."
     corpus = hashlib.sha256((files("punster") / "data" / "puns.jsonl").read_bytes()).hexdigest()
     used = data_used(run)
-    data = [f"- {code(d)}: {unknown}" for d in used if d != "embedded"]
+    data = [f"- {code(d)}: {unknown}" for d in used if d != "embedded" and not public_sources(d)]
+    data += [line for d in used for line in public_sources(d)]
     data.append(f"- Base model: {md(base or 'local')}, licence: {licence}.")
     if "embedded" in used or not used:
         data.insert(0, f"- Embedded corpus of punster: original puns, MIT licence, free for any use (SHA-256 {code(corpus)}).")
@@ -132,12 +135,12 @@ def _loading(run: RunData, base: str) -> list[str]:
 
 def _results(run: RunData) -> list[str]:
     parts = []
-    if rows := result_rows(run):
-        size = ", ".join(f"{md(run.summary[k])} {what}" for k, what in SIZES if k in run.summary)
-        parts += [
-            f"{size}. {COLUMNS_EXPLAINED}".removeprefix(". "),
-            md_table(list(COLUMNS), [[md(c) for c in row] for row in rows]),
-        ]
+    if tables := result_tables(run.shown_summary):
+        parts.append(", ".join(f"{md(run.summary[k])} {what}" for k, what in SIZES if k in run.summary))
+        for table in tables:
+            head = ["Model", *(column.title for column in table.columns)]
+            parts += [f"**{md(table.title)}**", md_table(head, [[md(c) for c in row] for row in table.rows]), md(table.note)]
+        parts += [md(line) for line in judge_sentences(run.summary)]
     elif figures := final_figures(run):
         parts.append(md_table(["Figure", "Value"], [[md(k), v] for k, v in figures.items()]))
     if accuracies := run.accuracies:
@@ -145,7 +148,7 @@ def _results(run: RunData) -> list[str]:
         body = [[md(k.replace("_", " ")), *(show(a.get(k), 1, percent=True) for a in accuracies.values())] for k in kinds]
         parts.append("Accuracy of the reward models on held-out pairs, by kind of rejected text (50 % is chance):")
         parts.append(md_table(["Rejected text", *(md(label(n)) for n in accuracies)], body))
-    return ["## Results", *parts] if parts else []
+    return ["## Results", *filter(None, parts)] if parts else []
 
 
 def _samples(run: RunData) -> list[str]:
@@ -156,6 +159,41 @@ def _samples(run: RunData) -> list[str]:
         return ["## Samples", "The first sample to each of the first prompts, not selected.", md_table(head, body)]
     rows = [[md(prompt_text(r.get("prompt", ""))), md(r["completion"]), show(r.get("score"))] for r in last_samples(run, 5)]
     return ["## Samples", md_table(["Prompt", "Completion", "Score"], rows)] if rows else []
+
+
+def public_sources(name: str) -> list[str]:
+    """The sources of punster's own mixtures, "puns", with what their licences allow; nothing for anything else."""
+    from punster.data.mix import DEFAULTS, load_mixture
+    from punster.data.sources import SOURCES
+
+    parts = [part for recipe in DEFAULTS.values() for part in load_mixture(recipe).parts] if name == "puns" else []
+    return [
+        f"- {md(source.title)} ({md(source.home)}): {md(source.licence)}; "
+        + ("the results may be used for anything." if source.open else "not for commercial use, as far as weights inherit it.")
+        for source in (SOURCES[part] for part in dict.fromkeys(part.source for part in parts) if part in SOURCES)
+    ]
+
+
+def _curves(run: RunData) -> list[list[str]]:
+    """Every curve of the report as a line of blocks."""
+    from punster.evaluate.report import CURVES, points_of
+
+    rows = []
+    for metric, verbs, title, *_ in CURVES:
+        for stage in run.stages:
+            values = [y for _, y in points_of(stage, metric)]
+            if stage.verb in verbs and len(values) >= 2:
+                rows.append([md(title), md(label(stage.name)), blocks(values), f"{values[0]:.3g}", f"{values[-1]:.3g}"])
+    return rows
+
+
+def blocks(values: list[float], width: int = 24) -> str:
+    """A curve as block characters, the mean of each stretch from lowest to highest."""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
 
 
 def _settings(run: RunData) -> list[str]:

@@ -1,12 +1,14 @@
 """Compare models on held-out prompts by a yardstick reward model that no training used.
 
-punster evaluate runs/demo/ppo base runs/demo/sft [--gold runs/demo/gold] [--samples 4]
+punster evaluate runs/demo/ppo base runs/demo/sft [--gold runs/demo/gold] [--samples 4] [--judge URL --judge-model M]
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.errors import UserError
 from punster.evaluate.metrics import copy_rate, distinct_n, words
-from punster.evaluate.winrate import bootstrap, win_share
+from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
@@ -27,10 +29,26 @@ from punster.train.run import seeded, write_json, write_text
 from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What one model wrote: for every prompt, texts and their gold scores (the reference has more scores than shown texts)."""
+
+    label: str
+    rollout: Rollout
+    texts: list[list[str]]
+    gold: list[list[float]]
+
+    @property
+    def lengths(self) -> list[float]:
+        """Mean number of words, one a prompt."""
+        return [sum(len(words(text)) for text in texts) / len(texts) for texts in self.texts]
+
+
 def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
     """The summary as written to summary.json: one row a model, intervals by bootstrap over prompts."""
     if not config.models:
         raise UserError("nothing to evaluate: give runs, or 'base'")
+    client = judge_client(config)  # a missing key is found before anything is sampled
     reference_path = config.reference or sibling(config.models, "sft")
     gold_path = config.gold or sibling(config.models, "gold")
     if reference_path is None:
@@ -53,47 +71,62 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     decoding = Decoding(config.max_new_tokens, config.temperature)
     pool = max(config.samples, config.pool or 2 * config.best_of)
     results: dict[str, Any] = {}
-    kept: list[dict[str, Any]] = []
-    gold_by_model: dict[str, list[list[float]]] = {}
+    sampled: dict[str, Sampled] = {}
     proxy_scores: list[list[float]] = []
     for label in shown_progress(order, config.quiet):
         role = reference if label == reference_label else opened(label, paths[label], reference, config, tokenizer)
         count = pool if label == reference_label else config.samples
         rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(config.seed, f"evaluate/{label}"), count)
         scores = by_prompt(score_examples(gold, rollout.closed), count)
-        gold_by_model[label] = scores
         if label == reference_label and config.best_of:
             proxy_scores = by_prompt(proxy_of(config, rollout, reference, tokenizer), count)
             pool_rollout = rollout
-        kl = (
-            None if label == reference_label else exact_kl(role, reference, first_of(rollout.examples, count), config.temperature)
-        )
+        kl = 0.0
+        if label != reference_label:
+            kl = exact_kl(role, reference, first_of(rollout.examples, count), config.temperature)
         shown = Rollout(first_of(rollout.examples, count, config.samples), [], first_of(rollout.finished, count, config.samples))
-        results[label] = describe(shown, scores, tokenizer, training, config, config.samples)
-        results[label] |= {"exact_kl": 0.0 if label == reference_label else kl}
-        kept += sample_lines(
-            label, texts, by_prompt([tokenizer.decode(e.response) for e in shown.examples], config.samples), scores
-        )
+        sampled[label] = sample_of(label, shown, scores, tokenizer, config.samples)
+        results[label] = describe(sampled[label], training, config) | {"exact_kl": kl}
     for label in order:
-        pairs = zip(gold_by_model[label], gold_by_model[reference_label], strict=True)
-        same = label == reference_label
-        results[label]["win_rate_vs_sft"] = (
-            {"mean": 0.5, "low": 0.5, "high": 0.5} if same else bootstrap([win_share(a, b) for a, b in pairs], config.seed)
-        )
-    summary = {"models": results, "prompts": len(texts), "samples": config.samples, "decoding": {
+        results[label] |= against_reference(sampled[label], sampled[reference_label], config)
+    for label, rating in ratings(sampled, config).items():
+        results[label]["rating"] = rating
+    summary: dict[str, Any] = {"models": results, "prompts": len(texts), "samples": config.samples, "decoding": {
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
     if config.best_of:
         name = f"best_of_{config.best_of}"
-        results[name], lines = best_of_row(
-            config, texts, pool_rollout, proxy_scores, gold_by_model[reference_label], tokenizer, training
+        results[name], sampled[name] = best_of_row(
+            config, pool_rollout, proxy_scores, sampled[reference_label].gold, tokenizer, training
         )
-        kept += lines
-        summary["best_of_n"] = best_of_curve(proxy_scores, gold_by_model[reference_label])
+        summary["best_of_n"] = best_of_curve(proxy_scores, sampled[reference_label].gold)
+    save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])
+    if client is not None:
+        from punster.evaluate.judge import judge_texts
+
+        first = {label: [texts_of_prompt[0] for texts_of_prompt in each.texts] for label, each in sampled.items()}
+        judged, summary["judge"] = judge_texts(config, client, texts, first, reference_label)
+        for label, found in judged.items():
+            results[label]["judge"] = found
+        save(config, summary)
+    return summary
+
+
+def judge_client(config: EvaluateConfig) -> Any:
+    """The judge's client, or None; `openai` is imported only if a judge is asked for."""
+    if config.judge is None:
+        return None
+    from punster.evaluate.judge_client import Client
+
+    return Client(config)
+
+
+def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> None:
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(config.out) / "summary.json", summary)
-        write_text(Path(config.out) / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-    return summary
+        if lines:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_text(Path(config.out) / "samples.jsonl", text)
 
 
 def shown_progress(labels: list[str], quiet: bool) -> Iterable[str]:
@@ -172,49 +205,69 @@ def exact_kl(role: Role, reference: Role, examples: Sequence[Example], temperatu
     return total / len(examples)
 
 
-def describe(
-    rollout: Rollout,
-    gold: Sequence[Sequence[float]],
-    tokenizer: Tokenizer,
-    training: Sequence[str] | None,
-    config: EvaluateConfig,
-    per_prompt: int,
-) -> dict[str, Any]:
+def sample_of(label: str, rollout: Rollout, gold: list[list[float]], tokenizer: Tokenizer, per_prompt: int) -> Sampled:
+    texts = [tokenizer.decode(example.response) for example in rollout.examples]
+    return Sampled(label, rollout, by_prompt(texts, per_prompt), gold)
+
+
+def describe(sampled: Sampled, training: Sequence[str] | None, config: EvaluateConfig) -> dict[str, Any]:
     """One model's row: reward by the yardstick with its interval, and what can be counted in its texts.
 
     distinct-2 falls with the number of texts, so it is taken over one text a prompt and averaged over the samples.
     """
-    texts = [tokenizer.decode(example.response) for example in rollout.examples]
+    columns = list(zip(*sampled.texts, strict=True))  # the k-th text to every prompt
+    texts = [text for column in columns for text in column]
+    finished = sampled.rollout.finished
     return {
-        "held_out_reward": bootstrap([sum(scores) / len(scores) for scores in gold], config.seed),
-        "distinct_2": sum(distinct_n(texts[k::per_prompt], 2) for k in range(per_prompt)) / per_prompt,
+        "held_out_reward": bootstrap([sum(scores) / len(scores) for scores in sampled.gold], config.seed),
+        "distinct_2": sum(distinct_n(column, 2) for column in columns) / len(columns),
         "length": sum(len(words(text)) for text in texts) / len(texts),
-        "eos_rate": sum(rollout.finished) / len(rollout.finished),
+        "eos_rate": sum(finished) / len(finished),
         "copy_rate": None if training is None else copy_rate(texts, training),
     }
 
 
+def against_reference(sampled: Sampled, reference: Sampled, config: EvaluateConfig) -> dict[str, Any]:
+    """Win rate by the gold reward, with what else can be said of a paired comparison."""
+    if sampled.label == reference.label:
+        return {"win_rate_vs_sft": {"mean": 0.5, "low": 0.5, "high": 0.5}}
+    shares = [win_share(mine, theirs) for mine, theirs in zip(sampled.gold, reference.gold, strict=True)]
+    longer = [mine - theirs for mine, theirs in zip(sampled.lengths, reference.lengths, strict=True)]
+    found = versus(shares, longer, config.seed)
+    return {"win_rate_vs_sft": found.pop("win_rate"), "versus_sft": found}
+
+
+def ratings(sampled: dict[str, Sampled], config: EvaluateConfig) -> dict[str, Any]:
+    """Bradley-Terry ratings by the gold reward: every two models meet at every prompt."""
+    games = [
+        (a, b, win_share(mine, theirs), prompt)
+        for a, b in combinations(sampled, 2)
+        for prompt, (mine, theirs) in enumerate(zip(sampled[a].gold, sampled[b].gold, strict=True))
+    ]
+    return bradley_terry_ratings(games, config.seed) if games else {}
+
+
 def best_of_row(
-    config: EvaluateConfig, prompts: Sequence[Any], pool: Rollout, proxy: list[list[float]], gold: list[list[float]],
-    tokenizer: Tokenizer, training: Sequence[str] | None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    config: EvaluateConfig, pool: Rollout, proxy: list[list[float]], gold: list[list[float]], tokenizer: Tokenizer,
+    training: Sequence[str] | None,
+) -> tuple[dict[str, Any], Sampled]:  # fmt: skip
     """Best-of-n of the reference: unbiased reward and win rate from the whole pool; texts from disjoint n-blocks of it."""
     n, size = config.best_of, len(proxy[0])
     expected, shares, chosen = [], [], []
     for row, (proxy_row, gold_row) in enumerate(zip(proxy, gold, strict=True)):
         weights = selection_weights(proxy_row, n)
-        expected.append(sum(w * g for w, g in zip(weights, gold_row, strict=True)))
+        expected.append([sum(w * g for w, g in zip(weights, gold_row, strict=True))])
         shares.append(best_of_win_share(proxy_row, gold_row, n))
         for start in range(0, size - n + 1, n):
             best = max(range(start, start + n), key=lambda i: proxy_row[i])
             chosen.append(row * size + best)
     picked = Rollout([pool.examples[i] for i in chosen], [], [pool.finished[i] for i in chosen])
     blocks = size // n
-    row_of = describe(picked, [[value] for value in expected], tokenizer, training, config, blocks)
+    sampled = sample_of(f"best_of_{n}", picked, expected, tokenizer, blocks)
+    row_of = describe(sampled, training, config)
     row_of |= {"win_rate_vs_sft": bootstrap(shares, config.seed), "exact_kl": None, "kl_bound": kl_bound(n)}
-    texts = by_prompt([tokenizer.decode(e.response) for e in picked.examples], blocks)
     scores = by_prompt([gold[i // size][i % size] for i in chosen], blocks)
-    return row_of, sample_lines(f"best_of_{n}", prompts, texts, scores)
+    return row_of, replace(sampled, gold=scores)
 
 
 def best_of_curve(proxy: list[list[float]], gold: list[list[float]]) -> dict[str, list[float]]:
@@ -227,10 +280,8 @@ def best_of_curve(proxy: list[list[float]], gold: list[list[float]]) -> dict[str
     return {"n": [float(n) for n in sizes], "gold": means, "kl_bound": [kl_bound(n) for n in sizes]}
 
 
-def sample_lines(
-    label: str, prompts: Sequence[Any], texts: Sequence[Sequence[str]], gold: Sequence[Sequence[float]]
-) -> list[dict[str, Any]]:
+def sample_lines(sampled: Sampled, prompts: Sequence[Any]) -> list[dict[str, Any]]:
     return [
-        {"prompt": prompt, "model": label, "completions": list(t), "gold": [round(g, 4) for g in scores[: len(t)]]}
-        for prompt, t, scores in zip(prompts, texts, gold, strict=True)
+        {"prompt": prompt, "model": sampled.label, "completions": t, "gold": [round(g, 4) for g in scores[: len(t)]]}
+        for prompt, t, scores in zip(prompts, sampled.texts, sampled.gold, strict=True)
     ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import re
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import yaml
 
 from punster import __version__
 from punster.errors import UserError
-from punster.evaluate.table import label
+from punster.evaluate.table import as_dict, label, number
 from punster.model.load import ALIASES, BUILT_IN
 
 STAGES = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
@@ -39,6 +39,8 @@ SHOWN_SETTINGS = (
     "batch_size", "steps", "epochs", "lr", "critic_lr", "beta", "clip", "temperature", "max_new_tokens", "adapter", "lora_r",
     "lora_alpha", "top_layers", "variant", "samples", "loss_type", "pairs", "negatives", "split", "dtype", "seed",
 )  # fmt: skip
+
+HUES = {"base": 0, "sft": 1, "best_of": 2, "ppo": 3, "grpo": 4, "dpo": 5, "gold": 2, "reward": 1}
 
 # OSC, DCS and their kin with their whole content; CSI; any other escape; then bare control and bidirectional characters.
 _CONTROL = re.compile(
@@ -80,6 +82,12 @@ class RunData:
     samples: list[dict[str, Any]]
     stages: list[Stage]
     config_sha256: str = ""
+    hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
+
+    def hue(self, name: str) -> int:
+        """Number of a model's colour and marker, the same in all figures."""
+        known = HUES.get("best_of" if name.startswith("best_of") else name, 6 + sum(map(ord, name)) % 2)
+        return self.hues.get(name, known)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
@@ -88,6 +96,11 @@ class RunData:
         first = ("base", "sft", *sorted(n for n in given if n.startswith("best_of")), *STAGES)
         names = [n for n in dict.fromkeys((*first, *given)) if n in given]
         return {name: as_dict(given[name]) for name in names}
+
+    @property
+    def shown_summary(self) -> dict[str, Any]:
+        """The summary with its models in that order."""
+        return {**self.summary, "models": self.models}
 
     @property
     def model(self) -> str:
@@ -130,6 +143,36 @@ def read_run(folder: Path) -> RunData:
     )  # fmt: skip
 
 
+def compared(runs: Sequence[RunData]) -> RunData:
+    """Several runs as one: stages and models are named after their run, so that they share tables and figures."""
+    names = [run.name for run in runs]
+    names = names if len(set(names)) == len(names) else [run.shown for run in runs]
+    titled = lambda owner, name: owner if name == owner else f"{owner}: {label(name)}"
+    models: dict[str, dict[str, Any]] = {}
+    rewards: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+    stages: list[Stage] = []
+    for owner, run in zip(names, runs, strict=True):
+        models |= {titled(owner, name): entry for name, entry in run.models.items()}
+        rewards |= {titled(owner, name): {"accuracy": kinds} for name, kinds in run.accuracies.items()}
+        samples += [{**row, "model": titled(owner, row["model"])} for row in run.samples if isinstance(row.get("model"), str)]
+        stages += [replace(stage, name=titled(owner, stage.name) if run.pipeline else owner) for stage in run.stages]
+    hues: dict[str, int] = {}
+    for family in (models, {stage.name: stage for stage in stages if stage.verb not in ("reward", "")}):
+        hues |= {name: place % 8 for place, name in enumerate(n for n in family if n not in hues)}
+    return RunData(
+        name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models, "reward_models": rewards},
+        samples=samples, stages=stages, hues=hues,
+    )  # fmt: skip
+
+
+def differences(runs: Sequence[RunData]) -> list[list[str]]:
+    """Settings that are not the same in all runs: key, then each run's value."""
+    told = [{f"{s.name}.{k}" if run.pipeline else k: v for s in run.stages for k, v in s.config.items()} for run in runs]
+    keys = [k for k in dict.fromkeys(k for one in told for k in one) if len({str(one.get(k)) for one in told}) > 1]
+    return [[key, *(", ".join(listed(one.get(key))) or "–" for one in told)] for key in keys]
+
+
 def _read_stage(folder: Path, name: str) -> Stage:
     config, verb = _read_config(folder / "config.yaml")
     verb = verb or VERB_OF_STAGE.get(name, name if name in STAGES else "")
@@ -170,59 +213,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 # ---- words and numbers ----------------------------------------------------------------------------------------------
-def number(value: Any) -> float | None:
-    """A finite number (the mean, of an interval), or None."""
-    value = value.get("mean") if isinstance(value, dict) else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def show(value: Any, digits: int = 2, percent: bool = False) -> str:
-    """'mean [low, high]' of an interval, or a plain number; a dash where there is none."""
-    scale, unit = (100, " %") if percent else (1, "")
-    mean, low, high = number(value), number(as_dict(value).get("low")), number(as_dict(value).get("high"))
-    if mean is None:
-        return "–"
-    bounds = "" if low is None or high is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-    return f"{scale * mean:.{digits}f}{bounds}{unit}"
-
-
-def show_kl(entry: dict[str, Any]) -> str:
-    """Exact KL; for best-of-n, which has none, its upper bound."""
-    if number(entry.get("exact_kl")) is None and number(entry.get("kl_bound")) is not None:
-        return f"≤ {show(entry['kl_bound'])}"
-    return show(entry.get("exact_kl"))
-
-
-COLUMNS = (
-    "Model", "Gold reward", "Win rate against SFT", "Exact KL (nats)", "Distinct-2", "Words", "Ends by itself", "Copies",
-)  # fmt: skip
-COLUMNS_EXPLAINED = (
-    "Mean [95 % interval]. Gold reward: score by a second reward model, trained on puns that no other stage saw; compare it "
-    "within this run only. Win rate: chance that a sample scores above one of the SFT model. Exact KL: full-vocabulary KL to the "
-    "SFT model, summed over a response; for best-of-n, an upper bound (≤). Distinct-2: share of distinct word pairs. Ends by "
-    "itself: share of texts that end before the length limit. Copies: share of texts that nearly repeat a training pun."
-)
-
-
-def result_rows(run: RunData) -> list[list[str]]:
-    """A row a model, in the order of COLUMNS."""
-    return [
-        [
-            label(name), show(e.get("held_out_reward")), show(e.get("win_rate_vs_sft"), 1, percent=True), show_kl(e),
-            show(e.get("distinct_2")), show(e.get("length"), 1), show(e.get("eos_rate"), 1, percent=True),
-            show(e.get("copy_rate"), 1, percent=True),
-        ]
-        for name, e in run.models.items()
-    ]  # fmt: skip
-
-
 def best_model(run: RunData) -> str | None:
     """The trained model of the highest gold reward (best-of-n is not a model of its own, a placebo no candidate)."""
     names = [n for n in run.models if n not in ("base", "sft", "placebo") and not n.startswith("best_of")]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from punster.evaluate import folder as folder_data
-from punster.evaluate.folder import RunData, Stage, as_dict, number, show
-from punster.evaluate.table import label
+from punster.evaluate.folder import RunData, Stage
+from punster.evaluate.table import as_dict, judge_sentences, label, number, result_tables, show, show_kl
 
 SAMPLED_PROMPTS = 20
 # (key of metrics.jsonl, verbs that write it, title, unit of the axis, what to look for)
@@ -38,7 +38,6 @@ CURVES: tuple[tuple[str, tuple[str, ...], str, str, str], ...] = (
      "It starts at 0 and should rise. Very large margins mean that the pairs are memorised."),
 )  # fmt: skip
 INK, GRID = "#010101", "#020202"  # stand-ins that become CSS variables in the finished SVG
-HUES = {"base": 0, "sft": 1, "best_of": 2, "ppo": 3, "grpo": 4, "dpo": 5, "gold": 2, "reward": 1}
 MARKERS = "osD^vPXh"
 
 
@@ -67,6 +66,7 @@ h3 { margin: 1rem 0 .25rem; font-size: 1rem }
 .scroll:focus-visible { outline: 2px solid var(--hue1) }
 table { border-collapse: collapse; font-size: .9rem }
 caption { text-align: left; padding-bottom: .35rem }
+caption span { display: inline-block; max-width: calc(100vw - 2rem) }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; font-weight: 400 }
 thead th { background: var(--soft); vertical-align: bottom; font-weight: 600 }
 .numbers td, .numbers th[scope=row] { white-space: nowrap; font-variant-numeric: tabular-nums }
@@ -87,7 +87,7 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 <body>
 {% macro data_table(title, head, rows, kind, captioned=true) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ title }}"><table class="{{ kind }}">
-{% if captioned %}<caption>{{ title }}</caption>{% endif %}
+{% if captioned %}<caption><span>{{ title }}</span></caption>{% endif %}
 
 
 {% if head %}<thead><tr>{% for cell in head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>{% endif %}
@@ -108,14 +108,19 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 <h1>{{ run.name }}</h1>
 <p class="lead">{{ opening }}</p>
 {% if note %}<p class="note">{{ note }}</p>{% endif %}
-{% if rows or plain or frontier %}
+{% if results or plain or frontier %}
 <h2>Results</h2>
-{% if rows %}
-{{ data_table("Models compared: mean [95 % interval]", columns, rows, "numbers") }}
-<p class="note">{{ explained }}</p>
-{% endif %}
+{% for table in results %}
+{{ data_table(table.title + ": mean [95 % interval]", ["Model"] + table.columns | map(attribute="title") | list, table.rows, "numbers") }}
+<p class="note">{{ table.note }}</p>
+{% endfor %}
+{% for line in judge %}<p class="note">{{ line }}</p>{% endfor %}
 {% if plain %}{{ data_table("Final figures", [], plain, "numbers") }}{% endif %}
 {% if frontier %}{{ plot(frontier) }}{% endif %}
+{% endif %}
+{% if differing %}
+<h2>What differs</h2>
+{{ data_table("Settings that are not the same", ["Setting"] + names | list, differing, "") }}
 {% endif %}
 {% if accuracies %}
 <h2>Reward models</h2>
@@ -159,13 +164,8 @@ pre { overflow-x: auto; padding: .75rem 1rem; background: var(--soft); border-ra
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
-def hue(name: str) -> int:
-    """Number of a model's colour (and marker), the same in all figures."""
-    return HUES.get("best_of" if name.startswith("best_of") else name, 6 + sum(map(ord, name)) % 2)
-
-
-def colour(name: str) -> str:
-    return f"#0300{hue(name):02x}"
+def colour(hue: int) -> str:
+    return f"#0300{hue:02x}"
 
 
 def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> str:
@@ -185,8 +185,10 @@ def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> s
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[1]:
-            canvas.figure.legend(loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.5)
+        if names := axes.get_legend_handles_labels()[1]:
+            columns = max(1, min(4, 60 // (max(map(len, names)) + 5)))
+            canvas.figure.set_figheight(2.7 + 0.2 * -(-len(names) // columns))
+            canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
         out = io.StringIO()
         canvas.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
@@ -199,18 +201,19 @@ def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> s
     return svg.replace("<svg", f'<svg role="img" aria-labelledby="{key}-title"', 1)
 
 
-def curve(key: str, ylabel: str, runs: list[tuple[Stage, list[tuple[float, float]]]]) -> str:
+def curve(key: str, ylabel: str, run: RunData, lines: list[tuple[Stage, list[tuple[float, float]]]]) -> str:
     """Lines over steps; long noisy ones pale, with a running mean on top."""
 
     def draw(axes: Any) -> None:
-        for stage, points in runs:
+        for stage, points in lines:
+            hue = run.hue(stage.name)
             xs, ys = zip(*points, strict=True)
             width = len(ys) // 12
             # Marker and dashes tell lines apart without colour.
             style = {
-                "color": colour(stage.name),
-                "linestyle": ("-", "--")[hue(stage.name) % 2],
-                "marker": MARKERS[hue(stage.name)],
+                "color": colour(hue),
+                "linestyle": ("-", "--")[hue % 2],
+                "marker": MARKERS[hue],
                 "markersize": 3.5 if len(ys) <= 30 else 0,
             }
             if width < 3:
@@ -241,7 +244,7 @@ def curve_figures(run: RunData) -> list[dict[str, str]]:
             key = f"curve{index}"
             ends = "; ".join(f"{label(s.name)} {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in runs)
             found.append(
-                {"key": key, "title": title, "svg": curve(key, unit, runs), "caption": f"{caption} First to last: {ends}."}
+                {"key": key, "title": title, "svg": curve(key, unit, run, runs), "caption": f"{caption} First to last: {ends}."}
             )
     return found
 
@@ -266,9 +269,15 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
 
     def draw(axes: Any) -> None:
         if line:
-            axes.plot(*zip(*line, strict=True), "--.", color=colour("best_of"), linewidth=1.4, label="best of n (bound)")
+            axes.plot(*zip(*line, strict=True), "--.", color=colour(run.hue("best_of")), linewidth=1.4, label="best of n (bound)")
         for name, x, y, bars in points:
-            style = {"fmt": MARKERS[hue(name)], "color": colour(name), "markersize": 7, "capsize": 3, "linewidth": 1.4}
+            style = {
+                "fmt": MARKERS[run.hue(name)],
+                "color": colour(run.hue(name)),
+                "markersize": 7,
+                "capsize": 3,
+                "linewidth": 1.4,
+            }
             axes.errorbar([x], [y], yerr=bars, label=label(name), **style)
         largest = max(x for x, *_ in [*line, *((x, y) for _, x, y, _ in points)])
         # A square-root axis spreads the small KLs, where best-of-n lives, and makes its law nearly straight.
@@ -332,10 +341,10 @@ def verdict(run: RunData, best: str) -> str:
     wins = as_dict(entry.get("win_rate_vs_sft"))
     low, high = number(wins.get("low")), number(wins.get("high"))
     if number(wins) is not None:
-        text += f"; it wins {show(wins, 1, percent=True)} of comparisons with SFT"
+        text += f"; it wins {show(wins, 0, percent=True)} of comparisons with SFT"
         if low is not None and high is not None and low <= 0.5:
             text += ", so no improvement is shown" if high >= 0.5 else ", so it is worse"
-    return text + (f", at an exact KL of {kl} nats." if (kl := folder_data.show_kl(entry)) != "–" else ".")
+    return text + (f", at an exact KL of {kl} nats." if (kl := show_kl(entry)) != "–" else ".")
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -367,12 +376,31 @@ def settings(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def write_report(folder: Path) -> Path:
     """Write folder/report.html."""
+    run = folder_data.read_run(Path(folder))
+    return write_page(run, opening(run), Path(folder) / "report.html", judge_sentences(run.summary))
+
+
+def write_comparison(folders: Sequence[Path], path: Path) -> Path:
+    """Several runs on one page."""
+    runs = [folder_data.read_run(Path(folder)) for folder in folders]
+    run = folder_data.compared(runs)
+    text = (
+        f"{len(runs)} runs compared: {run.name}. Each has its own SFT model, gold reward model and training reward: compare gold "
+        "rewards and scores within a run; win rates, KL, lengths and shares also between runs, as far as prompts and decoding agree."
+    )
+    judge = [f"{one.name}: {line}" for one in runs for line in judge_sentences(one.summary)]
+    return write_page(run, text, path, judge, [one.name for one in runs], folder_data.differences(runs))
+
+
+def write_page(
+    run: RunData, lead: str, path: Path, judge: Sequence[str], names: Sequence[str] = (), differing: Sequence[Sequence[str]] = ()
+) -> Path:
+    """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
     from markupsafe import Markup
 
     from punster.train.run import write_text
 
-    run = folder_data.read_run(Path(folder))
     frontier = frontier_figure(run)
     models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)
     cells = [
@@ -383,17 +411,16 @@ def write_report(folder: Path) -> Path:
         (folder_data.prompt_text(r.get("prompt", "")), r["completion"], show(r.get("score")))
         for r in folder_data.last_samples(run, SAMPLED_PROMPTS)
     ]
-    judges = run.accuracies
+    judges = {label(name): kinds for name, kinds in run.accuracies.items()}
     kinds = list(dict.fromkeys(kind for given in judges.values() for kind in given))
     accuracies = [[kind.replace("_", " "), *(show(a.get(kind), 1, percent=True) for a in judges.values())] for kind in kinds]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE).render(
-        run=run, opening=opening(run), note=folder_data.base_of(run)[1], columns=folder_data.COLUMNS, explained=folder_data.COLUMNS_EXPLAINED,
-        rows=folder_data.result_rows(run), plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
+        run=run, opening=lead, names=names, differing=differing, note=folder_data.base_of(run)[1],
+        results=result_tables(run.shown_summary), judge=judge, plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
         frontier=frontier and {**frontier, "svg": Markup(frontier["svg"])}, last=last, accuracies=accuracies,
-        figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *map(label, judges)],
+        figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *judges],
         settings=settings(run), commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),
     )  # fmt: skip
-    path = Path(folder) / "report.html"
     write_text(path, page)
     return path

@@ -1,63 +1,198 @@
-"""The closing table in the terminal."""
+"""Results as tables: which columns there are, how a value is written, and the closing table in the terminal."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 LABELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "placebo": "PPO, shuffled labels"}
 
 
 def label(name: str) -> str:
+    """A model's name as people read it."""
     if name.startswith("best_of_"):
         return f"best-of-{name.removeprefix('best_of_')}"
     return LABELS.get(name, name)
 
 
-def interval(value: dict[str, float] | None, percent: bool = False) -> str:
-    if value is None or (percent and value["low"] == value["high"] == 0.5):
+# ---- values ---------------------------------------------------------------------------------------------------------
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float | None:
+    """A finite number (the mean, of an interval), or None."""
+    value = value.get("mean") if isinstance(value, dict) else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def show(value: Any, digits: int = 2, percent: bool = False, signed: bool = False) -> str:
+    """'mean [low, high]' of an interval, or a plain number; a dash where there is none."""
+    form = f"{'+' if signed else ''}.{digits}{'%' if percent else 'f'}"
+    mean, low, high = number(value), number(as_dict(value).get("low")), number(as_dict(value).get("high"))
+    if mean is None:
         return "–"
-    if percent:
-        return f"{value['mean']:.0%} [{value['low']:.0%}, {value['high']:.0%}]"
-    return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+    return f"{mean:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
 
 
-def kl_text(row: dict[str, Any]) -> str:
-    if row.get("exact_kl") is not None:
-        return f"{row['exact_kl']:.1f}"
-    return f"≤ {row['kl_bound']:.2f}" if "kl_bound" in row else "–"
+def show_kl(entry: Mapping[str, Any]) -> str:
+    """Exact KL; for best-of-n, which has none, its upper bound."""
+    if number(entry.get("exact_kl")) is None and number(entry.get("kl_bound")) is not None:
+        return f"≤ {show(entry['kl_bound'])}"
+    return show(entry.get("exact_kl"), 1)
 
 
-COLUMNS = ("model", "held-out reward", "win rate vs SFT", "exact KL", "distinct-2", "words", "EOS", "copies")
+@dataclass(frozen=True)
+class Column:
+    """One column of the results: the key in a model's entry (dots lead into nested ones), its heads in the terminal and on a page.
+
+    It is shown where some model has a value. To add one, put the value into a model's entry (compare.describe) and a Column here.
+    """
+
+    key: str
+    short: str
+    title: str
+    note: str  # for the line under the table
+    digits: int = 2
+    percent: bool = False
+    signed: bool = False
+
+    def value(self, entry: Mapping[str, Any]) -> Any:
+        found: Any = entry
+        for part in self.key.split("."):
+            found = as_dict(found).get(part)
+        return found
+
+    def cell(self, entry: Mapping[str, Any]) -> str:
+        value = self.value(entry)
+        if self.key == "exact_kl":
+            return show_kl(entry)
+        if self.key == "win_rate_vs_sft" and as_dict(value).get("low") == as_dict(value).get("high") == 0.5:
+            return "–"  # the reference against itself
+        return show(value, self.digits, self.percent, self.signed)
 
 
-def rows_of(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table as text cells."""
-    return [
-        (
-            label(name), interval(row["held_out_reward"]), interval(row["win_rate_vs_sft"], percent=True), kl_text(row),
-            f"{row['distinct_2']:.2f}", f"{row['length']:.1f}", f"{row['eos_rate']:.0%}", "–" if row["copy_rate"] is None else f"{row['copy_rate']:.1%}",
+COLUMNS = (
+    Column("held_out_reward", "held-out reward", "Gold reward",
+           "score by a second reward model that no other stage saw; compare it within one run only", signed=True),
+    Column("win_rate_vs_sft", "win rate vs SFT", "Win rate against SFT", "chance that a sample scores above one of the SFT model",
+           0, percent=True),
+    Column("exact_kl", "exact KL", "Exact KL (nats)",
+           "full-vocabulary KL to the SFT model, summed over a response; for best-of-n, an upper bound (≤)", 1),
+    Column("distinct_2", "distinct-2", "Distinct-2", "share of distinct word pairs"),
+    Column("length", "words", "Words", "words in a text", 1),
+    Column("eos_rate", "EOS", "Ends by itself", "share of texts that end before the length limit", 0, percent=True),
+    Column("copy_rate", "copies", "Copies", "share of texts that nearly repeat a training pun", 1, percent=True),
+)  # fmt: skip
+PAIRED_COLUMNS = (
+    Column("versus_sft.wilson", "Wilson interval", "Win rate, Wilson's interval", "of the win rate, from a formula", 0, percent=True),
+    Column("versus_sft.length_controlled", "at equal length", "Win rate at equal length",
+           "what is left of the win rate when the difference in words is taken out", 0, percent=True),
+    Column("versus_sft.sign_test", "sign test p", "Sign test, p", "on the prompts that one side won", 3),
+    Column("versus_sft.prompts_needed", "prompts needed", "Prompts needed", "to find a difference of this size with 80 % power", 0),
+    Column("rating", "rating", "Rating", "Bradley-Terry rating of all models against each other, mean 1000, on the scale of Elo", 0),
+)  # fmt: skip
+JUDGE_COLUMNS = (
+    Column("judge.win_rate", "win rate", "Win rate against SFT", "ties half, mean of both wordings; won, tied, lost: prompts", 0, percent=True),
+    Column("judge.wins", "won", "Won", "", 0), Column("judge.ties", "tied", "Tied", "", 0),
+    Column("judge.losses", "lost", "Lost", "", 0),
+    Column("judge.length_controlled", "at equal length", "Win rate at equal length",
+           "what is left of the win rate when the difference in words is taken out", 0, percent=True),
+    Column("judge.sign_test", "sign test p", "Sign test, p", "on the prompts that one side won", 3),
+    Column("judge.rating", "rating", "Rating", "Bradley-Terry, mean 1000, on the scale of Elo", 0),
+    Column("judge.pun_rate", "is a pun", "Is a pun", "share of texts that the judge calls a pun", 0, percent=True),
+    Column("judge.funniness", "funniness", "Funniness", "1 to 5", 2), Column("judge.coherence", "coherence", "Coherence", "1 to 5", 2),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns that have values, with a row a model."""
+
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+
+    @property
+    def note(self) -> str:
+        return "; ".join(f"{column.title}: {column.note}" for column in self.columns if column.note) + "."
+
+
+def table(title: str, columns: Sequence[Column], models: Mapping[str, Any], keep_all: bool = False) -> Table | None:
+    """A table, without the columns that are empty (unless all are kept) and, where a column is left out, without bare models."""
+    entries = {name: as_dict(entry) for name, entry in models.items()}
+    used = [c for c in columns if keep_all or any(number(c.value(entry)) is not None for entry in entries.values())]
+    rows = [[label(name), *(column.cell(entry) for column in used)] for name, entry in entries.items()]
+    rows = rows if keep_all else [row for row in rows if set(row[1:]) != {"–"}]
+    return Table(title, used, rows) if used and rows else None
+
+
+def result_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Every table that a summary has values for; the first is the one that everybody reads."""
+    models = as_dict(summary.get("models"))
+    main = table("Models compared", COLUMNS, models, keep_all=True)
+    paired = table("Against SFT, prompt by prompt, by the gold reward", PAIRED_COLUMNS, models)
+    judged = table(f"Judged by {as_dict(summary.get('judge')).get('model', 'a language model')}", JUDGE_COLUMNS, models)
+    return [found for found in (main, paired, judged) if found]
+
+
+def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What must be known of a judge before its table is believed."""
+    about = as_dict(summary.get("judge"))
+    if not about:
+        return []
+    differ, people = as_dict(about.get("wording_disagreement")), as_dict(about.get("calibration"))
+    lines = [
+        f"Judge {about.get('model')} at {about.get('endpoint')}: {show(about.get('pairs'), 0)} pairs, each in both orders and two "
+        f"wordings; {show(about.get('answers'), 0)} answers, {show(about.get('unusable'), 1, percent=True)} of them unusable.",
+        f"The same verdict in both orders (consistency): {show(about.get('consistency'), 0, percent=True)}; the text shown first wins "
+        f"{show(about.get('first_position'), 0, percent=True)} (50% is fair); ties: {show(about.get('tie_rate'), 0, percent=True)}; "
+        f"the two wordings disagree on {show(differ.get('pairs'), 0, percent=True)} of the pairs and on "
+        f"{show(differ.get('pun'), 0, percent=True)} of 'is it a pun'.",
+    ]
+    if people:
+        lines.append(
+            f"Agreement with people on {show(people.get('texts'), 0)} labelled texts, Cohen's kappa: "
+            f"{show(people.get('pun'))} (wording that leans towards puns), {show(people.get('neutral'))} (neutral)."
         )
-        for name, row in summary["models"].items()
-    ]  # fmt: skip
+    else:
+        lines.append("Agreement with people is not known: --calibrate 200 measures it.")
+    return lines
 
 
-def markdown_table(summary: dict[str, Any]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows_of(summary)])
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    found = result_tables(summary)[0]
+    head = ["model", *(column.short for column in found.columns)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *found.rows))
+
+
+def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], wrap: bool = False) -> Any:
+    """A rich table whose cells are plain text: nothing in them is read as mark-up."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(title=title, show_lines=wrap)
+    for place, column in enumerate(head):
+        shown.add_column(column, justify="left" if place == 0 or wrap else "right", no_wrap=not wrap, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
 
 
 def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=f"{summary['prompts']} held-out prompts, {summary['samples']} samples each, T = {summary['decoding']['temperature']:g}, untruncated"
-    )
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for row in rows_of(summary):
-        table.add_row(*row)
-    Console(width=max(Console().width, 118)).print(table)
+    console = Console(width=max(Console().width, 118))
+    size = f"{summary['prompts']} held-out prompts, {summary['samples']} samples each, T = {summary['decoding']['temperature']:g}, untruncated"
+    for place, found in enumerate(result_tables(summary)):
+        title = size if place == 0 else found.title
+        console.print(text_table(title, ["model", *(column.short for column in found.columns)], found.rows))
     print(
         "held-out reward: yardstick reward model, 95 % bootstrap over prompts; exact KL to SFT in nats a response; EOS: share that ends"
     )
+    for line in judge_sentences(summary):
+        print(line)

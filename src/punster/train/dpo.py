@@ -26,6 +26,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
+from punster.train.held_out import held_out_prompts, sample_table
 from punster.train.plan import announce
 from punster.train.reward import pair_batches
 from punster.train.run import (
@@ -88,11 +89,18 @@ def dpo(
         {"data": cursor},
         numbers={"loss": 0.0},
     )
+    shown = held_out_prompts(None if config.prompts == "embedded" else load_prompts(config.prompts), config.eval_prompts)
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
     with Run(config, "dpo", steps) as run:
         restore(run, state)
         trunk = Trunk.shared([policy], examples, config.max_tokens)
         ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
+
+        def evaluated(step: int) -> dict[str, float]:
+            score = None if judge is None else lambda asked, texts, closed: score_examples(judge, closed)
+            decoding = Decoding(config.max_new_tokens, config.temperature)
+            return sample_table(run, step, policy, tokenizer, shown, decoding, score=score, reference=reference)
+
         for step in range(run.step + 1, steps + 1):
             units = cursor.next(config.batch_size)
             if config.online:
@@ -110,13 +118,15 @@ def dpo(
             if config.online:
                 metrics["objective/scores"] = sum(worth) / len(worth)
             state.numbers["loss"] = metrics["loss"]
+            if step == steps or (config.eval_every and step % config.eval_every == 0):
+                metrics |= evaluated(step)
             run.log(step, metrics, f"loss {metrics['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"steps": steps, "rows": count, "loss": state.numbers["loss"]})
+        run.finish({"steps": steps, "rows": count, "loss": state.numbers["loss"], **evaluated(steps)})
         return run.folder
 
 

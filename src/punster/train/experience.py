@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from punster.config import PolicyConfig
-from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.errors import UserError
 from punster.model.role import Role, Trunk
@@ -18,7 +17,8 @@ from punster.model.tokenizer import Tokenizer
 from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, generate
-from punster.train.run import Run, seeded
+from punster.train import held_out
+from punster.train.run import Run
 from punster.train.setup import (
     check_model,
     check_prompts,
@@ -72,7 +72,6 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     if config.memory in ("lora", "separate") and model is not None:
         model = own_copy(model)
     embedded = prompts is None and config.prompts == "embedded"
-    shown = corpus.prompts("val") if embedded else texts  # people's own prompts are all they have
     return Setup(
         policy,
         reference,
@@ -83,7 +82,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
         decoding,
         config.max_tokens,
         config.seed,
-        shown[: config.eval_prompts],
+        held_out.held_out_prompts(None if embedded else texts, config.eval_prompts),
         config.memory == "trunk",
     )
 
@@ -207,16 +206,15 @@ def collect(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def sample_table(run: Run, step: int, setup: Setup) -> dict[str, float]:
-    """Sample held-out prompts with a fixed stream, score them, keep the table in samples.jsonl."""
-    prompts = setup.eval_prompts
-    if not prompts:
-        return {}
-    ids = [setup.tokenizer.prompt_ids(prompt) for prompt in prompts]
-    rollout = generate(setup.policy, ids, setup.decoding, setup.tokenizer.eos_id, seeded(setup.seed, "evaluation"))
-    texts = [setup.tokenizer.decode(example.response) for example in rollout.examples]
-    scores = setup.reward(prompts, texts, rollout.closed)
-    rows = zip(prompts, texts, scores, strict=True)
-    run.samples(step, ({"prompt": p, "completion": t, "score": round(s, 4), "held_out": True} for p, t, s in rows))
-    return {"eval/score": sum(scores) / len(scores), "eval/eos_rate": sum(rollout.finished) / len(rollout.finished)}
+    """Samples to held-out prompts with the rewards that are trained against and the exact KL (see `train.held_out`)."""
+    return held_out.sample_table(
+        run,
+        step,
+        setup.policy,
+        setup.tokenizer,
+        setup.eval_prompts,
+        setup.decoding,
+        score=setup.reward,
+        reference=setup.reference,
+    )

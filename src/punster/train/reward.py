@@ -22,6 +22,7 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
+from punster.train.held_out import pair_table
 from punster.train.plan import announce
 from punster.train.run import (
     Cursor,
@@ -103,6 +104,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             metrics = {**sums, **optimizer_step(optimizer, rate, config.max_grad_norm)}
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics["eval_accuracy"] = pair_accuracy(model, validation, held_out)
+                pair_table(run, step, model, tokenizer, validation)
             run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
             if run.save_due(step):
                 result = model

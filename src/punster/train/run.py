@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,6 +71,7 @@ class Run:
         self.folder = Path(config.out) / config.name
         self.started = time.monotonic()
         self.step = 0
+        self.held_out: tuple[int, dict[str, float]] = (0, {})  # step and figures of the last evaluation on held-out prompts
         self._stop = False
         self._progress: Any = None
         if self.folder.exists() and not config.resume:
@@ -135,15 +136,29 @@ class Run:
         line = {"step": step, "seconds": round(time.monotonic() - self.started, 3), **{k: float(v) for k, v in metrics.items()}}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
+        for key, value in line.items():
+            if key != "step" and math.isfinite(value):
+                self._tensorboard().add_scalar(key, value, step)
+        if self._progress:
+            self._progress.update(self._task, completed=step, note=note)
+
+    def _tensorboard(self) -> Any:
         if self._events is None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._events = SummaryWriter(str(self.folder / "events"))
-        for key, value in line.items():
-            if key != "step" and math.isfinite(value):
-                self._events.add_scalar(key, value, step)
+        return self._events
+
+    def show(self, step: int, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], on_screen: int = 5) -> None:
+        """A table of texts and numbers: all of it to TensorBoard, the first rows to the terminal. Texts stay plain text."""
+        from punster.evaluate.card import md, md_table
+        from punster.evaluate.folder import prompt_text, scrub
+        from punster.evaluate.table import show, text_table
+
+        cells = [[show(c) if c is None or isinstance(c, float) else scrub(prompt_text(c)) for c in row] for row in rows]
+        self._tensorboard().add_text(title, md_table(list(head), [[md(cell) for cell in row] for row in cells]), step)
         if self._progress:
-            self._progress.update(self._task, completed=step, note=note)
+            self._progress.console.print(text_table(f"step {step}: {title}", head, cells[:on_screen], wrap=True))
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as handle:
@@ -159,6 +174,8 @@ class Run:
             raise Interrupted(f"interrupted at step {self.step}; go on with --resume")
 
     def finish(self, summary: dict[str, Any]) -> None:
+        for key, value in self.held_out[1].items():
+            self._tensorboard().add_scalar(key, value, self.held_out[0])
         write_json(self.folder / "summary.json", {**summary, "wall_seconds": round(time.monotonic() - self.started, 1)})
 
 

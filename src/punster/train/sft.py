@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-from punster.config import SftConfig
+from punster.config import DistillConfig, SftConfig
 from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.data.schema import Row
 from punster.model.role import Role, Trunk
 from punster.rollout.logprobs import token_log_probs
+from punster.rollout.sampler import Decoding
+from punster.train.held_out import held_out_prompts, sample_table
 from punster.train.plan import announce
 from punster.train.run import (
     Cursor,
@@ -51,6 +53,9 @@ def sft(
         else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
         for i, r in enumerate(given, 1)
     ]
+    embedded = config.prompts == "embedded" if isinstance(config, DistillConfig) else rows is None and config.data == ["embedded"]
+    shown = held_out_prompts(None if embedded else [row["prompt"] for row in given], config.eval_prompts)
+    known = [row["completion"] for row in given]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
@@ -71,13 +76,15 @@ def sft(
             metrics = {"loss": loss_sum, "num_tokens": tokens, **optimizer_step(optimizer, rate, config.max_grad_norm)}
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
+                metrics |= sample_table(run, step, policy, tokenizer, shown, Decoding(40), training=known)
             run.log(step, metrics, f"loss {loss_sum:.3f}")
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)})
+        summary = {"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)}
+        run.finish(summary | sample_table(run, steps, policy, tokenizer, shown, Decoding(40), training=known))
         return run.folder
 
 

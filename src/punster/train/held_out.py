@@ -1,0 +1,75 @@
+"""Evaluation while training: what the model writes to held-out prompts, counted as `punster evaluate` counts, and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from punster.data import corpus
+from punster.data.batch import Example
+from punster.evaluate.compare import exact_kl
+from punster.evaluate.metrics import copy_rate, distinct_n, words
+from punster.model.role import Role, score_examples
+from punster.model.tokenizer import Tokenizer
+from punster.rollout.sampler import Decoding, generate
+from punster.train.run import Run, seeded
+
+Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
+
+
+def held_out_prompts(own: Sequence[Any] | None, count: int) -> list[Any]:
+    """Prompts of the embedded validation part; of people's own data its first prompts, which are all that they have."""
+    if own is None:
+        return list(corpus.prompts("val"))[:count]
+    return list({str(prompt): prompt for prompt in own}.values())[:count]
+
+
+@torch.no_grad()
+def sample_table(
+    run: Run, step: int, policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], decoding: Decoding, *,
+    score: Scores | None = None, reference: Role | None = None, training: Sequence[str] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """One sample to each prompt from a fixed stream; metrics eval/..., rows in samples.jsonl, a table on the screen.
+
+    score: the reward that is trained against, if there is one; reference: for the exact KL; training: texts for the copy rate.
+    """
+    if run.held_out[0] == step:  # the last step's evaluation may have been due anyway
+        return run.held_out[1]
+    room = policy.model.config.max_positions - decoding.max_new_tokens
+    kept = [(p, ids) for p in prompts if 0 < len(ids := tokenizer.prompt_ids(p)) <= room]
+    if not kept:
+        return {}
+    rollout = generate(policy, [ids for _, ids in kept], decoding, tokenizer.eos_id, seeded(run.config.seed, "evaluation"))
+    texts = [tokenizer.decode(example.response) for example in rollout.examples]
+    asked = [prompt for prompt, _ in kept]
+    count = len(texts)
+    found = {
+        "eval/eos_rate": sum(rollout.finished) / count,
+        "eval/length": sum(len(words(text)) for text in texts) / count,
+        "eval/distinct_2": distinct_n(texts, 2),
+    }
+    scores: list[float | None] = [None] * count
+    if score is not None:
+        scores = [round(float(value), 4) for value in score(asked, texts, rollout.closed)]
+        found["eval/score"] = sum(value for value in scores if value is not None) / count
+    if reference is not None:
+        found["eval/exact_kl"] = exact_kl(policy, reference, rollout.examples, decoding.temperature)
+    if training is not None:
+        found["eval/copy_rate"] = copy_rate(texts, training)
+    given = list(zip(asked, texts, scores, strict=True))
+    run.samples(step, ({"prompt": p, "completion": t, "score": s, "held_out": True} for p, t, s in given))
+    run.show(step, "samples to held-out prompts", ("prompt", "completion", "score"), given)
+    run.held_out = (step, found)
+    return found
+
+
+@torch.no_grad()
+def pair_table(run: Run, step: int, model: Role, tokenizer: Tokenizer, pairs: Sequence[Example], count: int = 8) -> None:
+    """Scores of the first held-out pairs (even places the preferred text, odd ones the rejected)."""
+    chosen = pairs[: 2 * count]
+    scores = score_examples(model, chosen)
+    texts = [tokenizer.decode(example.response) for example in chosen]
+    rows = [(texts[i], scores[i], texts[i + 1], scores[i + 1]) for i in range(0, len(texts), 2)]
+    run.show(step, "held-out pairs", ("preferred", "score", "rejected", "score "), rows)

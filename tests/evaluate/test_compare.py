@@ -1,0 +1,95 @@
+"""punster evaluate with a judge, on tiny models, from the command line to summary.json and the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_judge import FakeJudge, by
+
+from punster.cli import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    common = ["--out", str(out), "--model", str(tiny_llama), "--steps", "2", "--quiet", "--eval-prompts", "0", "-b", "4"]
+    assert main(["sft", "-n", "sft", *common]) == 0
+    assert main(["reward", "-n", "gold", "-p", str(out / "sft"), "--normalise-samples", "8", "--test-limit", "2", *common]) == 0
+    assert main(["sft", "-n", "more", "-p", str(out / "sft"), "--lr", "0.01", *common]) == 0
+    return out
+
+
+def command(runs: Path, *more: str) -> list[str]:
+    return ["evaluate", "base", str(runs / "more"), str(runs / "sft"), "--limit", "6", "--samples", "2", "--max-new-tokens", "8", "--quiet",
+            "--best-of", "2", "--proxy", str(runs / "gold"), *more]  # fmt: skip
+
+
+def test_a_judge_on_the_command_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A judge who likes long texts; its table stands below the other, and its length-controlled win rate is nearer to half."""
+    out = tmp_path / "e"
+    with FakeJudge(by(len)) as server:
+        judge = ["--judge", server.url, "--judge-model", "fake", "--judge-cache", str(tmp_path / "j.sqlite"), "--out", str(out)]
+        assert main(command(runs, *judge)) == 0
+        printed = capsys.readouterr().out
+        first = (out / "summary.json").read_text()
+        paid = len(server.requests)
+        assert main(command(runs, *judge)) == 0
+        assert len(server.requests) == paid
+    assert (out / "summary.json").read_text() == first
+    assert "Judged by fake" in printed and "(consistency): 100%" in printed
+    summary = json.loads(first)
+    assert summary["judge"]["answers"] == paid
+    samples: dict[str, list[str]] = {}
+    for line in (out / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        samples.setdefault(row["model"], []).append(row["completions"][0])
+    assert list(samples) == list(summary["models"]) == ["base", "sft", "more", "best_of_2"]
+    for name in ("base", "more", "best_of_2"):
+        shares = [(len(a) > len(b)) + 0.5 * (len(a) == len(b)) for a, b in zip(samples[name], samples["sft"], strict=True)]
+        assert summary["models"][name]["judge"]["win_rate"]["mean"] == pytest.approx(sum(shares) / 6)
+    assert "win_rate" not in summary["models"]["sft"]["judge"]
+    for entry in (summary["models"][name] for name in ("base", "more")):
+        assert entry["versus_sft"]["wilson"]["mean"] == pytest.approx(entry["win_rate_vs_sft"]["mean"])
+        assert entry["versus_sft"]["wins"] + entry["versus_sft"]["ties"] + entry["versus_sft"]["losses"] == 6
+    ratings = [summary["models"][name]["rating"]["mean"] for name in ("base", "sft", "more")]
+    assert sum(ratings) == pytest.approx(3000)
+
+
+def test_what_was_found_without_the_judge_stays_when_the_judge_fails(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused: Any = lambda number, body: (401, {}, b'{"error": {"message": "no"}}')
+    with FakeJudge(by(len), refused) as server:
+        judge = [
+            "--judge",
+            server.url,
+            "--judge-model",
+            "fake",
+            "--judge-cache",
+            str(tmp_path / "j.sqlite"),
+            "--out",
+            str(tmp_path / "e"),
+        ]
+        assert main(command(runs, *judge)) == 2
+    error = capsys.readouterr().err
+    assert "key was not accepted" in error and "Traceback" not in error
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert "judge" not in summary and set(summary["models"]) == {"base", "sft", "more", "best_of_2"}
+
+
+def test_nothing_is_called_or_imported_without_a_judge(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('a connection was opened')\n"
+        "socket.socket.connect = socket.create_connection = refuse\n"
+        "from punster.cli import main\n"
+        f"code = main({command(runs)!r})\n"
+        "assert 'openai' not in sys.modules and code == 0, code\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
