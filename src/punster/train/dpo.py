@@ -25,8 +25,8 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
+from punster.train.judged import pair_batches
 from punster.train.plan import announce
-from punster.train.reward import pair_batches
 from punster.train.run import (
     Cursor,
     Run,

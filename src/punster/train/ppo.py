@@ -155,7 +155,9 @@ def make_critic(config: PpoConfig, reward_model: Role | None, reference: Role) -
         *below, last = reward_model.adapters
         trained = last.copy("critic").trainable()
         head = reward_model.head.scaled(*reward_model.normalisation).trainable()
-        return replace(reward_model, adapters=(*below, trained), head=head, trained=("critic",), normalisation=(1.0, 0.0))
+        return replace(
+            reward_model, adapters=(*below, trained), head=head, trained=("critic",), normalisation=(1.0, 0.0), others=(), aux={}
+        )
     critic = extend(reference, replace(config, adapter="lora", seed=config.seed + 1), "critic")
     width, device = reference.model.config.d_model, reference.model.device
     head = ScalarHead(torch.zeros(width, device=device), torch.zeros((), device=device)).trainable()
