@@ -17,7 +17,7 @@ from typing import Any
 from punster.data.batch import Example
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL
-from punster.model.role import Role, score_examples
+from punster.model.role import Role, score_examples, scores_and_spreads
 from punster.model.tokenizer import Tokenizer
 
 # Texts that come without a prompt are scored as answers to this one.
@@ -74,13 +74,19 @@ class Model:
 
     def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """One normalised score for each completion; it depends on this prompt and text alone."""
+        return self.judge(prompts, completions)[0]
+
+    def judge(self, prompts: Sequence[Any], completions: Sequence[str]) -> tuple[list[float], list[float]]:
+        """Scores, and the standard deviation over an ensemble's members on each text (0 for a single model)."""
         if self.role.head is None:
             raise UserError("this run is not a reward model: only reward runs score texts")
         from punster.train.setup import encode
 
         pairs = zip(prompts, completions, strict=True)
         examples: list[Example] = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]
-        return score_examples(self.role, examples)
+        unique = list(dict.fromkeys(examples))  # equal texts get equal scores to the last digit, and run once
+        found = dict(zip(unique, zip(*scores_and_spreads(self.role, unique), strict=True), strict=True))
+        return [found[example][0] for example in examples], [found[example][1] for example in examples]
 
 
 def load(path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", prompt_format: str = "auto") -> Model:

@@ -141,7 +141,10 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
             parser.add_argument(item.name, type=str, nargs="*", help=options["help"], default=default)
         elif hints[item.name] is bool:
             parser.add_argument(*flags, action="store_true", help=options["help"], default=default)
-        elif item.name in ("data", "columns", "negatives", "stages", "reward") and hints[item.name] == list[str]:
+        elif (
+            item.name in ("data", "columns", "negatives", "stages", "reward", "pretrain", "eval_data")
+            and hints[item.name] == list[str]
+        ):
             parser.add_argument(*flags, type=str, nargs="+", **options)
         else:
             parser.add_argument(*flags, type=hints[item.name], **options)
@@ -258,9 +261,8 @@ def score_verb(rest: list[str]) -> int:
 
     rows = read_texts(o["file"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"])
-    scores = model.score([row.get("prompt", GENERIC_PROMPT) for row in rows], [row["completion"] for row in rows])
-    # A single model has no spread; an ensemble's members would differ.
-    lines = "".join(json.dumps({"score": round(score, 6), "spread": 0.0}) + "\n" for score in scores)
+    judged = model.judge([row.get("prompt", GENERIC_PROMPT) for row in rows], [row["completion"] for row in rows])
+    lines = "".join(json.dumps({"score": round(s, 6), "spread": round(d, 6)}) + "\n" for s, d in zip(*judged, strict=True))
     if o["out"]:
         write_text(Path(o["out"]), lines)
     else:

@@ -112,12 +112,15 @@ class RewardConfig(TrainConfig):
 
     data: list[str] = opt(
         factory=lambda: ["embedded"],
-        help="embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected",
+        help="embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt and chosen, rejected "
+        "(pairs), completions, scores (ranked groups) or completion, label (is it a pun)",
     )
+    pretrain: list[str] = opt(factory=list, help="data that is passed once before the other, as --data: votes, ratings")
+    eval_data: list[str] = opt(factory=list, help="pairs held out for the summary's calibration and reliability, as --data")
     columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
     negatives: list[str] = opt(
         factory=lambda: ["literal", "off_topic"],
-        help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, sampled)",
+        help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, template, sampled)",
     )
     rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)")
     sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)")
@@ -128,7 +131,19 @@ class RewardConfig(TrainConfig):
     pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
     epochs: float = opt(1.0, "passes over the pairs")
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up")
+    neutral: float = opt(0.0, "share of the prompts that are replaced by 'make a pun', so that the score hangs on the text")
+    balance: bool = opt(False, "pairs of a source: as many with the longer text right as with the shorter, in buckets of length")
+    pun_head: float = opt(0.5, "labelled texts: weight of the auxiliary head 'is it a pun'")
+    funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'")
+    members: int = opt(
+        1, "ensemble: so many adapters and heads on the one base, each of its own seed and four fifths of the data"
+    )
+    combine: Literal["mean", "min", "cautious"] = opt(
+        "mean", "ensemble: the mean, the minimum, or the mean less --caution x the members' standard deviation"
+    )
+    caution: float = opt(1.0, "ensemble: multiple of the spread that 'cautious' takes off")
     center_rewards: float = opt(0.01, "coefficient of mean((r_w + r_l)^2), as TRL has it")
+    l2_rewards: float = opt(0.0, "coefficient of mean(r_w^2 + r_l^2), as ChatGLM-RLHF has it")
     shuffle_labels: bool = opt(False, "placebo: which text of a pair is preferred is drawn at random")
     normalise_samples: int = opt(128, "SFT samples on which gain and offset are set (0: none)")
     test_limit: int = opt(60, "test records on which each kind of pair is judged for the summary")
@@ -142,7 +157,13 @@ class RewardConfig(TrainConfig):
         for flag, count in counts.items():
             require(count >= 0, f"--{flag} must be >= 0, got {count}")
         require(self.normalise_samples == 0 or self.normalise_samples >= 2, "--normalise-samples must be 0 or at least 2")
-        known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced", "sampled")
+        require(0 <= self.neutral <= 1, f"--neutral must lie in [0, 1], got {self.neutral}")
+        require(1 <= self.members <= 16, f"--members must lie in [1, 16], got {self.members}")
+        require(self.members == 1 or self.adapter == "lora", "--members: an ensemble needs --adapter lora")
+        weights = {"pun-head": self.pun_head, "funniness-head": self.funniness_head, "center-rewards": self.center_rewards}
+        for flag, weight in {**weights, "l2-rewards": self.l2_rewards, "caution": self.caution}.items():
+            require(weight >= 0, f"--{flag} must be >= 0, got {weight}")
+        known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced", "template", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
         require("sampled" not in self.negatives or self.pretrained is not None, "--negatives sampled needs an SFT run (-p)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from punster.algorithms.losses import (
     PAIR_LOSSES,
@@ -16,6 +18,7 @@ from punster.algorithms.losses import (
     clipped_value_loss,
     kto_loss,
     log_odds,
+    plackett_luce,
     preference_loss,
 )
 
@@ -35,6 +38,36 @@ def test_bradley_terry_by_hand() -> None:
     assert loss.tolist() == pytest.approx(hand, abs=1e-12)
     with_margin = bradley_terry(t(2.0, 2.0), t(1.0, 1.0), t(0.25, 1.0))
     assert with_margin.tolist() == pytest.approx([-math.log(sigmoid(0.75)), math.log(2)], abs=1e-12)
+
+
+def test_plackett_luce_is_a_distribution_over_orders() -> None:
+    """By brute force: the probabilities of all K! orders of one group sum to 1, and each is the product of its stages."""
+    generator = torch.Generator().manual_seed(1)
+    for size in (2, 3, 4, 5):
+        scores = torch.randn(size, generator=generator, dtype=torch.float64) * 2
+        total = 0.0
+        for order in itertools.permutations(range(size)):
+            ordered = scores[list(order)]
+            ranks = torch.arange(size, 0, -1.0)
+            loss = plackett_luce(ordered[None], ranks[None])[0]
+            by_hand = math.prod(float(ordered[k].exp() / ordered[k:].exp().sum()) for k in range(size))
+            assert float((-loss).exp()) == pytest.approx(by_hand, rel=1e-9)
+            total += float((-loss).exp())
+        assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_plackett_luce_of_two_is_bradley_terry_and_padding_and_ties_cost_nothing() -> None:
+    scores = torch.tensor([[1.0, -0.5], [2.0, 3.0]])
+    two = plackett_luce(scores, torch.tensor([[2.0, 1.0], [2.0, 1.0]]))
+    torch.testing.assert_close(two, bradley_terry(scores[:, 0], scores[:, 1]))
+    padded = F.pad(scores, (0, 3), value=7.0).requires_grad_()
+    ratings = F.pad(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), (0, 3), value=math.nan)
+    loss = plackett_luce(padded, ratings)
+    torch.testing.assert_close(loss, two)
+    (gradient,) = torch.autograd.grad(loss.sum(), padded)
+    assert gradient.isfinite().all() and float(gradient[:, 2:].abs().max()) == 0
+    assert plackett_luce(torch.tensor([[5.0, 1.0]]), torch.tensor([[3.0, 3.0]])).tolist() == [0.0]
+    assert plackett_luce(torch.tensor([[500.0, -500.0]]), torch.tensor([[1.0, 2.0]])).tolist() == [1000.0]
 
 
 def test_bradley_terry_is_finite_far_out() -> None:

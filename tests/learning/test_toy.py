@@ -21,8 +21,9 @@ from punster.model.role import Trunk, score_examples
 from punster.train import setup
 from punster.train.dpo import dpo, response_log_probs, unpaired
 from punster.train.grpo import grpo
+from punster.train.judged import encode_items
 from punster.train.ppo import ppo
-from punster.train.reward import encode_pairs, train_reward
+from punster.train.reward import train_reward
 from punster.train.run import load_run
 from punster.train.sft import sft
 
@@ -150,7 +151,7 @@ def test_dpo_separates_held_out_pairs(loss_type: str, start: str, options: dict[
     role, tokenizer = load_run(start)
     held_out = pairs(100, seed=4)
     seen = {row["chosen"] for row in pairs(200, seed=3)}
-    examples, _ = encode_pairs([row for row in held_out if row["chosen"] not in seen], tokenizer, role.model)
+    examples, _ = encode_items([row for row in held_out if row["chosen"] not in seen], tokenizer, role.model)
     ratios = sums(run, examples) - sums(start, examples)
     margin = ratios[::2] - ratios[1::2]
     assert len(margin) > 60
@@ -163,9 +164,9 @@ def test_a_reward_model_learns_a_planted_preference(start: str, options: dict[st
     run = train_reward(config, pairs(300, seed=5))
     assert run is not None
     role, tokenizer = load_run(run)
-    scores = torch.tensor(score_examples(role, encode_pairs(pairs(200, seed=6), tokenizer, role.model)[0]))
+    scores = torch.tensor(score_examples(role, encode_items(pairs(200, seed=6), tokenizer, role.model)[0]))
     assert (scores[::2] > scores[1::2]).float().mean() > 0.85
-    pure, _ = encode_pairs([{"prompt": PROMPTS[0], "chosen": "abcabc", "rejected": "xyzxyz"}], tokenizer, role.model)
+    pure, _ = encode_items([{"prompt": PROMPTS[0], "chosen": "abcabc", "rejected": "xyzxyz"}], tokenizer, role.model)
     best, worst = score_examples(role, pure)
     assert best > 1 > worst  # in standard deviations of the SFT model's samples
 
@@ -175,7 +176,7 @@ def test_a_reward_model_on_shuffled_labels_learns_nothing(start: str, options: d
     run = train_reward(config, pairs(300, seed=5))
     assert run is not None
     role, tokenizer = load_run(run)
-    scores = torch.tensor(score_examples(role, encode_pairs(pairs(200, seed=6), tokenizer, role.model)[0]))
+    scores = torch.tensor(score_examples(role, encode_items(pairs(200, seed=6), tokenizer, role.model)[0]))
     assert 0.25 < (scores[::2] > scores[1::2]).float().mean() < 0.75
 
 

@@ -18,7 +18,8 @@ from punster.errors import UserError
 from punster.model.role import Trunk, score_examples
 from punster.rollout.sampler import Rollout
 from punster.train.dpo import dpo, encode_given, response_log_probs, sampled_pairs, summed, unpaired
-from punster.train.reward import encode_pairs, train_reward
+from punster.train.judged import encode_items
+from punster.train.reward import train_reward
 from punster.train.run import load_run, seeded
 from punster.train.setup import open_role
 from punster.train.sft import sft
@@ -70,7 +71,7 @@ def test_every_loss_runs_and_moves_the_policy(loss_type: str, config: Config, re
 def test_first_losses_by_hand(config: Config, reader: Any, sft_run: str) -> None:
     """Where policy = reference: hinge 1, IPO 1/(4 beta^2), KTO 1/2; SimPO and ORPO from the reference's own log-probs."""
     role, tokenizer = load_run(sft_run)
-    examples, _ = encode_pairs(PAIRS, tokenizer, role.model)
+    examples, _ = encode_items(PAIRS, tokenizer, role.model)
     with torch.no_grad():
         sums, lengths = summed(role, collate(examples))
     bars = (sums / lengths).double()
@@ -92,7 +93,7 @@ def test_first_losses_by_hand(config: Config, reader: Any, sft_run: str) -> None
 
 def test_sft_term_is_the_nll_per_chosen_token(config: Config, reader: Any, sft_run: str) -> None:
     role, tokenizer = load_run(sft_run)
-    examples, _ = encode_pairs(PAIRS, tokenizer, role.model)
+    examples, _ = encode_items(PAIRS, tokenizer, role.model)
     sums = response_log_probs(role, examples, Trunk.compute(role.model, examples, []), 4096)
     nll = -float(sums[::2].sum()) / sum(len(example.response) for example in examples[::2])
     run = dpo(config(steps=1, batch_size=10, sft_coef=0.7), PAIRS)
@@ -208,7 +209,7 @@ def test_dpo_goes_on_from_a_dpo_run(config: Config, reader: Any) -> None:
     logs = []
     for run in (first, second):
         role, tokenizer = load_run(run)
-        examples, _ = encode_pairs(PAIRS, tokenizer, role.model)
+        examples, _ = encode_items(PAIRS, tokenizer, role.model)
         logs.append(response_log_probs(role, examples, Trunk.compute(role.model, examples, []), 4096))
     assert [adapter.name for adapter in role.adapters] == ["sft", "policy", "policy2"]
     torch.testing.assert_close(logs[1], logs[0], rtol=0, atol=1e-3)

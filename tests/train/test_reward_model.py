@@ -19,7 +19,8 @@ from punster.errors import UserError
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, score_examples
 from punster.rollout.sampler import Decoding, generate
-from punster.train.reward import balanced, encode_pairs, shuffled, swapped, train_reward
+from punster.train.judged import balanced, encode_items, shuffled, swapped
+from punster.train.reward import train_reward
 from punster.train.run import load_run, seeded
 
 Make = Callable[..., Any]
@@ -71,7 +72,7 @@ def test_no_normalisation_on_request(sft_run: str, tiny_llama: Path, tmp_path: P
 def test_padding_does_not_move_scores(pooling: str, reward_run: str) -> None:
     role, tokenizer = load_run(reward_run)
     role = replace(role, pooling=pooling)
-    examples, _ = encode_pairs([*PAIRS, {"prompt": "x", "chosen": "long " * 15, "rejected": "y"}], tokenizer, role.model)
+    examples, _ = encode_items([*PAIRS, {"prompt": "x", "chosen": "long " * 15, "rejected": "y"}], tokenizer, role.model)
     alone = torch.cat([role.scores(collate([example])) for example in examples])
     for pad in (0, tokenizer.eos_id, 77):
         torch.testing.assert_close(role.scores(collate(examples, pad_id=pad)), alone, rtol=0, atol=1e-5)
@@ -81,7 +82,7 @@ def test_padding_does_not_move_scores(pooling: str, reward_run: str) -> None:
 
 def test_the_last_token_is_eos_and_mean_covers_the_response_only(reward_run: str) -> None:
     role, tokenizer = load_run(reward_run)
-    examples, _ = encode_pairs(PAIRS[:2], tokenizer, role.model)
+    examples, _ = encode_items(PAIRS[:2], tokenizer, role.model)
     batch = collate(examples)
     assert role.head is not None
     values = role.head(role.hidden(batch))
@@ -102,7 +103,8 @@ def test_first_loss_by_hand(tiny_llama: Path, tmp_path: Path, make: Make, reader
     run = train_reward(config, rows)
     trained, tokenizer = load_run(run)
     untrained = Role(trained.model, head=ScalarHead.create(32, seeded(1, "head")))
-    examples, margins = encode_pairs(rows, tokenizer, trained.model)
+    examples, items = encode_items(rows, tokenizer, trained.model)
+    margins = torch.tensor([item.margin for item in items])
     scores = torch.tensor(score_examples(untrained, examples), dtype=torch.float64)
     chosen, rejected = scores[::2], scores[1::2]
     loss = -torch.sigmoid(chosen - rejected - margins).log().mean() + 0.01 * (chosen + rejected).square().mean()
@@ -122,7 +124,7 @@ def test_micro_batches_do_not_change_a_reward_run(tiny_llama: Path, tmp_path: Pa
 def test_swapped_pairs_take_their_ids_along(reward_run: str) -> None:
     role, tokenizer = load_run(reward_run)
     row = {"prompt": "pun: sea", "chosen": "the sea made dough.", "rejected": "the tide", "rejected_ids": [70, 71, 72, 2]}
-    straight, turned = (encode_pairs([r], tokenizer, role.model)[0] for r in (row, swapped(row)))
+    straight, turned = (encode_items([r], tokenizer, role.model)[0] for r in (row, swapped(row)))
     assert turned == straight[::-1] and straight[0] != straight[1]
 
 
@@ -155,7 +157,7 @@ def test_depth_reads_lower_layers(tiny_llama: Path, tmp_path: Path, make: Make, 
     config = make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, depth=2, normalise_samples=0)
     role, tokenizer = load_run(train_reward(config, PAIRS))
     assert role.depth == 2 and role.first_layer == 1
-    batch = collate(encode_pairs(PAIRS, tokenizer, role.model)[0])
+    batch = collate(encode_items(PAIRS, tokenizer, role.model)[0])
     before = role.scores(batch)
     role.model.weights["model.layers.3.mlp.down_proj.weight"] += 1.0
     assert torch.equal(role.scores(batch), before)
@@ -175,14 +177,14 @@ def test_full_fine_tuning_of_a_reward_model_saves_and_loads(tiny_llama: Path, tm
                   normalise_samples=0, lr=3e-3)  # fmt: skip
     run = train_reward(config, PAIRS)
     role, tokenizer = load_run(run)
-    scores = score_examples(role, encode_pairs(PAIRS, tokenizer, role.model)[0])
+    scores = score_examples(role, encode_items(PAIRS, tokenizer, role.model)[0])
     margin = sum(a - b for a, b in zip(scores[::2], scores[1::2], strict=True)) / 8
     assert margin == pytest.approx(reader.values(run, "margin")[-1], abs=0.1) and margin > 1
 
 
 def test_summary_holds_accuracies_by_kind(reward_run: str, reader: Any) -> None:
     accuracies = reader.summary(reward_run)["accuracy"]
-    assert set(accuracies) == set(corpus.NEGATIVES)
+    assert set(accuracies) == {*corpus.NEGATIVES, "template"}
     assert all(0 <= value <= 1 for value in accuracies.values())
 
 

@@ -17,6 +17,19 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     return -F.logsigmoid(chosen - rejected - margin)
 
 
+def plackett_luce(scores: Tensor, ratings: Tensor) -> Tensor:
+    """-log of the probability of ranked groups, (G,), from scores and people's ratings, both (G, K); rating NaN: no text there.
+
+    A text of the group beats all that are rated below it with probability exp(s_k) / (exp(s_k) + sum_j exp(s_j)), j over those
+    below; the product over k is Plackett's (1975) and Luce's (1959), texts of one rating left uncompared (Breslow's ties).
+    K = 2 is Bradley-Terry; a group without two ratings has loss 0.
+    """
+    below = ratings[:, None, :] < ratings[:, :, None]  # (G, K, K); false wherever a NaN is
+    rivals = torch.where(below, scores[:, None, :], -torch.inf)
+    stages = torch.logsumexp(torch.cat((scores[:, :, None], rivals), 2), 2) - scores
+    return torch.where(below.any(2), stages, 0.0).sum(1)
+
+
 # ---- PPO ----------------------------------------------------------------------------------------------------------
 def clipped_policy_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2, clip_high: float | None = None

@@ -20,10 +20,23 @@ from punster.data.schema import Row
 NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced")
 
 
+def _lines(name: str) -> tuple[dict[str, str], ...]:
+    text = (files("punster") / "data" / name).read_text(encoding="utf-8")
+    return tuple(json.loads(line) for line in text.split("\n") if line)
+
+
 @cache
 def records() -> tuple[dict[str, str], ...]:
-    text = (files("punster") / "data" / "puns.jsonl").read_text(encoding="utf-8")
-    return tuple(json.loads(line) for line in text.split("\n") if line)
+    return _lines("puns.jsonl")
+
+
+@cache
+def template_rows(split: str = "train") -> tuple[Row, ...]:
+    """Pairs of one joke template with and without wordplay, equally long; the test part has templates of its own."""
+    return tuple(
+        {"prompt": "make a pun", "chosen": r["pun"], "rejected": r["plain"], "kind": "template", "id": r["id"], "template": r["template"]}
+        for r in _lines("templates.jsonl") if r["split"] == split
+    )  # fmt: skip
 
 
 def part(split: str) -> list[dict[str, str]]:

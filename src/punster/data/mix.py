@@ -12,7 +12,7 @@ from typing import Any, Literal
 from punster.data import corpus
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
-from punster.data.pairs import from_group, length_matched
+from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation
 from punster.data.prompts import pun_word_share, retopic, with_prompts
 from punster.data.schema import Row, kind_of, read_rows, texts_of
@@ -27,7 +27,8 @@ class Ingredient:
     source: str = ""
     file: str = ""
     columns: list[str] = field(default_factory=list)
-    use: Literal["", "groups", "pairs", "ratings", "puns", "texts"] = ""  # default: what the source has
+    # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating.
+    use: Literal["", "groups", "ranked", "pairs", "ratings", "labels", "puns", "texts"] = ""
     ids: str = ""  # only rows whose id begins so
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     limit: int = 0  # at most so many rows, drawn (0: all)
@@ -161,7 +162,7 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     if recipe.kind in ("sft", "prompt"):
         rows = with_prompts(rows, avoid)
     else:
-        rows = [retopic(row, row["chosen"], avoid) for row in rows]
+        rows = [retopic(row, texts_of(row)[0], avoid) for row in rows]
     if recipe.kind == "prompt":
         rows = pool.held_out_prompts if pool and recipe.split == "val" else list({row["prompt"]: row for row in rows}.values())
         rows = [{k: v for k, v in row.items() if k != "completion"} for row in rows]
@@ -240,10 +241,11 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     assert pool is not None
     source = SOURCES[part.source]
     rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
-    wanted = {"groups": "group", "pairs": "preference", "ratings": "text"}.get(part.use)
+    wanted = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}.get(part.use)
     if recipe.kind == "preference":
         found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
-        rows = [row for row in found if kind_of(row) != "text" or (part.by in row and row.get("is_pun") is not False)]
+        both = part.by == "is_pun" or part.use == "labels"  # these need the texts that are no puns, too
+        rows = [row for row in found if kind_of(row) != "text" or (part.by in row and (both or row.get("is_pun") is not False))]
     else:
         rows = [row for row in rows if kind_of(row) in ("sft", "text") and (part.use == "texts" or row.get("is_pun"))]
         rows = [row for row in rows if row.get("system", "human") == "human"]
@@ -254,6 +256,10 @@ def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Ra
     """What the recipe asks for, made of rows that may be used."""
     if recipe.kind != "preference":
         return list(rows)
+    if part.use == "labels":
+        return labelled(rows, part.by, part.prompt)
+    if part.use == "ranked":
+        return [group for group in map(ranked, rows) if len(group["scores"]) > 1]
     pairs = [row for row in rows if kind_of(row) == "preference"]
     for group in (row for row in rows if kind_of(row) == "group"):
         pairs += from_group(group, part.gap, part.cap, draw)
@@ -281,7 +287,10 @@ def told(statement: Row) -> list[str]:
 
 
 def is_mixture(name: str) -> bool:
-    return name == "puns" or name.endswith((".yaml", ".yml"))
+    """A YAML file, or the name of a mixture that comes with the package (unless a file is called so)."""
+    from punster.train.pipeline import recipe_folder
+
+    return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and (recipe_folder() / "data" / f"{name}.yaml").is_file())
 
 
 def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:

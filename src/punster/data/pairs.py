@@ -1,8 +1,9 @@
-"""Preference pairs out of ranked groups and of ratings; nothing of them is decided by length."""
+"""Preference pairs out of ranked groups and of ratings, and single labelled texts; nothing of them is decided by length."""
 
 from __future__ import annotations
 
 import random
+import statistics
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -45,6 +46,13 @@ def from_group(group: Row, gap: float, cap: int, draw: random.Random) -> list[Ro
     ]  # fmt: skip
 
 
+def ranked(group: Row) -> Row:
+    """The group without recited texts: at the top they would be praised, further down a good pun would be blamed."""
+    kept = [place for place, known in enumerate(group.get("recited") or [False] * len(group["scores"])) if not known]
+    columns = {name: [group[name][place] for place in kept] for name in ("completions", "scores", "systems") if name in group}
+    return {name: value for name, value in group.items() if name != "recited"} | columns
+
+
 def length_matched(rows: Sequence[Row], gap: float, cap: int, limit: int, prompt: str, draw: random.Random, by: str) -> list[Row]:
     """Pairs of rated texts with equally many words whose ratings `by` differ by at least `gap`.
 
@@ -79,3 +87,16 @@ def length_matched(rows: Sequence[Row], gap: float, cap: int, limit: int, prompt
                     pairs.append(pair)
                     break
     return pairs
+
+
+def labelled(rows: Sequence[Row], by: str, prompt: str) -> list[Row]:
+    """Single texts for the auxiliary heads: label (is it a pun, where known) and rating (`by`, standardised over these rows)."""
+    rated = [float(row[by]) for row in rows if by != "is_pun" and row.get(by) is not None]
+    mean, spread = (statistics.fmean(rated), statistics.pstdev(rated) or 1.0) if rated else (0.0, 1.0)
+    found = []
+    for row in rows:
+        judged: Row = {"prompt": prompt, "completion": row["text"], "label": row.get("is_pun")}
+        if by != "is_pun" and row.get(by) is not None:
+            judged["rating"] = round((row[by] - mean) / spread, 4)
+        found.append({**judged, **{name: row[name] for name in ("source", "licence", "id")}})
+    return found

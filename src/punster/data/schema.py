@@ -78,9 +78,15 @@ def _is_chat(value: Any) -> bool:
 
 
 def check_row(row: Any, kind: str, where: str) -> Row:
-    """The row with its texts as plain strings (prompts may stay chat messages); UserError if it does not fit."""
+    """The row with its texts as plain strings (prompts may stay chat messages); UserError if it does not fit.
+
+    kind "judged": a pair, a ranked group or a labelled text, whichever the row's fields suggest.
+    """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: found {type(row).__name__}, expected an object with {', '.join(FIELDS[kind])}")
+        expected = ", ".join(FIELDS["preference" if kind == "judged" else kind])
+        raise UserError(f"{where}: found {type(row).__name__}, expected an object with {expected}")
+    if kind == "judged":
+        kind = found if (found := kind_of(row)) in ("group", "unpaired") else "preference"
     row = explicit(row, kind)
     for name in FIELDS[kind]:
         if row.get(name) is None:

@@ -47,6 +47,10 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     if role.head is None:
         config["architectures"] = [f"{prefix}LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"]
     else:
+        if role.others:
+            raise UserError(
+                "an ensemble has no counterpart in transformers; train a single reward model (--members 1) for export"
+            )
         if role.pooling != "last":
             raise UserError(
                 "a head that averages over the response has no counterpart in transformers; train with --pooling last"

@@ -27,6 +27,10 @@ class Role:
     pooling: str = "last"  # a score is the value at the last real token, or the "mean" over the response
     normalisation: tuple[float, float] = (1.0, 0.0)  # gain and offset that make SFT samples mean 0, std 1
     trained: tuple[str, ...] = field(default=())  # names of the adapters that this role trains
+    aux: dict[str, ScalarHead] = field(default_factory=dict)  # read the same state in training; no part of the score
+    others: tuple[Role, ...] = ()  # further members of an ensemble on the same base, each with its own normalisation
+    combine: str = "mean"  # the ensemble's score: "mean", "min", or "cautious": mean - caution x standard deviation
+    caution: float = 1.0
 
     @property
     def last_layer(self) -> int:
@@ -38,7 +42,7 @@ class Role:
         lowest = [adapter.first_layer for adapter in self.adapters]
         if self.model.trained_from is not None:
             lowest.append(self.model.trained_from)
-        return min([*lowest, self.last_layer])
+        return min([*lowest, self.last_layer, *(other.first_layer for other in self.others)])
 
     @property
     def frozen_depth(self) -> int:
@@ -46,7 +50,7 @@ class Role:
         lowest = [adapter.first_layer for adapter in self.adapters if adapter.name in self.trained]
         if self.model.trained_from is not None:
             lowest.append(self.model.trained_from)
-        return min([*lowest, self.last_layer])
+        return min([*lowest, self.last_layer, *(other.frozen_depth for other in self.others)])
 
     def trunk_key(self, depth: int) -> str:
         """Names this role's states after `depth` layers: the base, and every adapter that reaches below that depth."""
@@ -63,8 +67,11 @@ class Role:
             for name, tensor in self.model.weights.items():
                 if tensor.requires_grad:
                     yield f"base:{name}", tensor
-        if self.head is not None and self.head.weight.requires_grad:
-            yield from self.head.named_parameters()
+        for prefix, head in {"": self.head, **{f"{name}_": head for name, head in self.aux.items()}}.items():
+            if head is not None and head.weight.requires_grad:
+                yield from ((prefix + name, tensor) for name, tensor in head.named_parameters())
+        for number, other in enumerate(self.others, 2):
+            yield from ((f"member{number}.{name}", tensor) for name, tensor in other.named_parameters())
 
     def parameters(self) -> list[Tensor]:
         return [tensor for _, tensor in self.named_parameters()]
@@ -94,16 +101,29 @@ class Role:
     def raw_scores(self, batch: Batch) -> Tensor:
         """(B,) head outputs at the last token, or averaged over the response tokens, before normalisation."""
         assert self.head is not None
-        values = self.head(self.hidden(batch))
+        return self.head(self.pooled(batch))
+
+    def pooled(self, batch: Batch) -> Tensor:
+        """(B, d) the state that heads read: the last token's, or the mean over the response (heads are linear)."""
+        hidden = self.hidden(batch)
         if self.pooling == "last":
-            return values.gather(1, (batch.lengths - 1)[:, None])[:, 0]
-        span = batch.response_span()
-        return (values * span).sum(1) / span.sum(1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
+        span = batch.response_span()[:, :, None]
+        return (hidden * span).sum(1) / span.sum(1)
 
     def scores(self, batch: Batch) -> Tensor:
-        """(B,) normalised scores."""
-        gain, offset = self.normalisation
-        return self.raw_scores(batch) * gain + offset
+        """(B,) normalised scores; of an ensemble its combination (Coste et al. 2023, arXiv 2310.02743)."""
+        return self.scores_and_spread(batch)[0]
+
+    def scores_and_spread(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B,) scores, and the standard deviation over the members (0 of a single model)."""
+        members = torch.stack(
+            [role.raw_scores(batch) * role.normalisation[0] + role.normalisation[1] for role in (self, *self.others)]
+        )
+        spread = members.std(0, correction=0)
+        if self.combine == "min":
+            return members.amin(0), spread
+        return members.mean(0) - (self.caution * spread if self.combine == "cautious" else 0.0), spread
 
 
 @dataclass
@@ -160,13 +180,21 @@ class Trunk:
 @torch.no_grad()
 def score_examples(role: Role, examples: Sequence[Example], trunk: Trunk | None = None, max_tokens: int = 4096) -> list[float]:
     """Normalised scores of many examples, in their order."""
-    scores = [0.0] * len(examples)
+    return scores_and_spreads(role, examples, trunk, max_tokens)[0]
+
+
+@torch.no_grad()
+def scores_and_spreads(
+    role: Role, examples: Sequence[Example], trunk: Trunk | None = None, max_tokens: int = 4096
+) -> tuple[list[float], list[float]]:
+    """Normalised scores of many examples, in their order, and how far an ensemble's members are apart on each."""
+    scores, spreads = [0.0] * len(examples), [0.0] * len(examples)
     for rows in prefix_batches(examples, max_tokens):
         batch = (
             trunk.collate(examples, rows, role.model.device)
             if trunk
             else collate([examples[row] for row in rows], device=role.model.device)
         )
-        for row, score in zip(rows, role.scores(batch).tolist(), strict=True):
-            scores[row] = score
-    return scores
+        for row, score, spread in zip(rows, *(part.tolist() for part in role.scores_and_spread(batch)), strict=True):
+            scores[row], spreads[row] = score, spread
+    return scores, spreads

@@ -36,8 +36,11 @@ def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, A
         "dtype": str(role.model.dtype).removeprefix("torch."), "prompt_format": tokenizer.prompt_format,
         "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth,
         "pooling": role.pooling, "normalisation": list(role.normalisation), "trained_from": role.model.trained_from,
-        **(extra or {}),
+        "members": 1 + len(role.others), "combine": role.combine, "caution": role.caution, **(extra or {}),
     }  # fmt: skip
+    for number, other in enumerate(role.others, 2):
+        (folder / f"member-{number}").mkdir()
+        save_role(folder / f"member-{number}", other, tokenizer)
     (folder / "role.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
@@ -74,6 +77,10 @@ def load_role(
         head = ScalarHead(stored["head.weight"].to(model.device), stored["head.bias"].to(model.device))
     gain, offset = described["normalisation"]
     role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))
+    if (count := described.get("members", 1)) > 1:
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base or model, "tokenizer": tokenizer}
+        others = tuple(load_role(folder / f"member-{number}", **options)[0] for number in range(2, count + 1))
+        role = replace(role, others=others, combine=described["combine"], caution=described["caution"])
     return role, tokenizer
 
 

@@ -29,7 +29,8 @@ def make_critic(config: PpoConfig, setup: Setup) -> Role:
         *below, last = reward_model.adapters
         trained = last.copy("critic").trainable()
         head = reward_model.head.scaled(*reward_model.normalisation).trainable()
-        critic = replace(reward_model, adapters=(*below, trained), head=head, trained=("critic",), normalisation=(1.0, 0.0))
+        plain = replace(reward_model, normalisation=(1.0, 0.0), others=(), aux={})
+        critic = replace(plain, adapters=(*below, trained), head=head, trained=("critic",))
         return own_copy(critic) if config.memory == "separate" else critic
     critic = extend(reference, replace(config, adapter="lora", seed=config.seed + 1), "critic")
     return replace(own_copy(critic) if config.memory in ("lora", "separate") else critic, head=zero)

@@ -27,8 +27,8 @@ from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
 from punster.train.held_out import held_out_prompts, sample_table
+from punster.train.judged import pair_batches
 from punster.train.plan import announce
-from punster.train.reward import pair_batches
 from punster.train.run import (
     Cursor,
     Run,

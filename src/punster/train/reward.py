@@ -1,10 +1,11 @@
-"""Reward model: Bradley-Terry on pairs (the margin, if a pair has one, is subtracted), normalised on SFT samples.
+"""Reward model: Bradley-Terry on pairs, Plackett-Luce on ranked groups, auxiliary heads on labelled texts; then normalised.
 
-punster reward -n NAME -b 16 -p runs/SFT
+punster reward -n NAME -b 16 -p runs/SFT, or punster reward -n NAME --config recipes/reward-human.yaml
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +13,28 @@ from typing import Any
 
 import torch
 
-from punster.algorithms.losses import bradley_terry
 from punster.config import RewardConfig
 from punster.data import corpus
-from punster.data.batch import Example, epoch_order, token_batches
+from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row
 from punster.errors import UserError
+from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.held_out import pair_table
+from punster.train.judged import (
+    SIDES,
+    balanced,
+    calibration,
+    encode_items,
+    item_batches,
+    item_loss,
+    neutral,
+    reliability,
+    shuffled,
+)
 from punster.train.plan import announce
 from punster.train.run import (
     Cursor,
@@ -39,7 +51,6 @@ from punster.train.run import (
 )  # fmt: skip
 from punster.train.setup import (
     check_model,
-    encode,
     encode_fitting,
     extend,
     layer_count,
@@ -50,11 +61,9 @@ from punster.train.setup import (
     with_head,
 )
 
-SIDES = ("chosen", "rejected")
-
 
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
-    """Train a reward model on rows with prompt, chosen and rejected; returns the run folder (None for a dry run)."""
+    """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
     if config.pretrained:
         sampled_from, tokenizer = open_policy_role(config.pretrained, config)
         check_model(config, config.pretrained, sampled_from)
@@ -63,47 +72,59 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         sampled_from = Role(base)
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
-    given = load_rows(
-        rows if rows is not None else config.data,
-        "preference",
-        lambda: embedded_pairs(config, sampled_from, tokenizer),
-        config.columns,
-    )
-    given = shuffled(given, config)
-    examples, margins = encode_pairs(given, tokenizer, start.model)
-    validation = fitting_pairs(corpus.preference_rows(("literal", "off_topic"), "val"), tokenizer, start.model)
-    steps = total_steps(config, len(given), config.epochs)
-    model = with_head(
-        replace(extend(start, config, "reward", layer_count(config.depth, start.model.config.n_layer)), pooling=config.pooling),
-        config,
-    )
+
+    def judged(sources: Sequence[str] | Sequence[Row]) -> list[Row]:
+        found = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns)
+        found = balanced(found, tokenizer) if config.balance else found
+        return neutral(shuffled(found, config), config.neutral, config.seed)
+
+    first = judged(config.pretrain) if config.pretrain else []
+    given = judged(rows if rows is not None else config.data)
+    examples, items = encode_items(first + given, tokenizer, start.model)
+    held_out = judged_pairs(config, tokenizer, start.model)
+    validation, _ = encode_items(held_out, tokenizer, start.model)
+    first_steps = math.ceil(len(first) / config.batch_size)
+    steps = config.steps or first_steps + total_steps(config, len(given), config.epochs)
+    members = [new_member(start, config, number) for number in range(config.members)]
+    model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     if announce(config, "reward", model, steps, examples):
         return None
-    optimizer, names = make_optimizer(model, config.lr, config.weight_decay)
-    cursor = Cursor(len(given), seeded(config.seed, "data"))
-    state = State(model, {"reward": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor})
+    optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {}
+    cursors: dict[str, Cursor] = {}
+    for number, member in enumerate(members):
+        label = f"reward{number + 1 if number else ''}"
+        optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
+        cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
+                    for part, places in (("first", first), ("data", bag(len(given), config, number))) if places}  # fmt: skip
+    generators = {name: cursor.generator for name, cursor in cursors.items()}
+    state = State(model, optimizers, generators, cursors)
     with Run(config, "reward", steps) as run:
         restore(run, state)
-        used = rows_used(len(given), config.seed, steps * config.batch_size)
-        texts_used = {text for pair in used for text in (2 * pair, 2 * pair + 1)}
-        trunk = Trunk.shared([model], examples, config.max_tokens, texts_used)
-        held_out = Trunk.shared([model], validation, config.max_tokens)
+        used = {text for row in rows_needed(config, len(first), len(given), first_steps, steps) for text in items[row].texts}
+        trunk = Trunk.shared([model], examples, config.max_tokens, used)
+        known = Trunk.shared([model], validation, config.max_tokens)
         for step in range(run.step + 1, steps + 1):
-            pairs = cursor.next(config.batch_size)
-            sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-            for group in pair_batches(examples, pairs, config.max_tokens):
-                texts = [2 * pair for pair in group] + [2 * pair + 1 for pair in group]
-                chosen, rejected = model.raw_scores(trunk.collate(examples, texts, model.model.device)).chunk(2)
-                loss = bradley_terry(chosen, rejected, margins[group].to(chosen.device)).sum()
-                loss = (loss + config.center_rewards * (chosen + rejected).square().sum()) / len(pairs)
-                loss.backward()
-                sums["loss"] += float(loss.detach())
-                sums["accuracy"] += float((chosen > rejected).sum()) / len(pairs)
-                sums["margin"] += float((chosen - rejected).detach().sum()) / len(pairs)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
-            metrics = {**sums, **optimizer_step(optimizer, rate, config.max_grad_norm)}
+            sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+            metrics: dict[str, float] = {}
+            for number, (member, (label, (optimizer, _))) in enumerate(zip(members, optimizers.items(), strict=True)):
+                if step <= first_steps:
+                    batch = [items[row] for row in cursors[f"{label}|first"].next(config.batch_size)]
+                else:
+                    places = bag(len(given), config, number)
+                    drawn = cursors[f"{label}|data"].next(config.batch_size)
+                    batch = [items[len(first) + places[row]] for row in drawn]
+                ranked = max(1, sum(len(item.texts) > 1 for item in batch)) * len(members)
+                for group in item_batches(examples, batch, config.max_tokens):
+                    loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
+                    (loss / len(batch)).backward()
+                    sums["loss"] += float(loss.detach()) / len(batch) / len(members)
+                    for name, value in found.items():
+                        sums[name] += value / ranked
+                metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
+            metrics |= sums
             if step == steps or (config.eval_every and step % config.eval_every == 0):
-                metrics["eval_accuracy"] = pair_accuracy(model, validation, held_out)
+                metrics["eval_accuracy"] = share_right(pair_gaps(model, validation, known))
                 pair_table(run, step, model, tokenizer, validation)
             run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
             if run.save_due(step):
@@ -113,8 +134,46 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 save_checkpoint(run, step, state, tokenizer, result)
                 run.raise_if_stopped()
         summary = {"accuracy": accuracy_by_kind(model, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
-        run.finish(summary)
+        gaps = pair_gaps(model, validation, known)
+        run.finish({**summary, "calibration": calibration(gaps), "reliability": reliability(held_out, gaps)})
         return run.folder
+
+
+def new_member(start: Role, config: RewardConfig, number: int) -> Role:
+    """A fresh adapter and heads; members of an ensemble differ in the seed."""
+    config = replace(config, seed=config.seed + number)
+    role = replace(extend(start, config, "reward", layer_count(config.depth, start.model.config.n_layer)), pooling=config.pooling)
+    width, device = role.model.config.d_model, role.model.device
+    aux = {name: ScalarHead.create(width, seeded(config.seed, f"{name} head"), device).trainable()
+           for name, weight in (("pun", config.pun_head), ("funniness", config.funniness_head)) if weight}  # fmt: skip
+    return replace(with_head(role, config), aux=aux)
+
+
+def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
+    """The rows that a member learns from: all of them, or of an ensemble's a drawn four fifths."""
+    if config.members == 1:
+        return range(rows)
+    return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
+
+
+def rows_needed(config: RewardConfig, first: int, given: int, first_steps: int, steps: int) -> set[int]:
+    """The rows (pre-training first) that any member will see: all of them, unless the run is short."""
+    needed: set[int] = set()
+    for number in range(config.members):
+        places = bag(given, config, number)
+        seed = config.seed + number
+        needed |= rows_used(first, seed, min(steps, first_steps) * config.batch_size) if first else set()
+        if steps > first_steps:
+            needed |= {first + places[row] for row in rows_used(len(places), seed, (steps - first_steps) * config.batch_size)}
+    return needed
+
+
+def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
+    """Held-out pairs of which both texts fit into the context: of the embedded corpus, and of --eval-data."""
+    rows = corpus.preference_rows(("literal", "off_topic"), "val")
+    if config.eval_data:
+        rows += [row for row in load_rows(config.eval_data, "judged", list, config.columns) if "chosen" in row]
+    return [row for row in rows if all(encode_fitting(tokenizer, model, [row], side) for side in SIDES)]
 
 
 def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:
@@ -124,6 +183,7 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         order = epoch_order(len(rows), seeded(config.seed, "rows"))
         by_kind = {kind: [rows[i] for i in order if rows[i]["kind"] == kind][: config.rows_per_kind] for kind in config.negatives}
         rows = [row for kind in config.negatives for row in by_kind[kind]]
+    rows += corpus.template_rows() if "template" in config.negatives and config.split == "train" else ()
     if "sampled" in config.negatives:
         room = policy.model.config.max_positions - 40
         people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
@@ -145,26 +205,6 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
     return rows
 
 
-def balanced(rows: list[Row], tokenizer: Tokenizer, width: int = 4) -> list[Row]:
-    """As many pairs whose chosen text is the longer as whose rejected text is, at every difference in length.
-
-    Pairs are bucketed by the difference in tokens and the surplus is dropped (ChatGLM-RLHF, arXiv 2404.00934): a reward
-    model must not learn length from what the sampling model happens to write.
-    """
-    buckets: dict[int, tuple[list[Row], list[Row]]] = {}
-    kept = []
-    for row in rows:
-        gap = len(tokenizer.response_ids(row["chosen"])) - len(row["rejected_ids"])
-        if gap == 0:
-            kept.append(row)
-        else:
-            buckets.setdefault((abs(gap) - 1) // width, ([], []))[gap > 0].append(row)
-    for shorter, longer in buckets.values():
-        fewer = min(len(shorter), len(longer))
-        kept += shorter[:fewer] + longer[:fewer]
-    return kept
-
-
 def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
     """One sample of the SFT model to each prompt that leaves room for it."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
@@ -176,70 +216,35 @@ def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed
     return generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).closed
 
 
-def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
-    """The placebo: preferred and rejected text swapped by the toss of a seeded coin."""
-    if not config.shuffle_labels:
-        return rows
-    coins = torch.rand(len(rows), generator=seeded(config.seed, "labels")) < 0.5
-    return [swapped(row) if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
-
-
-def swapped(row: Row) -> Row:
-    """The pair the other way round, ids of sampled texts included."""
-    ids = {f"{side}_ids": row.get(f"{other}_ids") for side, other in (SIDES, SIDES[::-1])}
-    return {**row, "chosen": row["rejected"], "rejected": row["chosen"], **ids}
-
-
-def encode_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> tuple[list[Example], torch.Tensor]:
-    """Examples 2i (chosen) and 2i + 1 (rejected) of every row, and the margins (P,)."""
-    examples = []
-    for number, row in enumerate(rows, 1):
-        for side in SIDES:
-            if ids := row.get(f"{side}_ids"):
-                examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
-            else:
-                examples.append(encode(tokenizer, model, row["prompt"], row[side], f"row {number}"))
-    return examples, torch.tensor([float(row.get("margin") or 0.0) for row in rows])
-
-
-def fitting_pairs(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> list[Example]:
-    """Held-out pairs of which both texts fit into the context."""
-    pairs = [
-        encode_fitting(tokenizer, model, [row], "chosen") + encode_fitting(tokenizer, model, [row], "rejected") for row in rows
-    ]
-    return [example for pair in pairs if len(pair) == 2 for example in pair]
-
-
-def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
-    longest = [max(examples[2 * pair].length, examples[2 * pair + 1].length) for pair in pairs]
-    return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
-
-
-def pair_accuracy(model: Role, examples: Sequence[Example], trunk: Trunk | None = None) -> float:
-    """Share of pairs whose chosen text (even places) scores above the rejected one; ties count half."""
+def pair_gaps(model: Role, examples: Sequence[Example], trunk: Trunk | None = None) -> list[float]:
+    """Score of the chosen text (even places) minus that of the rejected one, for each pair."""
     scores = score_examples(model, examples, trunk)
-    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
-    return sum(wins) / max(1, len(wins))
+    return [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
+
+
+def share_right(gaps: Sequence[float]) -> float:
+    """Share of pairs whose chosen text scores higher; ties count half."""
+    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / max(1, len(gaps))
 
 
 @torch.no_grad()
 def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int, split: str = "test") -> dict[str, float]:
     """Accuracy on each kind of negative, on pun words that no reward model was trained on."""
     rows = [row for kind in corpus.NEGATIVES for row in corpus.preference_rows((kind,), split)[:limit]]
+    rows += corpus.template_rows(split)[:limit] if split == "test" else ()
     longest = model.model.config.max_positions
     rows = [
         row
         for row in rows
         if all(len(tokenizer.prompt_ids(row["prompt"]) + tokenizer.response_ids(row[s])) <= longest for s in SIDES)
     ]
-    examples, _ = encode_pairs(rows, tokenizer, model.model)
+    examples, _ = encode_items(rows, tokenizer, model.model)
     unique = list(dict.fromkeys(examples))
     scores = dict(zip(unique, score_examples(model, unique), strict=True))
-    wins: dict[str, list[float]] = {}
+    gaps: dict[str, list[float]] = {}
     for number, row in enumerate(rows):
-        better, worse = scores[examples[2 * number]], scores[examples[2 * number + 1]]
-        wins.setdefault(row["kind"], []).append((better > worse) + 0.5 * (better == worse))
-    return {kind: sum(values) / len(values) for kind, values in wins.items()}
+        gaps.setdefault(row["kind"], []).append(scores[examples[2 * number]] - scores[examples[2 * number + 1]])
+    return {kind: share_right(found) for kind, found in gaps.items()}
 
 
 def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig, prompts: Sequence[Any]) -> Role:
@@ -247,6 +252,20 @@ def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardCo
     distinct = list({str(prompt): prompt for prompt in prompts}.values())
     chosen = [distinct[i % len(distinct)] for i in range(config.normalise_samples)]
     examples = sft_samples(policy, tokenizer, chosen, config.seed, "normalise")
-    scores = torch.tensor(score_examples(replace(model, normalisation=(1.0, 0.0)), examples))
-    gain = 1 / max(float(scores.std()), 1e-6)
-    return replace(model, normalisation=(gain, -float(scores.mean()) * gain))
+    members = [replace(role, normalisation=(1.0, 0.0), others=()) for role in (model, *model.others)]
+    members = [standardised(role, score_examples(role, examples)) for role in members]
+    whole = replace(members[0], others=tuple(members[1:]), combine=model.combine, caution=model.caution)
+    if not model.others:
+        return whole
+    # The mean of members varies less than each, and their minimum is below 0: once more, for the ensemble's own score.
+    scores = score_examples(whole, examples)
+    first, *rest = (standardised(role, scores) for role in members)
+    return replace(first, others=tuple(rest), combine=model.combine, caution=model.caution)
+
+
+def standardised(role: Role, scores: Sequence[float]) -> Role:
+    """The role with gain and offset that turn these scores of it into mean 0 and standard deviation 1."""
+    found = torch.tensor(scores)
+    extra = 1 / max(float(found.std()), 1e-6)
+    gain, offset = role.normalisation
+    return replace(role, normalisation=(gain * extra, (offset - float(found.mean())) * extra))

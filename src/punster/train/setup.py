@@ -198,7 +198,8 @@ def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, 
         elif source == "embedded":
             rows += embedded()
         else:
-            rows += mixture(source, kind, say=to_stderr) if is_mixture(source) else read_rows(source, kind, columns)
+            mixed = "preference" if kind == "judged" else kind
+            rows += mixture(source, mixed, say=to_stderr) if is_mixture(source) else read_rows(source, kind, columns)
     if not rows:
         raise UserError("no rows of data were given")
     return rows

@@ -1,0 +1,264 @@
+"""The reward model's table: every measure by the one score, on held-out groups only, with intervals and shallow baselines.
+
+    python scripts/reward_table.py runs/human-1 runs/human-2 runs/human-3       the table, mean over runs
+    python scripts/reward_table.py --config recipes/reward-human.yaml --folds 5      train and judge He's pairs by cross-validation
+    python scripts/reward_table.py --config recipes/reward-human.yaml --leave-out davidbau_puns    (or puneval, embedded)
+
+Texts are scored as {"text"} rows are, under the generic prompt; --prompts scores them under their own. Intervals are 95 %, by
+bootstrap over groups (SemEval id, cloze sentence, pair of words, record, template). The baselines: the longer text, Naive Bayes
+on 1-2-grams (SemEval, train part). Sources are read from --sources or PUNSTER_DATA; none of their text is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from punster.api import GENERIC_PROMPT, load
+from punster.config import RewardConfig
+from punster.data import corpus
+from punster.data.leakage import Index, words
+from punster.data.pool import Pool, data_folder
+from punster.data.schema import Row, texts_of
+from punster.data.split import lemma
+
+Text = tuple[str, str]  # prompt, text
+Score = Callable[[Sequence[Text]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Pairs (better, worse, group), or for an AUC texts with label and group; all of them held out."""
+
+    name: str
+    bar: float | None
+    pairs: tuple[tuple[Text, Text, str], ...] = ()
+    texts: tuple[tuple[Text, bool, str], ...] = ()
+
+    def all_texts(self) -> list[Text]:
+        return [text for a, b, _ in self.pairs for text in (a, b)] + [text for text, _, _ in self.texts]
+
+
+# ---- what is measured ---------------------------------------------------------------------------------------------
+def measures(pool: Pool) -> list[Measure]:
+    """The held-out measures; He's pairs are those of the val part (cross-validation has its own)."""
+    semeval = [((GENERIC_PROMPT, r["text"]), bool(r["is_pun"]), lemma(r["pun_word"]) if r.get("pun_word") else r["id"])
+               for r in pool.rows("semeval2017_task7", "val")]  # fmt: skip
+    puneval, groups = pool.rows("puneval", "val"), []
+    for row in (row for row in puneval if "completions" in row):
+        listed = [(row["prompt"], text, score >= 0.9) for text, score in zip(row["completions"], row["scores"], strict=True)]
+        groups += [((p, a), (p, b), row["id"]) for p, a, good in listed if good for _, b, bad in listed if not bad and a != b]
+    by_length = {
+        way: tuple(pair for pair in groups if way * (len(pair[0][1].split()) - len(pair[1][1].split())) > 0) for way in (1, -1)
+    }
+    human = [row for row in pool.rows("expunations", "val") if row.get("is_pun")]
+    funnier = [((GENERIC_PROMPT, a["text"]), (GENERIC_PROMPT, b["text"]), a["id"]) for a in human for b in human
+               if a["rating"] - b["rating"] >= 1.0]  # fmt: skip
+    random.Random(1).shuffle(funnier)
+    template = corpus.template_rows("test")
+    return [
+        Measure("SemEval pun or not, AUC", 0.96, texts=tuple(semeval)),
+        Measure("davidbau, punny over straight", 0.90, tuple(sided(pool.rows("davidbau_puns", "val"), "sentence"))),
+        Measure("PunEval success, one prompt", 0.76, tuple(groups)),
+        *he_measures([row for row in pool.rows("pungen_he2019", "val") if "completions" in row]),
+        Measure("own minimal pairs: literal", 0.90, tuple(sided(corpus.preference_rows(("literal",), "test"), "id"))),
+        Measure("own minimal pairs: synonym", 0.90, tuple(sided(corpus.preference_rows(("synonym_swap",), "test"), "id"))),
+        Measure("own minimal pairs: homophone in a plain text", None, tuple(sided(corpus.preference_rows(("homophone",), "test"), "id"))),
+        Measure("PunEval, pun over synonym", None, tuple(sided((r for r in puneval if "chosen" in r), "semeval_id"))),
+        Measure("own templates, AUC", 0.80, texts=tuple(
+            ((GENERIC_PROMPT, row[side]), side == "chosen", row["template"]) for row in template for side in ("chosen", "rejected"))),
+        Measure("own templates, twins", None, tuple(sided(template, "template"))),
+        Measure("one prompt, the longer is right", 0.65, by_length[1]),
+        Measure("one prompt, the shorter is right", 0.65, by_length[-1]),
+        Measure("ExPUN funniness within puns", None, tuple(funnier[:4000])),
+    ]  # fmt: skip
+
+
+def sided(rows: Any, group: str) -> list[tuple[Text, Text, str]]:
+    return [
+        ((r["prompt"], r["chosen"]), (r["prompt"], r["rejected"]), str(r[group])) for r in rows if r["chosen"] != r["rejected"]
+    ]
+
+
+def he_measures(groups: Sequence[Row]) -> list[Measure]:
+    """Crowd pairs with a gap of at least .5, all and between machines, and the true pun against the homophone swapped in."""
+    every, machine, swap = [], [], []
+    for row in (row for row in groups if row["id"].startswith("crowd/")):
+        listed = [((row["prompt"], text), score, system)
+                  for text, score, system in zip(row["completions"], row["scores"], row["systems"], strict=True)]  # fmt: skip
+        for a, high, first in listed:
+            for b, low, second in listed:
+                if high - low >= 0.5:
+                    every.append((a, b, row["id"]))
+                    machine += [(a, b, row["id"])] if "human" not in (first, second) else []
+                if first == "human" and second == "retrieve_swap":
+                    swap.append((a, b, row["id"]))
+    return [Measure("He crowd, gap >= .5, all", 0.80, tuple(every)), Measure("He crowd, machines only", 0.60, tuple(machine)),
+            Measure("He, true pun over swapped homophone", 0.75, tuple(swap))]  # fmt: skip
+
+
+# ---- how it is measured -------------------------------------------------------------------------------------------
+def figure(measure: Measure, scores: dict[Text, float], resamples: int = 1000) -> dict[str, float]:
+    """Pair accuracy (ties half) or AUC, with the interval by bootstrap over groups."""
+    grouped: dict[str, list[Any]] = defaultdict(list)
+    for a, b, group in measure.pairs:
+        grouped[group].append((scores[a] > scores[b]) + 0.5 * (scores[a] == scores[b]))
+    for text, label, group in measure.texts:
+        grouped[group].append((scores[text], label))
+    value = area if measure.texts else (lambda wins: sum(wins) / len(wins))
+    names, draw = sorted(grouped), random.Random(1)
+    whole = value([x for name in names for x in grouped[name]])
+    drawn = sorted(value([x for name in draw.choices(names, k=len(names)) for x in grouped[name]]) for _ in range(resamples))
+    return {"value": whole, "low": drawn[int(0.025 * resamples)], "high": drawn[int(0.975 * resamples)], "groups": len(names),
+            "count": len(measure.pairs or measure.texts)}  # fmt: skip
+
+
+def area(labelled: Sequence[tuple[float, bool]]) -> float:
+    """Area under the ROC curve by ranks, ties half (Mann-Whitney)."""
+    ordered, rank_sum, at = sorted(labelled), 0.0, 0
+    while at < len(ordered):
+        end = at
+        while end < len(ordered) and ordered[end][0] == ordered[at][0]:
+            end += 1
+        rank_sum += (at + end + 1) / 2 * sum(label for _, label in ordered[at:end])
+        at = end
+    good = sum(label for _, label in ordered)
+    bad = len(ordered) - good
+    return (rank_sum - good * (good + 1) / 2) / (good * bad) if good and bad else math.nan
+
+
+def naive_bayes(rows: Sequence[Row]) -> Score:
+    """Log-odds of pun against non-pun from 1-2-grams, add-one smoothed, of the training part."""
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for row in rows:
+        counts[bool(row["is_pun"])].update(grams(row["text"]))
+    known = set(counts[True]) | set(counts[False])
+    total = {label: sum(count.values()) + len(known) for label, count in counts.items()}
+    odds = {g: math.log((counts[True][g] + 1) / total[True]) - math.log((counts[False][g] + 1) / total[False]) for g in known}
+    return lambda texts: [sum(odds.get(g, 0.0) for g in grams(text)) for _, text in texts]
+
+
+def grams(text: str) -> list[str]:
+    found = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower()).split()
+    return found + [f"{a} {b}" for a, b in pairwise(found)]
+
+
+def scored(score: Score, wanted: Sequence[Measure]) -> dict[Text, float]:
+    texts = sorted({text for measure in wanted for text in measure.all_texts()})
+    return dict(zip(texts, score(texts), strict=True))
+
+
+def by_run(run: str, own_prompts: bool) -> Score:
+    model = load(run)
+    return lambda texts: model.score([p if own_prompts else GENERIC_PROMPT for p, _ in texts], [text for _, text in texts])
+
+
+# ---- nothing that is measured was trained on ----------------------------------------------------------------------
+def overlap(rows: Sequence[Row], wanted: Sequence[Measure]) -> list[tuple[str, str]]:
+    """(measure, group) wherever a training text is a measured one or a version of it (Jaccard >= .5)."""
+    trained = Index([words(text) for text in sorted({text for row in rows for text in texts_of(row)})])
+    found = []
+    for measure in wanted:
+        members = [(text, group) for a, b, group in measure.pairs for text in (a, b)]
+        members += [(text, group) for text, _, group in measure.texts]
+        near = {text: trained.has_near(text[1]) for text, _ in members}
+        found += sorted({(measure.name, group) for text, group in members if near[text]})
+    return found
+
+
+def training_rows(config: RewardConfig) -> list[Row]:
+    """What `punster reward` with this configuration learns from (without samples of a policy), pre-training included."""
+    from punster.model.role import Role
+    from punster.train.reward import embedded_pairs
+    from punster.train.setup import load_rows, open_base
+
+    base, tokenizer = open_base(config)
+    return load_rows([*config.pretrain, *config.data], "judged", lambda: embedded_pairs(config, Role(base), tokenizer))
+
+
+def from_source(row: Row, source: str) -> bool:
+    """Rows that --leave-out drops: of PunEval the synonym pairs only, of the embedded corpus all but the templates."""
+    if source == "puneval":
+        return row.get("source") == "puneval" and "replaced_by" in row
+    return row.get("source") == source or (source == "embedded" and "source" not in row and row.get("kind") != "template")
+
+
+def cross_validated(config: RewardConfig, pool: Pool, folds: int) -> list[tuple[Measure, dict[Text, float]]]:
+    """He's measures over train + val: each fold by a model that saw none of its texts, words, or versions of them."""
+    groups = [row for part in ("train", "val") for row in pool.rows("pungen_he2019", part) if "completions" in row]  # type: ignore[arg-type]
+    keys = sorted({str(row.get("semeval_id") or row["id"]) for row in groups})
+    random.Random(1).shuffle(keys)
+    rows, scores = training_rows(config), {}
+    for fold in range(folds):
+        held = set(keys[fold::folds])
+        out = [row for row in groups if str(row.get("semeval_id") or row["id"]) in held]
+        index, pun_words = Index([words(t) for row in out for t in texts_of(row)]), {lemma(row["pun_word"]) for row in out}
+        kept = [
+            row
+            for row in rows
+            if lemma(str(row.get("pun_word", ""))) not in pun_words and not any(map(index.has_near, texts_of(row)))
+        ]
+        print(f"fold {fold + 1}: {len(rows) - len(kept)} of {len(rows)} rows left out", file=sys.stderr)
+        scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), False), he_measures(out))
+    return [(measure, scores) for measure in he_measures(groups)]
+
+
+def variant(config: RewardConfig, rows: Sequence[Row], label: str) -> str:
+    from punster.train.reward import train_reward
+
+    return str(train_reward(replace(config, name=f"{config.name or 'human'}-{label}", pretrain=[]), list(rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--sources", default=None)
+    parser.add_argument("--prompts", action="store_true", help="score under the rows' own prompts")
+    parser.add_argument("--config", help="train with this configuration, for --folds or --leave-out")
+    parser.add_argument("--folds", type=int, default=0)
+    parser.add_argument("--leave-out", choices=("davidbau_puns", "puneval", "embedded"))
+    parser.add_argument("--out", help="write the figures as JSON")
+    options = parser.parse_args()
+    pool = Pool(data_folder(options.sources))
+    found = measures(pool)
+    named: dict[str, list[dict[Text, float]]] = {}
+    if options.config:
+        from punster.cli import parse
+
+        config = parse("reward", RewardConfig, ["--config", options.config])
+        if options.folds:
+            results = cross_validated(config, pool, options.folds)
+            found, named["model"] = [measure for measure, _ in results], [results[0][1]]
+        else:
+            kept = [row for row in training_rows(config) if not from_source(row, options.leave_out)]
+            options.runs.append(variant(config, kept, f"without-{options.leave_out}"))
+    if options.runs:
+        named["model"] = [scored(by_run(run, options.prompts), found) for run in options.runs]
+    named["longer"] = [scored(lambda texts: [float(len(text.split())) for _, text in texts], found)]
+    named["naive bayes"] = [scored(naive_bayes(pool.rows("semeval2017_task7", "train")), found)]
+    report = {}
+    print(f"| measure | bar | n (groups) | {' | '.join(named)} |\n|{'---|' * (3 + len(named))}")
+    for measure in found:
+        figures = {name: [figure(measure, scores) for scores in runs] for name, runs in named.items()}
+        report[measure.name] = {"bar": measure.bar, **figures}
+        cells = []
+        for runs in figures.values():
+            mean, low, high = (sum(run[key] for run in runs) / len(runs) for key in ("value", "low", "high"))
+            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        size = figures["longer"][0]
+        print(f"| {measure.name} | {measure.bar or '–'} | {size['count']} ({size['groups']}) | {' | '.join(cells)} |")
+    if options.out:
+        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What reward models learn from: pairs, ranked groups and labelled texts as examples with places, and their losses."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from punster.algorithms.losses import plackett_luce
+from punster.api import GENERIC_PROMPT
+from punster.config import RewardConfig
+from punster.data.batch import Example, token_batches
+from punster.data.schema import Row
+from punster.model.role import Role, Trunk
+from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
+from punster.train.run import seeded
+from punster.train.setup import encode
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row: the places of its texts in the list of examples, the best first, and what people said of them."""
+
+    texts: tuple[int, ...]
+    ratings: tuple[float, ...]
+    margin: float = 0.0  # that the best text must be ahead by, in a pair
+    label: float = math.nan  # of a single text: is it a pun
+    rating: float = math.nan  # of a single text: how funny, standardised
+
+
+def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> tuple[list[Example], list[Item]]:
+    """Examples in the order of the rows, and an item for each row."""
+    examples: list[Example] = []
+    items = []
+    for number, row in enumerate(rows, 1):
+        texts = row.get("completions") or [row[side] for side in (*SIDES, "completion") if side in row]
+        for side, text in zip(SIDES if "chosen" in row else [""] * len(texts), texts, strict=True):
+            if ids := row.get(f"{side}_ids"):
+                examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
+            else:
+                examples.append(encode(tokenizer, model, row["prompt"], text, f"row {number}"))
+        places = tuple(range(len(examples) - len(texts), len(examples)))
+        ratings = tuple(row.get("scores") or range(len(texts), 0, -1))
+        single = [math.nan if row.get(name) is None or len(texts) > 1 else float(row[name]) for name in ("label", "rating")]
+        items.append(Item(places, ratings, float(row.get("margin") or 0.0), *single))
+    return examples, items
+
+
+def item_batches(examples: Sequence[Example], items: Sequence[Item], max_tokens: int) -> list[list[int]]:
+    """Items in micro-batches of at most max_tokens padded tokens (at least one item)."""
+    sizes = [len(item.texts) * max(examples[text].length for text in item.texts) for item in items]
+    return token_batches(sizes, max_tokens)
+
+
+def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Pairs (examples 2i and 2i + 1) in micro-batches of at most max_tokens padded tokens."""
+    longest = [max(examples[2 * pair].length, examples[2 * pair + 1].length) for pair in pairs]
+    return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
+
+
+def item_loss(model: Role, trunk: Trunk, examples: Sequence[Example], items: Sequence[Item], config: RewardConfig) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Sum over items of Plackett-Luce on the ranked, cross-entropy and squared error of the auxiliary heads on the single ones.
+
+    Also sums over the ranked items: share of their comparisons that are right (accuracy), best minus worst score (margin).
+    """
+    assert model.head is not None
+    places = [text for item in items for text in item.texts]
+    state = model.pooled(trunk.collate(examples, places, model.model.device))
+    device = state.device
+    widest = max(len(item.texts) for item in items)
+    ratings = torch.full((len(items), widest), math.nan)
+    for row, item in enumerate(items):
+        ratings[row, : len(item.texts)] = torch.tensor(item.ratings, dtype=torch.float32)
+    there = ~ratings.isnan().to(device)
+    scores = torch.zeros(ratings.shape, device=device).masked_scatter(there, model.head(state))
+    ranked = there.sum(1) > 1
+    ratings = torch.where(ranked[:, None], ratings.to(device), math.nan)
+    ahead = F.pad(torch.tensor([item.margin for item in items], device=device)[:, None], (0, widest - 1))
+    loss = plackett_luce(scores - ahead, ratings).sum()
+    count = there.sum(1)
+    centre, square = (scores.sum(1) * 2 / count).square(), scores.square().sum(1) * 2 / count  # of a pair: (w + l)^2, w^2 + l^2
+    loss = loss + ((config.center_rewards * centre + config.l2_rewards * square) * ranked).sum()
+    first = there.long().cumsum(1).flatten()[there.flatten()] == 1  # the states of the items' first texts
+    for name, weight in (("pun", config.pun_head), ("funniness", config.funniness_head)):
+        target = torch.tensor([item.label if name == "pun" else item.rating for item in items], device=device)
+        if name in model.aux and (known := ~target.isnan()).any():
+            value, wanted = model.aux[name](state[first][known]), target[known]
+            errors = (
+                F.binary_cross_entropy_with_logits(value, wanted, reduction="sum")
+                if name == "pun"
+                else (value - wanted).square().sum()
+            )
+            loss = loss + weight * errors
+    with torch.no_grad():
+        better = ratings[:, :, None] > ratings[:, None, :]
+        right = ((scores[:, :, None] > scores[:, None, :]) & better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
+        last = scores.gather(1, (count - 1)[:, None])[:, 0]
+        sums = {"accuracy": float((right * ranked).sum()), "margin": float(((scores[:, 0] - last) * ranked).sum())}
+    return loss, sums
+
+
+def neutral(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """The rows with this share of the prompts, drawn by hash, replaced by the generic one."""
+
+    def asked(row: Row) -> Row:
+        drawn = zlib.crc32(f"{seed}/{row['prompt']}".encode()) % 10_000 < share * 10_000
+        return {**row, "prompt": GENERIC_PROMPT} if drawn else row
+
+    return [asked(row) for row in rows]
+
+
+def balanced(rows: Sequence[Row], tokenizer: Tokenizer, width: int = 4) -> list[Row]:
+    """As many pairs whose chosen text is the longer as whose rejected text is, at every difference in length, in each source.
+
+    Pairs are bucketed by the difference in tokens and the surplus is dropped (ChatGLM-RLHF, arXiv 2404.00934): a reward
+    model must not learn length from what the sampling model happens to write. Rows that are no pairs stay.
+    """
+    buckets: dict[tuple[str, int], tuple[list[Row], list[Row]]] = {}
+    kept = []
+    for row in rows:
+        gap = 0
+        if "chosen" in row:
+            chosen, rejected = (len(row.get(f"{side}_ids") or tokenizer.response_ids(row[side])) for side in SIDES)
+            gap = chosen - rejected
+        if gap == 0:
+            kept.append(row)
+        else:
+            key = (str(row.get("source", row.get("kind", ""))), (abs(gap) - 1) // width)
+            buckets.setdefault(key, ([], []))[gap > 0].append(row)
+    for shorter, longer in buckets.values():
+        fewer = min(len(shorter), len(longer))
+        kept += shorter[:fewer] + longer[:fewer]
+    return kept
+
+
+def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
+    """The placebo: preferred and rejected text swapped by the toss of a seeded coin; ranked groups in a drawn order."""
+    if not config.shuffle_labels:
+        return rows
+    generator = seeded(config.seed, "labels")
+    coins = torch.rand(len(rows), generator=generator) < 0.5
+    return [swapped(row) if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
+
+
+def swapped(row: Row) -> Row:
+    """The row the other way round, ids of sampled texts included."""
+    if "chosen" not in row:
+        turned = {"completions": row["completions"][::-1]} if "completions" in row else {}
+        return {**row, **turned, **({"label": not row["label"]} if row.get("label") is not None else {})}
+    ids = {f"{side}_ids": row.get(f"{other}_ids") for side, other in (SIDES, SIDES[::-1])}
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"], **ids}
+
+
+def calibration(gaps: Sequence[float], bins: int = 8) -> Row:
+    """Does the winner's probability sigmoid(|gap|) come true? gaps: score of the right text minus that of the wrong one.
+
+    {"error": expected calibration error, "curve": [{"predicted", "accuracy", "pairs"}, ...]} over bins of equally many pairs.
+    """
+    ordered = sorted(gaps, key=abs)
+    edges = [round(k * len(ordered) / bins) for k in range(bins + 1)]
+    curve, error = [], 0.0
+    for low, high in pairwise(edges):
+        if part := ordered[low:high]:
+            predicted = sum(1 / (1 + math.exp(-min(abs(gap), 500))) for gap in part) / len(part)
+            accuracy = sum((gap > 0) + 0.5 * (gap == 0) for gap in part) / len(part)
+            curve.append({"predicted": round(predicted, 4), "accuracy": round(accuracy, 4), "pairs": len(part)})
+            error += abs(predicted - accuracy) * len(part) / len(ordered)
+    return {"error": round(error, 4), "curve": curve}
+
+
+def reliability(rows: Sequence[Row], gaps: Sequence[float]) -> Row:
+    """Accuracy on pairs, by source and by which text is the longer one (in words): name -> {"accuracy", "pairs"}."""
+    groups: dict[str, list[float]] = {}
+    for row, gap in zip(rows, gaps, strict=True):
+        words = len(row["chosen"].split()) - len(row["rejected"].split())
+        length = "longer right" if words > 0 else "shorter right" if words < 0 else "equally long"
+        for name in (str(row.get("source", "embedded")), length):
+            groups.setdefault(name, []).append((gap > 0) + 0.5 * (gap == 0))
+    return {name: {"accuracy": round(sum(wins) / len(wins), 4), "pairs": len(wins)} for name, wins in sorted(groups.items())}

@@ -1,0 +1,103 @@
+"""The reward model's table: its arithmetic, and that no figure in it comes from a text or a group that was trained on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from punster.config import RewardConfig
+from punster.data import corpus
+from punster.data.leakage import jaccard, words
+from punster.data.schema import texts_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "recipes" / "reward-human.yaml")
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    import sys
+
+    spec = importlib.util.spec_from_file_location("reward_table", ROOT / "scripts" / "reward_table.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["reward_table"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_accuracy_and_area_by_hand(table: ModuleType) -> None:
+    a, b, c = ("p", "a"), ("p", "b"), ("p", "c")
+    scores = {a: 2.0, b: 1.0, c: 2.0}
+    pairs = table.Measure("m", None, pairs=((a, b, "g"), (b, c, "g"), (a, c, "h")))
+    found = table.figure(pairs, scores)
+    assert found["value"] == pytest.approx(0.5) and found["groups"] == 2 and found["count"] == 3
+    assert found["low"] == found["high"] == 0.5, "both groups are half right, however they are drawn"
+    assert table.area([(0.1, False), (0.4, False), (0.35, True), (0.8, True)]) == pytest.approx(0.75)
+    assert table.area([(1.0, True), (1.0, False)]) == 0.5
+    labelled = table.Measure("m", None, texts=((a, True, "g"), (b, False, "h"), (c, False, "i")))
+    assert table.figure(labelled, scores)["value"] == pytest.approx(0.75)
+
+
+def test_naive_bayes_counts_one_and_two_grams(table: ModuleType) -> None:
+    rows = [{"text": "good old pun", "is_pun": True}, {"text": "plain old text", "is_pun": False}]
+    pun, plain, even = table.naive_bayes(rows)([("", "Good pun!"), ("", "plain text"), ("", "old")])
+    assert pun > 0 > plain and even == pytest.approx(0)
+    assert table.grams("It's a pun.") == ["it's", "a", "pun", "it's a", "a pun"]
+
+
+def test_overlap_finds_a_version_of_a_trained_text(table: ModuleType) -> None:
+    wanted = [table.Measure("m", None, pairs=((("p", "one two three four"), ("p", "something else here"), "group"),))]
+    assert table.overlap([{"chosen": "One two, three five!", "rejected": "nothing"}], wanted) == [("m", "group")]
+    assert table.overlap([{"chosen": "two six seven", "rejected": "nothing"}], wanted) == []
+
+
+def test_templates_are_matched_and_those_of_the_test_part_are_left_out_of_training() -> None:
+    parts = {split: corpus.template_rows(split) for split in ("train", "test")}
+    names = {split: {row["template"] for row in rows} for split, rows in parts.items()}
+    assert not names["train"] & names["test"] and len(names["test"]) >= 6 and 2 * len(parts["test"]) >= 300
+    for rows in parts.values():
+        texts = [text for row in rows for text in texts_of(row)]
+        assert len(set(texts)) == len(texts)
+        gaps = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
+        assert abs(sum(gaps)) / len(gaps) < 0.15, "neither side is given away by its length"
+        longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows)
+        assert 0.4 < longer < 0.6
+        assert all(row["chosen"].split()[:2] == row["rejected"].split()[:2] for row in rows)
+    trained = [words(text) for row in parts["train"] for text in texts_of(row)]
+    assert all(jaccard(words(text), other) < 0.5 for row in parts["test"] for text in texts_of(row) for other in trained)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("PUNSTER_DATA"), reason="PUNSTER_DATA names no folder of local source copies")
+def test_no_figure_comes_from_a_text_whose_group_was_trained_on(table: ModuleType) -> None:
+    from punster.cli import parse
+    from punster.data.mix import build, load_mixture
+    from punster.data.pool import Pool, data_folder
+    from punster.data.split import lemma, part_of_id, part_of_lemma
+
+    config: Any = parse("reward", RewardConfig, ["--config", RECIPE])
+    assert config.data == ["embedded", "human"] and config.split == "train"
+    mixed = build(load_mixture("human"))[0]
+    own = corpus.preference_rows([kind for kind in config.negatives if kind in corpus.NEGATIVES], config.split)
+    rows = [*mixed, *own, *corpus.template_rows()]
+    for name in config.pretrain:
+        rows += build(load_mixture(name))[0]
+    measured = table.measures(Pool(data_folder()))
+    assert len(measured) == 15 and all(measure.pairs or measure.texts for measure in measured)
+    assert table.overlap(rows, measured) == []
+    # Groups, not only texts: SemEval ids and lemmas of pun words of the split, the cloze sentences, the corpus's pun words.
+    assert {part_of_id(row["semeval_id"]) for row in mixed if row.get("semeval_id")} == {"train"}
+    groups = {measure.name: {group for *_, group in (*measure.pairs, *measure.texts)} for measure in measured}
+    assert {part_of_lemma(group) for group in groups["SemEval pun or not, AUC"] if part_of_id(group) is None} == {"val"}
+    assert not {row.get("sentence") for row in mixed} & groups["davidbau, punny over straight"]
+    assert not {row.get("group") for row in mixed} & (groups["PunEval success, one prompt"] | groups["He crowd, gap >= .5, all"])
+    embedded = {split: {lemma(record["pun_word"]) for record in corpus.part(split)} for split in ("train", "test")}
+    assert not embedded["train"] & embedded["test"]
+    # And the check itself sees a leak: one measured text among the training rows.
+    leaked = measured[0].texts[0][0][1]
+    assert table.overlap([{"text": leaked}], measured[:1]) != []

@@ -1,0 +1,250 @@
+"""Ranked groups, labelled texts, pre-training, ensembles: what enters the loss, what is stored, what a score is made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from punster.cli import main
+from punster.config import RewardConfig
+from punster.data.schema import check_row
+from punster.errors import UserError
+from punster.model.export import export
+from punster.model.heads import ScalarHead
+from punster.model.role import Role, Trunk, score_examples, scores_and_spreads
+from punster.train.judged import balanced, calibration, encode_items, item_loss, neutral, reliability, shuffled
+from punster.train.reward import bag, train_reward
+from punster.train.run import load_run, seeded
+
+Make = Callable[..., Any]
+PAIR = {"prompt": "pun: sea", "chosen": "the tide was tied!", "rejected": "a fact.", "margin": 0.5}
+GROUP = {"prompt": "pun: sea", "completions": ["a whale of a tide", "a wail", "a tail", "a fact"], "scores": [3, 2, 2, 0]}
+LABELLED = {"prompt": "pun: sea", "completion": "the tide was tied!", "label": True, "rating": 0.7}
+PLAIN = {"prompt": "pun: sea", "completion": "a fact.", "label": False}
+RATED = {"prompt": "pun: sea", "completion": "my dough", "label": None, "rating": -1.2}
+ROWS = [PAIR, GROUP, LABELLED, PLAIN, RATED]
+
+
+@pytest.fixture(scope="module")
+def untrained(reward_run: str) -> tuple[Role, Any]:
+    role, tokenizer = load_run(reward_run)
+    heads = [ScalarHead.create(32, seeded(seed, "head")) for seed in (1, 2, 3)]
+    return Role(role.model, head=heads[0], aux={"pun": heads[1], "funniness": heads[2]}), tokenizer
+
+
+def test_loss_of_mixed_rows_by_hand(untrained: tuple[Role, Any], make: Make) -> None:
+    role, tokenizer = untrained
+    config = make(RewardConfig, center_rewards=0.03, l2_rewards=0.02, pun_head=0.5, funniness_head=0.2)
+    examples, items = encode_items(ROWS, tokenizer, role.model)
+    trunk = Trunk.compute(role.model, examples, [])
+    loss, sums = item_loss(role, trunk, examples, items, config)
+    s = torch.tensor(score_examples(role, examples), dtype=torch.float64)
+    pun = torch.tensor(score_examples(replace(role, head=role.aux["pun"]), examples), dtype=torch.float64)
+    fun = torch.tensor(score_examples(replace(role, head=role.aux["funniness"]), examples), dtype=torch.float64)
+    pair, group = s[:2], s[2:6]
+    wanted = -F.logsigmoid(pair[0] - pair[1] - 0.5)
+    # The best against all three; the two of one rating each against the last alone.
+    wanted = wanted + torch.logsumexp(group, 0) - group[0]
+    wanted = wanted - F.logsigmoid(group[1] - group[3]) - F.logsigmoid(group[2] - group[3])
+    for part in (pair, group):
+        wanted = wanted + 0.03 * (2 * part.mean()) ** 2 + 0.02 * 2 * part.square().mean()
+    wanted = wanted - 0.5 * (F.logsigmoid(pun[6]) + F.logsigmoid(-pun[7]))
+    wanted = wanted + 0.2 * ((fun[6] - 0.7) ** 2 + (fun[8] + 1.2) ** 2)
+    assert float(loss) == pytest.approx(float(wanted), abs=1e-4)
+    right = float(pair[0] > pair[1])
+    comparisons = [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
+    right += sum(float(group[a] > group[b]) for a, b in comparisons) / len(comparisons)
+    assert sums["accuracy"] == pytest.approx(right, abs=1e-6)
+    assert sums["margin"] == pytest.approx(float(pair[0] - pair[1] + group[0] - group[3]), abs=1e-5)
+
+
+def test_loss_is_a_sum_over_items_however_they_are_batched(untrained: tuple[Role, Any], make: Make) -> None:
+    role, tokenizer = untrained
+    examples, items = encode_items(ROWS, tokenizer, role.model)
+    trunk, config = Trunk.compute(role.model, examples, []), make(RewardConfig)
+    together = item_loss(role, trunk, examples, items, config)[0]
+    alone = sum(item_loss(role, trunk, examples, [item], config)[0] for item in items)
+    assert float(together) == pytest.approx(float(alone), abs=1e-4)
+
+
+def test_single_texts_do_not_train_the_score(untrained: tuple[Role, Any], make: Make) -> None:
+    role, tokenizer = untrained
+    heads = {name: ScalarHead.create(32, seeded(9, name)).trainable() for name in ("pun", "funniness")}
+    role = replace(role, head=ScalarHead.create(32, seeded(1, "head")).trainable(), aux=heads)
+    examples, items = encode_items([LABELLED, RATED], tokenizer, role.model)
+    item_loss(role, Trunk.compute(role.model, examples, []), examples, items, make(RewardConfig))[0].backward()
+    assert role.head is not None and float(role.head.weight.grad.abs().max()) == 0
+    assert all(float(head.weight.grad.abs().max()) > 0 for head in heads.values())
+
+
+def test_rows_of_every_kind_are_checked_by_what_they_hold() -> None:
+    for row in (PAIR, GROUP, LABELLED):
+        assert check_row(row, "judged", "here") == row
+    with pytest.raises(UserError, match="best first"):
+        check_row({**GROUP, "scores": [0, 1, 2, 3]}, "judged", "file, line 3")
+    with pytest.raises(UserError, match="chosen"):
+        check_row({"prompt": "x"}, "judged", "file, line 3")
+
+
+def test_a_run_on_all_kinds_with_pretraining_learns_and_repeats(
+    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("".join(json.dumps({**PAIR, "chosen": f"{i} wins", "rejected": f"{i} loses"}) + "\n" for i in range(6)))
+    rows = [*ROWS[:-1], {**PLAIN, "rating": -0.4}, *({**PAIR, "prompt": f"pun: {i}"} for i in range(7))]
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), batch_size=4, pretrain=[str(votes)],
+                  normalise_samples=0, epochs=8, lr=1e-2)  # fmt: skip
+    run = train_reward(config, rows)
+    lines = reader.lines(run)
+    assert len(lines) == 2 + 24 and reader.summary(run)["pairs"] == 12, "six votes, then twelve rows, eight times"
+    assert all(line["loss"] > 0 for line in lines) and lines[-1]["loss"] < lines[2]["loss"]
+    again = train_reward(replace(config, name="b"), rows)
+    assert reader.values(again, "loss") == reader.values(run, "loss")
+    role, tokenizer = load_run(run)
+    assert not role.aux, "auxiliary heads are part of training, not of the model"
+    better, worse = score_examples(role, encode_items([PAIR], tokenizer, role.model)[0])
+    assert better > worse + 0.1
+
+
+def test_an_interrupted_ensemble_goes_on_exactly(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("".join(json.dumps({**PAIR, "chosen": f"{i} wins", "rejected": f"{i} loses"}) + "\n" for i in range(6)))
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), batch_size=2, pretrain=[str(votes)], members=2,
+                  normalise_samples=0, save_every=2, steps=6)  # fmt: skip
+    whole = train_reward(config, ROWS[:-1])
+    cut = train_reward(replace(config, name="b", keep=9), ROWS[:-1])
+    assert whole is not None and cut is not None
+    for step in (4, 6):  # what a run killed after step 3 leaves behind: step 2 is in the pre-training
+        shutil.rmtree(cut / "checkpoints" / f"step-{step}")
+    again = train_reward(replace(config, name="b", keep=9, resume=True), ROWS[:-1])
+    assert reader.values(again, "loss") == pytest.approx(reader.values(whole, "loss"), abs=1e-6)
+    for file in ("head.safetensors", "member-2/head.safetensors"):
+        one, two = (load_file(run / "checkpoints" / "step-6" / file) for run in (whole, cut))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_llama: Path, sft_run: str, tmp_path_factory: pytest.TempPathFactory, make: Make) -> Path:
+    out = tmp_path_factory.mktemp("ensemble")
+    run = train_reward(make(RewardConfig, name="three", out=str(out), model=str(tiny_llama), pretrained=sft_run, members=3, steps=4,
+                            lr=5e-3, combine="cautious", caution=0.5, normalise_samples=40))  # fmt: skip
+    assert run is not None
+    return run
+
+
+def test_ensemble_members_share_the_base_and_differ_in_seed_and_data(ensemble: Path, make: Make) -> None:
+    role, _ = load_run(ensemble)
+    assert len(role.others) == 2 and all(other.model is role.model for other in role.others)
+    weights = [member.head.weight for member in (role, *role.others)]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    files = [path for path in ensemble.rglob("*.safetensors") if path.name != "state.safetensors"]
+    assert len(files) == 6 and sum(path.stat().st_size for path in files) < 400_000, (
+        "three adapters and heads, no copy of the base"
+    )
+    bags = [set(bag(50, make(RewardConfig, members=3), number)) for number in range(3)]
+    assert [len(found) for found in bags] == [40, 40, 40] and bags[0] != bags[1] != bags[2]
+
+
+def test_ensemble_scores_are_what_they_are_said_to_be(ensemble: Path) -> None:
+    role, tokenizer = load_run(ensemble)
+    examples, _ = encode_items([PAIR, GROUP], tokenizer, role.model)
+    members = torch.tensor([score_examples(replace(member, others=()), examples) for member in (role, *role.others)])
+    scores, spreads = (torch.tensor(part) for part in scores_and_spreads(role, examples))
+    torch.testing.assert_close(spreads, members.std(0, correction=0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, members.mean(0) - 0.5 * spreads, rtol=0, atol=1e-5)
+    assert float(spreads.min()) > 0
+    torch.testing.assert_close(
+        torch.tensor(score_examples(replace(role, combine="mean"), examples)), members.mean(0), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        torch.tensor(score_examples(replace(role, combine="min"), examples)), members.amin(0), rtol=0, atol=1e-5
+    )
+    with pytest.raises(UserError, match="ensemble"):
+        export(role, tokenizer, "hf", ensemble.parent / "export")
+
+
+def test_score_prints_score_and_spread_in_order(ensemble: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "texts.jsonl"
+    rows = [
+        {"text": "the tide was tied!"},
+        {"prompt": "pun: sea", "completion": "a fact."},
+        {"text": "the tide was tied!", "source": "x"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["score", str(ensemble), str(file), "--device", "cpu", "--dtype", "fp32"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 3 and all(set(line) == {"score", "spread"} and line["spread"] > 0 for line in found)
+    assert found[0] == found[2], "a score hangs on the text alone, not on other columns"
+    assert found[0]["score"] != found[1]["score"]
+
+
+def test_normalised_ensemble_has_mean_0_and_std_1(ensemble: Path, sft_run: str) -> None:
+    from punster.data import corpus
+    from punster.train.reward import sft_samples
+
+    role, tokenizer = load_run(ensemble)
+    prompts = list(dict.fromkeys(corpus.prompts("train")))
+    examples = sft_samples(load_run(sft_run)[0], tokenizer, [prompts[i % len(prompts)] for i in range(40)], 1, "normalise")
+    scores = torch.tensor(score_examples(role, examples))
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_placebo_turns_groups_and_labels_round(make: Make) -> None:
+    turned = shuffled([GROUP, LABELLED] * 40, make(RewardConfig, shuffle_labels=True))
+    groups = {tuple(row["completions"]) for row in turned[::2]}
+    assert groups == {tuple(GROUP["completions"]), tuple(GROUP["completions"][::-1])}
+    assert {row["label"] for row in turned[1::2]} == {True, False}
+
+
+def test_neutral_prompts_are_drawn_by_the_prompt() -> None:
+    rows = [{**PAIR, "prompt": f"make a pun about {i}"} for i in range(400)]
+    half = neutral(rows, 0.5, 1)
+    drawn = [row["prompt"] == "make a pun" for row in half]
+    assert 150 < sum(drawn) < 250 and neutral(rows, 0.5, 1) == half and neutral(rows, 0.5, 2) != half
+    assert neutral(rows, 0, 1) == rows and all(row["prompt"] == "make a pun" for row in neutral(rows, 1, 1))
+
+
+def test_a_planted_length_bias_is_balanced_away_in_each_source(untrained: tuple[Role, Any]) -> None:
+    """Longer wins 70 % of the time in one source and 30 % in another: pooled, they would look fair."""
+    _, tokenizer = untrained
+    long, short = "the tide was tied to the whale again", "a fact"
+    rows = [{"prompt": "x", "source": source, "chosen": long if won else short, "rejected": short if won else long, "id": i}
+            for source, longer in (("a", 70), ("b", 30)) for i, won in enumerate([True] * longer + [False] * (100 - longer))]  # fmt: skip
+    kept = balanced([*rows, GROUP], tokenizer)
+    for source in ("a", "b"):
+        wins = [row["chosen"] == long for row in kept if row.get("source") == source]
+        assert len(wins) == 60 and sum(wins) == 30
+    assert GROUP in kept
+
+
+def test_calibration_of_a_model_that_knows_its_odds_and_of_a_braggart() -> None:
+    generator = torch.Generator().manual_seed(1)
+    sure = torch.rand(20_000, generator=generator) * 3
+    right = torch.rand(20_000, generator=generator) < torch.sigmoid(sure)
+    honest = calibration(torch.where(right, sure, -sure).tolist())
+    assert honest["error"] < 0.02 and sum(part["pairs"] for part in honest["curve"]) == 20_000
+    assert [part["accuracy"] for part in honest["curve"]] == sorted(part["accuracy"] for part in honest["curve"])
+    assert calibration(torch.where(right, 9 * sure, -9 * sure).tolist())["error"] > 0.1
+    assert calibration([])["error"] == 0 and math.isfinite(calibration([1e9, -1e9])["error"])
+
+
+def test_reliability_by_source_and_by_length() -> None:
+    rows = [
+        {"chosen": "a b c", "rejected": "a", "source": "x"},
+        {"chosen": "a", "rejected": "a b", "source": "x"},
+        {"chosen": "a", "rejected": "b"},
+    ]
+    assert reliability(rows, [1.0, -1.0, 0.0]) == {
+        "x": {"accuracy": 0.5, "pairs": 2}, "embedded": {"accuracy": 0.5, "pairs": 1}, "longer right": {"accuracy": 1.0, "pairs": 1},
+        "shorter right": {"accuracy": 0.0, "pairs": 1}, "equally long": {"accuracy": 0.5, "pairs": 1},
+    }  # fmt: skip
