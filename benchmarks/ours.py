@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from punster.data.batch import Example, collate, token_batches
 from punster.model.load import random_model
 from punster.model.lora import Adapter
 from punster.model.role import Role, Trunk
+from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
+from punster.rollout import sampler
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
-from punster.train import dpo, experience, reward, sft
+from punster.train import dpo, reward, sft
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
 from punster.train.run import Cursor, Run, make_optimizer, optimizer_step, seeded
@@ -141,14 +143,14 @@ def whole_runs(line: Line, verb: str, top_layers: str) -> None:
 
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
 def forced_length() -> None:
-    """No response ends before its last token, as in the peers' runs."""
+    """No response ends before its last token, as in the peers' runs: EOS is never chosen."""
+    choose, eos_id = sampler.choose, Tokenizer.load(str(prepare.MODEL)).eos_id
 
-    def forced(role: Role, prompts: Sequence[Sequence[int]], decoding: Decoding, eos_id: int, *rest: Any, **named: Any) -> Any:
-        result = generate(role, prompts, decoding, -1, *rest, **named)
-        result.eos_id = eos_id
-        return result
+    def forced(logits: torch.Tensor, *rest: Any) -> Any:
+        logits[:, eos_id] = float("-inf")
+        return choose(logits, *rest)
 
-    experience.generate = forced  # type: ignore[assignment]
+    sampler.choose = forced
 
 
 def policy_settings(verb: str, top_layers: str) -> dict[str, Any]:

@@ -182,7 +182,9 @@ def test_a_reward_model_on_shuffled_labels_learns_nothing(start: str, options: d
 
 def test_ppo_against_a_learned_reward_model(start: str, options: dict[str, Any]) -> None:
     """The whole chain: the planted taste reaches the policy through the reward model alone."""
-    judge = RewardConfig(name="judge", **options, pretrained=start, steps=60, batch_size=16, lr=5e-3, normalise_samples=64)
+    judge = RewardConfig(
+        name="judge", **options, pretrained=start, steps=60, batch_size=16, lr=5e-3, normalise_samples=64, depth=0
+    )
     model = str(train_reward(judge, pairs(300, seed=7)))
     config = PpoConfig(
         name="chain", **options, **POLICY, actor=start, reward_model=model, steps=16, lr=1e-2, critic_lr=3e-3, epochs=3

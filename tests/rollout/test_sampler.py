@@ -15,7 +15,7 @@ from punster.data.batch import Example, collate
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.lora import Adapter
-from punster.model.role import Role
+from punster.model.role import Role, Trunk
 from punster.rollout.decode import Stepper
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, Rollout, _generate, choose, generate, inverse_cdf, truncate
@@ -133,13 +133,13 @@ def test_a_row_depends_on_its_own_uniforms_only(role: Role) -> None:
     uniforms = torch.rand(len(PROMPTS), 12, generator=seeded(6))
     stepper = Stepper.of(role.model, role.adapters, role.last_layer)
     together = _generate(role, stepper, PROMPTS, 1, Decoding(12), EOS, uniforms)
-    lengths = [len(ids) for ids, _ in together]
+    lengths = [len(ids) for ids, _, _ in together]
     assert min(lengths) <= 6 and max(lengths) >= 10
     backward = _generate(role, stepper, PROMPTS[::-1], 1, Decoding(12), EOS, uniforms.flip(0))[::-1]
     alone = [_generate(role, stepper, [prompt], 1, Decoding(12), EOS, uniforms[i : i + 1])[0] for i, prompt in enumerate(PROMPTS)]
     changed = uniforms.clone()
     changed[1:] = torch.rand(len(PROMPTS) - 1, 12, generator=seeded(7))
-    for i, (ids, logs) in enumerate(together):
+    for i, (ids, logs, _) in enumerate(together):
         assert backward[i][0] == ids and alone[i][0] == ids
         torch.testing.assert_close(alone[i][1], logs, rtol=0, atol=1e-5)
     assert _generate(role, stepper, PROMPTS, 1, Decoding(12), EOS, changed)[0][0] == together[0][0]
@@ -343,3 +343,53 @@ def test_truncated_says_whether_the_distribution_is_the_models_own() -> None:
     assert not Decoding(temperature=0.5).truncated
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.2}):
         assert Decoding(**options).truncated
+
+
+def kept(role: Role, new: int = 12, depths: tuple[int, ...] = (1, 2, 3)) -> Rollout:
+    return generate(role, PROMPTS, Decoding(new), EOS, seeded(3), 2, max_rows=4, keep=depths)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_states_collected_while_sampling_equal_a_pass_over_the_texts(role: Role, adapted: Role, with_adapters: bool) -> None:
+    """Of every closed text: ended ones in all lengths, and cut-off ones with the EOS that closes them."""
+    used = adapted if with_adapters else role
+    rollout = kept(used)
+    plain = generate(used, PROMPTS, Decoding(12), EOS, seeded(3), 2, max_rows=4)
+    assert rollout.examples == plain.examples and plain.trunk is None
+    assert 0 < sum(rollout.finished) < len(rollout.finished)
+    assert rollout.trunk is not None
+    expected = Trunk.compute(used, rollout.closed, (1, 2, 3))
+    assert expected.rows and set(rollout.trunk.rows) == set(expected.rows)
+    for key, rows in expected.rows.items():
+        for found, state in zip(rollout.trunk.rows[key], rows, strict=True):
+            torch.testing.assert_close(found, state, atol=1e-4, rtol=0)
+
+
+def test_no_states_are_kept_where_the_closing_eos_has_no_room(tiny_gpt2: Path) -> None:
+    model = load_model(str(tiny_gpt2))
+    prompt = [list(range(3, 3 + 116))]
+    assert kept(Role(model), 3).trunk is not None
+    assert generate(Role(model), prompt, Decoding(12), -1, seeded(3), keep=(1,)).trunk is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_over_collected_states_equal_those_over_computed_ones(tiny_llama: Path, dtype: torch.dtype) -> None:
+    """1e-4 in fp32; in bf16, where products of other shapes round otherwise, a cosine of at least .999."""
+    model = load_model(str(tiny_llama), dtype)
+    mine = Adapter.create("policy", model.config, rank=4, alpha=8.0, layers=range(2, 4), generator=seeded(1))
+    for site in mine.b:
+        mine.b[site] = torch.randn(mine.b[site].shape, generator=seeded(2)) * 0.1
+    policy = Role(model, (mine.trainable(),), trained=("policy",))
+    rollout = generate(policy, PROMPTS, Decoding(12), EOS, seeded(3), 2, keep=(2,))
+    found = []
+    for trunk in (rollout.trunk, Trunk({})):
+        assert trunk is not None
+        batch = trunk.collate(rollout.examples, range(len(rollout.examples)))
+        assert bool(batch.trunk) == bool(trunk.rows)
+        token_log_probs(policy.response_hidden(batch), model.head, batch.targets()).sum().backward()
+        found.append(torch.cat([tensor.grad.flatten() for tensor in policy.parameters()]))
+        for tensor in policy.parameters():
+            tensor.grad = None
+    if dtype == torch.float32:
+        torch.testing.assert_close(found[0], found[1], atol=1e-4 * float(found[1].abs().max()), rtol=0)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999

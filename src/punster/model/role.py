@@ -158,13 +158,17 @@ class Trunk:
         absent = torch.empty(0, model.config.d_model)
         return cls({(d, role.trunk_key(d)): [states[d].get(example, absent) for example in examples] for d in wanted})
 
+    @staticmethod
+    def depths(roles: Sequence[Role]) -> set[int]:
+        """Where several roles can share states along the path of the first: its frozen part, and where the others leave the base."""
+        return {roles[0].frozen_depth, *(role.first_layer for role in roles[1:])}
+
     @classmethod
     def shared(
         cls, roles: Sequence[Role], examples: Sequence[Example], max_tokens: int, only: Collection[int] | None = None
     ) -> Trunk:
-        """What several roles can share, along the path of the first: its frozen part, and where the others leave the base."""
-        depths = {roles[0].frozen_depth, *(role.first_layer for role in roles[1:])}
-        return cls.compute(roles[0], examples, depths, max_tokens, only)
+        """What several roles can share, computed along the path of the first."""
+        return cls.compute(roles[0], examples, cls.depths(roles), max_tokens, only)
 
     def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """A padded batch of some of the examples, with their activations (attention is causal: a longer text's serve too)."""

@@ -100,14 +100,14 @@ def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapte
     return Product(matrix, torch.cat([adapter.a[site].detach() for _, adapter, site in found]) if found else None, updates)
 
 
-def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, list[Tensor]] | None = None) -> Tensor:
-    """Feed one token (B,) per row; logits (B, V) of the next one. `keep` collects the states (B, d) before some layers."""
+def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, Tensor] | None = None) -> Tensor:
+    """Feed one token (B,) per row; logits (B, V) of the next one. The states (B, d) before the layers in `keep` are put there."""
     model, config = stepper.model, stepper.model.config
     x = model.embed(token[:, None], stream.positions[:, None])[:, 0]
     turn = model.turn(stream.positions) if config.family == "llama" else None
     for layer, stage in enumerate(stepper.stages):
         if keep is not None and layer in keep:
-            keep[layer].append(x.clone())
+            keep[layer] = x.clone()
         before, between = (config.block_prefix(layer) + name for name in config.norm_sites)
         qkv = stage.attend(norm(model, x, before))
         stage.out.add_to(x, attend(config.n_head, config.n_kv_head, qkv, turn, layer, stream))

@@ -6,7 +6,7 @@ uniforms, so its result does not depend on the rows beside it. Finished rows lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from punster.data.batch import Example, PrefixTree
 from punster.errors import UserError
 from punster.model.lora import join
-from punster.model.role import Role
+from punster.model.role import Role, Trunk
 from punster.model.transformer import KeyValueCache, causal_mask
 from punster.rollout.decode import Stepper, Stream, decode_one_token
 
@@ -58,6 +58,7 @@ class Rollout:
     finished: list[bool]  # ended with EOS (which is part of the response)
     eos_id: int = -1
     max_positions: int = 1 << 30
+    trunk: Trunk | None = None  # states of the closed examples, if they were asked for
 
     @property
     def closed(self) -> list[Example]:
@@ -77,9 +78,12 @@ class Rollout:
 @torch.no_grad()
 def generate(
     role: Role, prompts: Sequence[Sequence[int]], decoding: Decoding, eos_id: int, generator: torch.Generator,
-    samples: int = 1, max_rows: int = 128,
+    samples: int = 1, max_rows: int = 128, keep: Collection[int] = (),
 ) -> Rollout:  # fmt: skip
-    """Draw `samples` responses to each tokenised prompt.
+    """Draw `samples` responses to each tokenised prompt; `keep` the states after so many layers, as a trunk.
+
+    States are kept up to the lowest layer that the role trains (see `Trunk`), and only where the context has room for one more
+    token: finished rows stay until their EOS was fed.
 
     Raises UserError if a prompt leaves no room for max_new_tokens in the model's context.
     """
@@ -89,6 +93,9 @@ def generate(
             raise UserError(
                 f"a prompt of {len(prompt)} tokens leaves no room for {decoding.max_new_tokens} new ones: the context is {limit} tokens"
             )
+    roomy = all(len(prompt) + decoding.max_new_tokens < limit for prompt in prompts)  # for the EOS that closes a cut-off response
+    kept_depths = sorted(depth for depth in keep if 0 < depth <= min(role.frozen_depth, role.last_layer - 1) and roomy)
+    keys = {depth: role.trunk_key(depth) for depth in kept_depths}
     uniforms = torch.rand(len(prompts) * samples, decoding.max_new_tokens, generator=generator, dtype=torch.float64).float()
     if role.adapters:
         role = Role(role.model, (join(role.adapters),))
@@ -98,36 +105,37 @@ def generate(
     examples: list[Example | None] = [None] * (len(prompts) * samples)
     log_probs: list[Tensor] = [torch.empty(0)] * len(examples)
     finished = [False] * len(examples)
+    states: dict[int, list[Tensor]] = {depth: [torch.empty(0)] * len(examples) for depth in keys}
     for start in range(0, len(order), per_call):
         chosen = order[start : start + per_call]
         rows = [prompt * samples + k for prompt in chosen for k in range(samples)]
         drawn = uniforms[rows].to(role.model.device)
-        results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn)
-        for row, (ids, logs) in zip(rows, results, strict=True):
+        results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn, list(keys))
+        for row, (ids, logs, kept) in zip(rows, results, strict=True):
             examples[row] = Example(tuple(prompts[row // samples]), tuple(ids))
             log_probs[row] = logs
             finished[row] = ids[-1] == eos_id
-    return Rollout([example for example in examples if example is not None], log_probs, finished, eos_id, limit)
+            for depth, state in kept.items():
+                states[depth][row] = state
+    trunk = Trunk({(depth, key): states[depth] for depth, key in keys.items()}) if keys else None
+    return Rollout([e for e in examples if e is not None], log_probs, finished, eos_id, limit, trunk)
 
 
 def _generate(
-    role: Role,
-    stepper: Stepper,
-    prompts: Sequence[Sequence[int]],
-    samples: int,
-    decoding: Decoding,
-    eos_id: int,
-    uniforms: Tensor,
-) -> list[tuple[list[int], Tensor]]:
-    model, device = role.model, role.model.device
+    role: Role, stepper: Stepper, prompts: Sequence[Sequence[int]], samples: int, decoding: Decoding, eos_id: int,
+    uniforms: Tensor, keep: Sequence[int] = (),
+) -> list[tuple[list[int], Tensor, dict[int, Tensor]]]:  # fmt: skip
+    """Ids, log-probs and kept states of each row."""
+    model, device, longest = role.model, role.model.device, decoding.max_new_tokens
     widest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), widest, dtype=torch.long, device=device)
     mask = torch.zeros(len(prompts), widest, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
         mask[row, widest - len(prompt) :] = True
-    cache = KeyValueCache(model.config, len(prompts), widest + decoding.max_new_tokens, torch.float32, device)
-    logits = prefill(role, ids, mask, cache, PrefixTree.of(prompts, device, left=True))
+    cache = KeyValueCache(model.config, len(prompts), widest + longest + 1, torch.float32, device)
+    tree = PrefixTree.of(prompts, device, left=True)
+    logits, of_prompts = prefill(role, ids, mask, cache, tree, keep)
     bias = torch.zeros(len(prompts), 1, cache.capacity, device=device)
     bias[:, 0, :widest] = torch.where(mask, 0.0, -1e30)
     stream = Stream(cache, mask.sum(1), None if bool(mask.all()) else bias)
@@ -137,12 +145,21 @@ def _generate(
         logits, mask, ids = logits[repeat], mask[repeat], ids[repeat]
     total = logits.shape[0]
     active = torch.arange(total, device=device)
-    tokens = torch.zeros(total, decoding.max_new_tokens, dtype=torch.long, device=device)
-    logs = torch.zeros(total, decoding.max_new_tokens, device=device)
-    lengths = torch.full((total,), decoding.max_new_tokens, dtype=torch.long, device=device)
+    tokens = torch.zeros(total, longest, dtype=torch.long, device=device)
+    logs = torch.zeros(total, longest, device=device)
+    lengths = torch.full((total,), longest, dtype=torch.long, device=device)
     alive = torch.ones(total, dtype=torch.bool, device=device)
     seen = _seen_tokens(ids, mask, model.config.vocab_size) if decoding.repetition_penalty != 1 else None
-    for step in range(decoding.max_new_tokens):
+    states = {depth: torch.empty(total, longest + 1, model.config.d_model, device=device) for depth in keep}
+
+    def feed(token: Tensor, place: int) -> Tensor:
+        fresh = dict.fromkeys(keep, token)
+        logits = decode_one_token(stepper, token, stream, fresh)
+        for depth, state in fresh.items():
+            states[depth][active, place] = state
+        return logits
+
+    for step in range(longest):
         token, log_prob = choose(logits, decoding, uniforms[active, step], None if seen is None else seen[active])
         tokens[active, step], logs[active, step] = token, log_prob
         if seen is not None:
@@ -151,23 +168,42 @@ def _generate(
         lengths[active[ended]] = step + 1
         alive[active[ended]] = False
         living = alive[active]
-        if step + 1 == decoding.max_new_tokens or not bool(living.any()):
+        if step + 1 == longest or not bool(living.any()):
             break
-        if int((~living).sum()) * 8 >= living.numel():  # finished rows leave once they are an eighth of the batch
-            keep = living.nonzero()[:, 0]
-            stream.select(keep)
-            active, token = active[keep], token[keep]
-        logits = decode_one_token(stepper, token, stream)
-    return [(tokens[row, : lengths[row]].tolist(), logs[row, : lengths[row]].cpu()) for row in range(total)]
+        staying = living | ended if keep else living  # the state of a row's EOS is known once it was fed
+        if int((~staying).sum()) * 8 >= living.numel():  # finished rows leave once they are an eighth of the batch
+            chosen = staying.nonzero()[:, 0]
+            stream.select(chosen)
+            active, token = active[chosen], token[chosen]
+        logits = feed(token, step)
+    if keep:
+        feed(token, step)
+        if bool(alive.any()):  # cut off: closed by an EOS that was not drawn
+            feed(torch.full_like(token, eos_id), step + 1)
+    results = []
+    for row in range(total):
+        asked, length = row // samples, int(lengths[row])
+        own = tree.nodes[asked, widest - len(prompts[asked]) :]
+        closed = length + int(alive[row])
+        kept = {depth: torch.cat((of_prompts[depth][own], states[depth][row, :closed])) for depth in keep}
+        results.append((tokens[row, :length].tolist(), logs[row, :length].cpu(), kept))
+    return results
 
 
-def prefill(role: Role, ids: Tensor, mask: Tensor, cache: KeyValueCache, tree: PrefixTree) -> Tensor:
-    """Run left-padded prompts (B, P) into an empty cache, what they share once; logits (B, V) of the next token."""
-    model = role.model
+def prefill(
+    role: Role, ids: Tensor, mask: Tensor, cache: KeyValueCache, tree: PrefixTree, keep: Sequence[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run left-padded prompts (B, P) into an empty cache, what they share once.
+
+    Returns logits (B, V) of the next token, and the states (N, d) of the tree's nodes after `keep` layers (ascending).
+    """
+    model, done, states = role.model, 0, {}
     hidden = model.embed_tree(ids, tree)
-    hidden = model.blocks(hidden, 0, role.last_layer, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree)
+    for depth in (*keep, role.last_layer):
+        hidden = model.blocks(hidden, done, depth, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree)
+        states[depth], done = hidden[0], depth
     cache.length = ids.shape[1]
-    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]]))
+    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]])), states
 
 
 def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

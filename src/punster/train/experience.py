@@ -168,15 +168,17 @@ def collect(
 ) -> Experience:  # fmt: skip
     """Sample, run the trunk once for all roles, score, and read old log-probs, exact KL and values off the training path."""
     policy, reference = setup.policy, setup.reference
+    roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
+    depths = Trunk.depths(roles) if setup.cache_trunk else set()
     rollout = generate(
-        policy, [setup.prompt_ids[row] for row in prompt_rows], setup.decoding, setup.tokenizer.eos_id, sampling, samples
-    )
+        policy, [setup.prompt_ids[row] for row in prompt_rows], setup.decoding, setup.tokenizer.eos_id, sampling, samples,
+        keep=depths,
+    )  # fmt: skip
     examples = rollout.examples
     prompts = [setup.prompts[row] for row in prompt_rows for _ in range(samples)]
     texts = [setup.tokenizer.decode(example.response) for example in examples]
-    roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     closed = rollout.closed
-    trunk = Trunk.shared(roles, closed, setup.max_tokens) if setup.cache_trunk else Trunk({})
+    trunk = rollout.trunk if rollout.trunk is not None else Trunk.compute(policy, closed, depths, setup.max_tokens)
     scores = setup.reward(prompts, texts, closed, trunk)
     groups = partition(examples, minibatches, shuffling, setup.max_tokens, samples)
     lengths = torch.tensor([len(example.response) for example in examples])
