@@ -6,7 +6,7 @@ punster evaluate runs/demo/ppo base runs/demo/sft [--gold runs/demo/gold] [--sam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +20,7 @@ from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.errors import UserError
 from punster.evaluate.metrics import copy_rate, distinct_n, words
+from punster.evaluate.table import shown_progress
 from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -48,7 +49,11 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     """The summary as written to summary.json: one row a model, intervals by bootstrap over prompts."""
     if not config.models:
         raise UserError("nothing to evaluate: give runs, or 'base'")
-    client = judge_client(config)  # a missing key is found before anything is sampled
+    client = None
+    if config.judge is not None:  # only then is openai imported; a missing key is found before anything is sampled
+        from punster.evaluate.judge_client import Client
+
+        client = Client(config)
     reference_path = config.reference or sibling(config.models, "sft")
     gold_path = config.gold or sibling(config.models, "gold")
     if reference_path is None:
@@ -73,7 +78,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     results: dict[str, Any] = {}
     sampled: dict[str, Sampled] = {}
     proxy_scores: list[list[float]] = []
-    for label in shown_progress(order, config.quiet):
+    for label in shown_progress(order, "evaluate " + ", ".join(order), config.quiet, len(order)):
         role = reference if label == reference_label else opened(label, paths[label], reference, config, tokenizer)
         count = pool if label == reference_label else config.samples
         rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(config.seed, f"evaluate/{label}"), count)
@@ -111,15 +116,6 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     return summary
 
 
-def judge_client(config: EvaluateConfig) -> Any:
-    """The judge's client, or None; `openai` is imported only if a judge is asked for."""
-    if config.judge is None:
-        return None
-    from punster.evaluate.judge_client import Client
-
-    return Client(config)
-
-
 def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> None:
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -127,16 +123,6 @@ def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[s
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(Path(config.out) / "samples.jsonl", text)
-
-
-def shown_progress(labels: list[str], quiet: bool) -> Iterable[str]:
-    """The labels, with a progress bar and the time left unless quiet."""
-    if quiet:
-        return labels
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(labels, "evaluate " + ", ".join(labels), console=Console(stderr=True))
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------

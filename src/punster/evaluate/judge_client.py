@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from punster.config import EvaluateConfig
 from punster.errors import UserError
 from punster.evaluate.folder import scrub
+from punster.evaluate.table import shown_progress
 from punster.model.load import cache_folder
 
 T = TypeVar("T")
@@ -153,20 +154,12 @@ class Client:
         with ThreadPoolExecutor(self.config.judge_workers) as pool:
             waiting = [pool.submit(self._fetch, key, request) for key, request in missing.items()]
             try:
-                for future in self._shown(as_completed(waiting), len(waiting)):
+                for future in shown_progress(as_completed(waiting), f"judge {self.model}", self.config.quiet, len(waiting)):
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # what is in flight is waited for, and kept
                 raise
         return [self.used[self.key(request)][0] for request in requests]
-
-    def _shown(self, futures: Any, total: int) -> Any:
-        if self.config.quiet or not total:
-            return futures
-        from rich.console import Console
-        from rich.progress import track
-
-        return track(futures, f"judge {self.model}", total=total, console=Console(stderr=True))
 
     def _fetch(self, key: str, request: Messages) -> None:
         for attempt in range(RETRIES + 3):

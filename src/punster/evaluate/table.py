@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 LABELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "placebo": "PPO, shuffled labels"}
 
@@ -164,12 +166,6 @@ def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def markdown_table(summary: Mapping[str, Any]) -> str:
-    found = result_tables(summary)[0]
-    head = ["model", *(column.short for column in found.columns)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *found.rows))
-
-
 def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], wrap: bool = False) -> Any:
     """A rich table whose cells are plain text: nothing in them is read as mark-up."""
     from rich.table import Table as RichTable
@@ -196,3 +192,13 @@ def print_table(summary: dict[str, Any]) -> None:
     )
     for line in judge_sentences(summary):
         print(line)
+
+
+def shown_progress(items: Iterable[T], text: str, quiet: bool, total: int) -> Iterable[T]:
+    """The items, with a progress bar and the time left unless quiet."""
+    if quiet or not total:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, text, total=total, console=Console(stderr=True))
