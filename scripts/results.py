@@ -32,8 +32,10 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     """Name -> (verb, seed, what differs from the demo recipe's section of that verb). Steps are set for about equal wall time."""
     table: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("none", 1, {}), "sft": ("none", 1, {})}
     ppo, grpo = {"steps": 10}, {"steps": 13}
-    dpo: dict[str, Any] = {"prompt_limit": 130}
-    online: dict[str, Any] = {"online": True, "pairs": "data", "pairs_per_prompt": 1, "batch_size": 8, "steps": 22}
+    dpo: dict[str, Any] = {
+        "online": False, "pairs": "sampled", "prompt_limit": 130, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.001,
+    }  # fmt: skip
+    online: dict[str, Any] = {"online": True, "steps": 14}
     for seed in (1, 2, 3):
         table[f"ppo-{seed}"] = ("ppo", seed, ppo)
         table[f"grpo-{seed}"] = ("grpo", seed, grpo)
@@ -131,14 +133,14 @@ def make(options: argparse.Namespace, name: str) -> None:
     from punster.evaluate.compare import evaluate
     from punster.train.pipeline import commit, evaluation_config
 
-    started, sampled, aborted = time.monotonic(), {"responses": 0, "tokens": 0}, None
+    started, sampled = time.monotonic(), {"responses": 0, "tokens": 0}
     count_tokens(sampled)
     config = recipe(options)
     folder = Path(config.out) / config.name
     try:
         run = train_cell(options, name)
-    except Aborted as error:  # a result too: the run is back at its last good step
-        run, aborted = folder / name, str(error).split(". ")[0]
+    except Aborted:  # a result too: the run is back at its last good step
+        run = folder / name
     trained, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     settings: EvaluateConfig = evaluation_config(config, folder)
     best_of = {"best_of": 16, "pool": 32} if name == "sft" else {"best_of": 0, "pool": 0}
@@ -148,12 +150,11 @@ def make(options: argparse.Namespace, name: str) -> None:
         quiet=True, **best_of,
     )  # fmt: skip
     rows = evaluate(settings)
-    label = name if name in rows["models"] else Path(shown).name
     data = hashlib.sha256((ROOT / "src" / "punster" / "data" / "puns.jsonl").read_bytes()).hexdigest()
     summary = {
-        "cell": name, "row": rows["models"][label], "best_of_n": rows.get("best_of_n"), "best_of": rows["models"].get("best_of_16"),
+        "cell": name, "row": rows["models"][Path(shown).name], "best_of_n": rows.get("best_of_n"), "best_of": rows["models"].get("best_of_16"),
         "proxy": "reward", "gold": "gold", "sampled": sampled, "train_seconds": round(trained, 1),
-        "wall_seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak, 3), "aborted": aborted,
+        "wall_seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak, 3), "aborted": json.loads((run / "summary.json").read_text()).get("aborted") if run else None,
         "seed": cells()[name][1], "commit": commit(), "data_sha256": data, "scale": options.scale, "prompts": rows["prompts"],
         "samples": rows["samples"], "decoding": rows["decoding"], "model": config.model, "settings": cells()[name][2],
     }  # fmt: skip

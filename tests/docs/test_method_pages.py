@@ -73,7 +73,8 @@ def test_every_logged_metric_is_explained(page: str, keys: dict[str, set[str]]) 
     explained = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if not name.startswith("--")}
     assert len(keys[page]) >= 6
     assert keys[page] - explained == set()
-    assert explained - keys[page] == set()
+    # What only some runs log: figures of held-out samples, and those of online pairs.
+    assert {key for key in explained - keys[page] if not key.startswith(("eval/", "objective/"))} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -13,13 +13,14 @@ import punster.train.ppo as ppo_module
 from punster.config import DpoConfig, GrpoConfig, KlPenalty, PpoConfig
 from punster.errors import UserError
 from punster.model.role import Trunk
+from punster.train import setup as setup_module
 from punster.train.critic import make_critic
 from punster.train.dpo import dpo
 from punster.train.experience import open_policy
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
 from punster.train.run import load_run
-from punster.train.setup import open_base
+from punster.train.setup import open_base, own_copy
 from punster.train.sft import held_out_loss
 from punster.train.shaping import SftTerm, filter_prompts, reference_scores
 
@@ -204,6 +205,18 @@ def test_memory_modes_hold_one_two_or_four_bases(config: Config, reward_run: str
         held, one = base_bytes(config(memory=mode, reward_model=reward_run))
         copies[mode] = held / one
     assert copies == {"trunk": 1, "hydra": 1, "lora": 2, "separate": 4}
+
+
+def test_a_copy_shares_nothing_and_computes_the_same(config: Config) -> None:
+    """Nor what the model made of its weights in an earlier pass."""
+    setup = open_policy(config(), None, letters)
+    ids = torch.tensor([setup.prompt_ids[0]])
+    before = setup.reference.model.forward(ids, setup.reference.adapters)
+    copied = own_copy(setup.reference)
+    for tensor in setup.reference.model.weights.values():
+        tensor.zero_()
+    assert torch.equal(copied.model.forward(ids, copied.adapters), before)
+    setup_module._BASES.clear()
 
 
 @pytest.mark.parametrize("top_layers", ["1", "all"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -152,8 +151,9 @@ def open_policy_role(path: str, config: Any, tokenizer: Tokenizer | None = None)
 
 def own_copy(role: Role) -> Role:
     """The same role on base weights of its own, as it is with separate models."""
-    model = copy(role.model)
-    model.weights, model._head = {name: tensor.detach().clone() for name, tensor in role.model.weights.items()}, None
+    old = role.model
+    model = Decoder(old.config, {name: tensor.detach().clone() for name, tensor in old.weights.items()}, old.name)
+    model.trained_from, model.trunk_of, model.own = old.trained_from, old.trunk_of, old.own
     return replace(role, model=model)
 
 
