@@ -1,0 +1,154 @@
+"""Would a person call this a pun? A calibrated estimate from people's labels, which no training reads.
+
+A ridge logistic model on what the frozen base says of the text alone (log-probs and entropies of its tokens), fitted on demand to the
+labelled outputs of PunEval and of He et al. in the part below, and kept in the cache folder. Text by text it tells little; its mean
+over many texts is a rate, and its interval is widened by the errors that it made on generators it had not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from punster.data.batch import Example, collate, prefix_batches
+from punster.data.pool import Pool, data_folder
+from punster.data.schema import kind_of
+from punster.data.split import Part
+from punster.errors import UserError
+from punster.evaluate.winrate import bootstrap
+from punster.model.load import cache_folder
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+from punster.puns.surprisal import document_start
+from punster.rollout.logprobs import token_log_probs
+
+PART: Part = (
+    "val"  # its items and groups are the estimator's own: training mixtures are built of "train" and guarded against these texts
+)
+PENALTY = 3.0
+# Human success rates as published, asked for a pun on given senses: He et al. 2019 (Table 3), PunEval (hom / het).
+PUBLISHED = {"human": (0.86, 0.84), "gpt-4-1106": (0.60, 0.51), "claude-3-opus": (0.54, 0.47), "gpt-3.5": (0.42, 0.29),
+             "openchat-7B": (0.20, 0.08), "mistral-7B": (0.17, 0.13), "vicuna-7B": (0.12, 0.05), "llama-2-7B": (0.06, 0.04)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Labelled:
+    text: str
+    success: float  # 0 or 1, or the share of yes votes
+    item: str  # SemEval id, or pair of words
+    system: str
+
+
+@dataclass(frozen=True)
+class Estimator:
+    weights: list[float]  # one a feature, then the intercept
+    centre: list[float]
+    scale: list[float]
+    errors: dict[str, float]  # system left out -> estimated minus human rate on its outputs
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """(N, F) -> (N,) P(a person calls it a pun)."""
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        x = (features - torch.tensor(self.centre, dtype=torch.float64)) / torch.tensor(self.scale, dtype=torch.float64)
+        return (x @ weights[:-1] + weights[-1]).sigmoid()
+
+
+def labelled(pool: Pool, part: Part = PART) -> list[Labelled]:
+    """The labels of one part: PunEval's outputs and human texts, and He's sentences with success votes."""
+    rows = []
+    for row in pool.rows("puneval", part):
+        if kind_of(row) == "group":  # score = success + (funniness - 1) / 10, funniness 1 to 5
+            for text, score, system in zip(row["completions"], row["scores"], row["systems"], strict=True):
+                rows.append(Labelled(text, float(score >= 0.95), row["semeval_id"], system.split("/")[0]))
+    for row in pool.rows("pungen_he2019", part):
+        if kind_of(row) == "text" and "success" in row:
+            name = row["system"] if row["system"] != "human" else "human_he"
+            rows.append(Labelled(row["text"], row["success"], row["id"].split("/")[1], name))
+    return rows
+
+
+@torch.no_grad()
+def features(role: Role, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """(N, 9) fp64: length; mean, least, spread of log-probs, end and last words, first half; mean entropy; what is beyond it."""
+    start, limit = document_start(tokenizer), role.model.config.max_positions - 1
+    examples = [Example((start,), (*tokenizer.text_ids(t or ".")[: limit - 1], tokenizer.eos_id)) for t in texts]
+    found = torch.zeros(len(texts), 9, dtype=torch.float64)
+    for rows in prefix_batches(examples, 4096):
+        batch = collate([examples[row] for row in rows], device=role.model.device)
+        logs, entropies = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets())
+        lengths = batch.response_lengths.tolist()
+        for row, log, h in zip(rows, logs.double().cpu().split(lengths), entropies.double().cpu().split(lengths), strict=True):
+            inner, h = (log[:-1], h[:-1]) if len(log) > 1 else (log, h)
+            half = inner[: max(1, len(inner) // 2)]
+            found[row] = torch.stack((torch.tensor(float(len(inner))).log().double(), inner.mean(), inner.min(), inner.std(correction=0),
+                                      log[-1], inner[-3:].mean(), half.mean(), h.mean(), (inner + h).mean()))  # fmt: skip
+    return found
+
+
+def fit(x: Tensor, y: Tensor, penalty: float = PENALTY) -> tuple[Tensor, Tensor, Tensor]:
+    """Ridge logistic regression by Newton steps: (weights and intercept, centre, scale); y in [0, 1]. Its mean estimate is the mean of y."""
+    centre, scale = x.mean(0), x.std(0).clamp(min=1e-6)
+    z = torch.cat(((x - centre) / scale, x.new_ones(len(x), 1)), 1)
+    ridge = penalty * torch.eye(z.shape[1], dtype=z.dtype)
+    ridge[-1, -1] = 1e-6
+    weights = z.new_zeros(z.shape[1])
+    for _ in range(50):
+        p = (z @ weights).sigmoid()
+        step = torch.linalg.solve((z * (p * (1 - p))[:, None]).T @ z + ridge, z.T @ (p - y) + ridge @ weights)
+        weights = weights - step.clamp(-2, 2)
+        if float(step.abs().max()) < 1e-10:
+            break
+    return weights, centre, scale
+
+
+def fit_estimator(x: Tensor, rows: Sequence[Labelled]) -> Estimator:
+    """The estimator, with its errors on every machine that is left out of the fit in turn."""
+    y = torch.tensor([row.success for row in rows], dtype=torch.float64)
+
+    def without(system: str) -> Estimator:
+        kept = torch.tensor([row.system != system for row in rows])
+        weights, centre, scale = fit(x[kept], y[kept])
+        return Estimator(weights.tolist(), centre.tolist(), scale.tolist(), {})
+
+    errors = {}
+    for system in sorted({row.system for row in rows if not row.system.startswith("human")}):
+        own = torch.tensor([row.system == system for row in rows])
+        errors[system] = float(without(system).probabilities(x[own]).mean() - y[own].mean())
+    whole = without("")
+    return Estimator(whole.weights, whole.centre, whole.scale, errors)
+
+
+def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
+    """The fitted estimator of a base: from the cache, else fitted to the local copies of the sources; None where these are missing."""
+    key = zlib.crc32(f"{role.model.fingerprint()}/{PART}/{PENALTY}/1".encode())
+    path = cache_folder() / "success" / f"{key:08x}.json"
+    if path.is_file():
+        try:
+            return Estimator(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            path.unlink(missing_ok=True)
+    try:
+        pool = Pool(data_folder())
+        rows = labelled(pool)
+    except UserError:
+        return None
+    from punster.train.run import write_json
+
+    found = fit_estimator(features(role, tokenizer, [row.text for row in rows]), rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(found))
+    return found
+
+
+def success_rate(estimator: Estimator | None, x: Tensor | None, per_prompt: int, seed: int = 1) -> dict[str, float] | None:
+    """Mean over prompts with a bootstrap interval, widened on each side by the worst error on an unseen generator."""
+    if estimator is None or x is None:
+        return None
+    found = bootstrap(estimator.probabilities(x).view(-1, per_prompt).mean(1).tolist(), seed)
+    over, under = max([0.0, *estimator.errors.values()]), min([0.0, *estimator.errors.values()])
+    return {"mean": found["mean"], "low": max(0.0, found["low"] - over), "high": min(1.0, found["high"] - under)}

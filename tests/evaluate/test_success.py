@@ -1,0 +1,88 @@
+"""The success estimate: calibrated on planted labels, honest about unseen generators, apart from all training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from punster.data.leakage import words
+from punster.data.pool import Pool
+from punster.evaluate import success
+from punster.evaluate.success import Labelled
+from punster.model.load import load_model
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+
+
+def planted(n: int, systems: dict[str, float], seed: int = 0) -> tuple[torch.Tensor, list[Labelled]]:
+    """Features of which two matter, and labels drawn from the logistic truth plus a shift of the system."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n * len(systems), 4, generator=generator, dtype=torch.float64)
+    rows = []
+    for i, (name, shift) in enumerate(s for s in systems.items() for _ in range(n)):
+        p = torch.sigmoid(1.5 * x[i, 0] - x[i, 1] - 0.5 + shift)
+        rows.append(Labelled(f"t{i}", float(torch.rand((), generator=generator, dtype=torch.float64) < p), str(i), name))
+    return x, rows
+
+
+def test_it_is_calibrated() -> None:
+    x, rows = planted(1500, {"a": 0.0, "b": 0.0})
+    estimator = success.fit_estimator(x[:2000], rows[:2000])
+    p, y = estimator.probabilities(x[2000:]), torch.tensor([r.success for r in rows[2000:]])
+    assert float(p.mean()) == pytest.approx(float(y.mean()), abs=0.03)
+    for low in (0.0, 0.25, 0.5, 0.75):
+        inside = (p >= low) & (p < low + 0.25)
+        assert float(p[inside].mean()) == pytest.approx(float(y[inside].mean()), abs=0.08)
+    own = torch.tensor([r.success for r in rows[:2000]])
+    assert float(estimator.probabilities(x[:2000]).mean()) == pytest.approx(float(own.mean()), abs=1e-6)
+
+
+def test_an_odd_generator_widens_the_interval() -> None:
+    x, rows = planted(400, {"a": 0.0, "b": 0.0, "c": 0.0})
+    narrow = success.fit_estimator(x, rows)
+    assert all(abs(error) < 0.06 for error in narrow.errors.values())
+    x, rows = planted(400, {"a": 0.0, "b": 0.0, "odd": 2.0, "human": 1.0})
+    wide = success.fit_estimator(x, rows)
+    assert set(wide.errors) == {"a", "b", "odd"}  # people are no generator
+    assert wide.errors["odd"] < -0.15
+    one, two = (success.success_rate(e, x[:400], per_prompt=4) for e in (narrow, wide))
+    assert one is not None
+    assert two is not None
+    assert two["high"] - two["mean"] > one["high"] - one["mean"] + 0.1
+    assert 0 <= two["low"] <= two["mean"] <= two["high"] <= 1
+    assert success.success_rate(None, x, 4) is None
+
+
+def test_features_do_not_depend_on_the_batch(tiny_llama: Path) -> None:
+    role, tokenizer = Role(load_model(str(tiny_llama))), Tokenizer.load(str(tiny_llama))
+    texts = ["make a pun about bakers", "dough", "", "The sailor had a whale of a time, and the tide turned."]
+    together = success.features(role, tokenizer, texts)
+    alone = torch.cat([success.features(role, tokenizer, [text]) for text in texts])
+    assert torch.isfinite(together).all()
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_no_data_no_estimate(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    role, tokenizer = Role(load_model(str(tiny_llama))), Tokenizer.load(str(tiny_llama))
+    monkeypatch.setenv("PUNSTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
+    assert success.open_estimator(role, tokenizer) is None
+
+
+def test_estimator_and_training_share_no_item_group_or_text(punster_data: Path) -> None:
+    """Whatever a training mixture may read is of other PunEval items and other He groups, and the guard knows every text."""
+    pool = Pool(punster_data)
+    own = success.labelled(pool)
+    items = {row.item for row in own}
+    assert len(items) >= 30
+    assert len(own) >= 400
+    for name in ("puneval", "pungen_he2019", "expunations", "semeval2017_task7"):
+        training = pool.rows(name, "train")
+        assert training
+        assert not items & {row.get("semeval_id") for row in training}
+        assert not items & {row["id"].split("/")[1] for row in training if name == "pungen_he2019"}
+    guard = set(pool.evaluation.sets)
+    assert all(words(row.text) in guard for row in own)
+    assert success.PART != "train"
