@@ -186,3 +186,19 @@ def test_default_preference_mixture(punster_data: Path) -> None:
         own = [[len(text.split()) for text in texts_of(row)] for row in rows if row["source"] == source]
         longer = sum((a > b) + 0.5 * (a == b) for a, b in own) / len(own)
         assert 0.4 <= longer <= 0.6, (source, longer)
+
+
+def test_preference_mixtures_can_have_ranked_groups_labels_and_contrasts(mini: Path) -> None:
+    def made(**part: Any) -> list[dict]:
+        return build(Recipe("preference", parts=[Ingredient(**part)]), mini)[0]
+
+    labels = made(source="semeval2017_task7", use="labels", by="is_pun")
+    texts = {row["completion"]: row["label"] for row in labels}
+    assert set(texts.values()) == {True, False} and all(row["prompt"] == "make a pun" for row in labels)
+    for row in made(source="semeval2017_task7", use="ratings", by="is_pun", gap=1):
+        assert texts[row["chosen"]] and not texts[row["rejected"]]
+        assert len(row["chosen"].split()) == len(row["rejected"].split())
+    groups = made(source="puneval", use="ranked")
+    assert groups and all(len(row["completions"]) > 1 and "chosen" not in row for row in groups)
+    for row in [*labels, *groups]:
+        check_row(row, "judged", "here")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from punster.data import corpus
-from punster.data.pairs import from_group, length_matched
+from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.schema import check_row
 
 
@@ -77,3 +77,20 @@ def test_ranked_triples_of_the_embedded_corpus() -> None:
         assert check_row(triple, "group", triple["id"])["scores"] == [2, 1, 0]
         assert len(set(triple["completions"])) == 3
     assert len(from_group(triples[0], 1, 0, random.Random(1))) == 3
+
+
+def test_ranked_groups_lose_recited_texts_and_keep_their_order() -> None:
+    found = ranked(group([3.0, 2.0, 1.0], recited=[True, False, False], systems=["a", "b", "c"]))
+    assert found["scores"] == [2.0, 1.0] and found["systems"] == ["b", "c"] and "recited" not in found
+    assert found["completions"] == group([3.0, 2.0, 1.0])["completions"][1:]
+    check_row(found, "judged", "here")
+    assert ranked(group([2.0, 1.0])) == group([2.0, 1.0])
+
+
+def test_labelled_texts_have_their_rating_standardised() -> None:
+    rows = [{"text": f"t{i}", "id": str(i), "source": "s", "licence": "l", "is_pun": i < 2, "rating": i} for i in range(5)]
+    found = labelled(rows, "rating", "make a pun")
+    assert [row["label"] for row in found] == [True, True, False, False, False]
+    assert [row["rating"] for row in found] == pytest.approx([-(2**0.5), -(0.5**0.5), 0, 0.5**0.5, 2**0.5], abs=1e-3)
+    assert "rating" not in labelled(rows, "is_pun", "make a pun")[0]
+    assert labelled([{**rows[0], "is_pun": None}], "rating", "x")[0]["label"] is None

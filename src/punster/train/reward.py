@@ -26,6 +26,7 @@ from punster.rollout.sampler import Decoding, generate
 from punster.train.held_out import pair_table
 from punster.train.judged import (
     SIDES,
+    Item,
     balanced,
     calibration,
     encode_items,
@@ -85,7 +86,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     validation, _ = encode_items(held_out, tokenizer, start.model)
     first_steps = math.ceil(len(first) / config.batch_size)
     steps = config.steps or first_steps + total_steps(config, len(given), config.epochs)
-    members = [new_member(start, config, number) for number in range(config.members)]
+    members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     if announce(config, "reward", model, steps, examples):
         return None
@@ -139,13 +140,17 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         return run.folder
 
 
-def new_member(start: Role, config: RewardConfig, number: int) -> Role:
-    """A fresh adapter and heads; members of an ensemble differ in the seed."""
+def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[Item]) -> Role:
+    """A fresh adapter and heads, auxiliary ones where items have a label or a rating; members of an ensemble differ in the seed."""
     config = replace(config, seed=config.seed + number)
     role = replace(extend(start, config, "reward", layer_count(config.depth, start.model.config.n_layer)), pooling=config.pooling)
     width, device = role.model.config.d_model, role.model.device
-    aux = {name: ScalarHead.create(width, seeded(config.seed, f"{name} head"), device).trainable()
-           for name, weight in (("pun", config.pun_head), ("funniness", config.funniness_head)) if weight}  # fmt: skip
+    wanted = {
+        "pun": config.pun_head and any(not math.isnan(item.label) for item in items),
+        "funniness": config.funniness_head and any(not math.isnan(item.rating) for item in items),
+    }
+    heads = {name: seeded(config.seed, f"{name} head") for name, needed in wanted.items() if needed}
+    aux = {name: ScalarHead.create(width, generator, device).trainable() for name, generator in heads.items()}
     return replace(with_head(role, config), aux=aux)
 
 
