@@ -25,7 +25,7 @@ from punster.model.load import cache_folder
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start
-from punster.rollout.logprobs import token_log_probs
+from punster.rollout.logprobs import token_statistics
 
 PART: Part = (
     "val"  # its items and groups are the estimator's own: training mixtures are built of "train" and guarded against these texts
@@ -80,7 +80,7 @@ def features(role: Role, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     found = torch.zeros(len(texts), 9, dtype=torch.float64)
     for rows in prefix_batches(examples, 4096):
         batch = collate([examples[row] for row in rows], device=role.model.device)
-        logs, entropies = token_log_probs(role.response_hidden(batch), role.model.head_weight, batch.targets())
+        logs, entropies = token_statistics(role.response_hidden(batch), role.model.head, batch.targets())
         lengths = batch.response_lengths.tolist()
         for row, log, h in zip(rows, logs.double().cpu().split(lengths), entropies.double().cpu().split(lengths), strict=True):
             inner, h = (log[:-1], h[:-1]) if len(log) > 1 else (log, h)

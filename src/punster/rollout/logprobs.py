@@ -93,3 +93,17 @@ def compare_policies(
         out["kl"].append(log_q.neg_().add_(log_p).mul_(p).sum(-1))
         out["entropy"].append(-p.mul_(log_p).sum(-1))
     return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets and entropies of their distributions in nats, both (N,) fp32, without gradients."""
+    log_probs, entropies = [], []
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        log_p = log_softmax(head, hidden[part], temperature)
+        log_probs.append(log_p.gather(1, targets[part, None])[:, 0])
+        entropies.append(-log_p.exp().mul_(log_p).sum(-1))
+    return torch.cat(log_probs), torch.cat(entropies)

@@ -128,17 +128,9 @@ def _generate(
     """Ids, log-probs and kept states of each row."""
     model, device, longest = role.model, role.model.device, decoding.max_new_tokens
     widest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), widest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(prompts), widest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
-        mask[row, widest - len(prompt) :] = True
-    cache = KeyValueCache(model.config, len(prompts), widest + longest + 1, torch.float32, device)
+    ids, mask = left_padded(prompts, device)
     tree = PrefixTree.of(prompts, device, left=True)
-    logits, of_prompts = prefill(role, ids, mask, cache, tree, keep)
-    bias = torch.zeros(len(prompts), 1, cache.capacity, device=device)
-    bias[:, 0, :widest] = torch.where(mask, 0.0, -1e30)
-    stream = Stream(cache, mask.sum(1), None if bool(mask.all()) else bias)
+    logits, stream, of_prompts = prefill(role, ids, mask, tree, longest + 1, keep)
     if samples > 1:  # the prompt was run once for all its samples
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
         stream.select(repeat)
@@ -190,20 +182,37 @@ def _generate(
     return results
 
 
-def prefill(
-    role: Role, ids: Tensor, mask: Tensor, cache: KeyValueCache, tree: PrefixTree, keep: Sequence[int] = ()
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Run left-padded prompts (B, P) into an empty cache, what they share once.
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask of real tokens, both (B, P)."""
+    widest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), widest, dtype=torch.long, device=device)
+    mask = torch.zeros(len(prompts), widest, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
+        mask[row, widest - len(prompt) :] = True
+    return ids, mask
 
-    Returns logits (B, V) of the next token, and the states (N, d) of the tree's nodes after `keep` layers (ascending).
+
+def prefill(
+    role: Role, ids: Tensor, mask: Tensor, tree: PrefixTree, new_tokens: int, keep: Sequence[int] = ()
+) -> tuple[Tensor, Stream, dict[int, Tensor]]:
+    """Run left-padded prompts (B, P) into a cache with room for new tokens, what they share once.
+
+    Returns logits (B, V) of the next token, the rows in flight, and the states (N, d) of the tree's nodes after `keep` layers
+    (ascending).
     """
     model, done, states = role.model, 0, {}
+    rows, widest = ids.shape
+    cache = KeyValueCache(model.config, rows, widest + new_tokens, torch.float32, ids.device)
     hidden = model.embed_tree(ids, tree)
     for depth in (*keep, role.last_layer):
         hidden = model.blocks(hidden, done, depth, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree)
         states[depth], done = hidden[0], depth
-    cache.length = ids.shape[1]
-    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]])), states
+    cache.length = widest
+    bias = torch.zeros(rows, 1, cache.capacity, device=ids.device)
+    bias[:, 0, :widest] = torch.where(mask, 0.0, -1e30)
+    stream = Stream(cache, mask.sum(1), None if bool(mask.all()) else bias)
+    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]])), stream, states
 
 
 def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

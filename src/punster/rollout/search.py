@@ -8,19 +8,15 @@ import torch
 
 from punster.data.batch import PrefixTree
 from punster.model.role import Role
-from punster.model.transformer import KeyValueCache
-from punster.rollout.sampler import Decoding, choose, decode_one_token, prefill
+from punster.rollout.decode import Stepper, Stream, decode_one_token
+from punster.rollout.sampler import Decoding, choose, left_padded, prefill
 
 
-def _start(role: Role, prompts: Sequence[Sequence[int]], new: int) -> tuple[torch.Tensor, torch.Tensor, KeyValueCache]:
-    """Left-padded prompts run into a fresh cache: logits (B, V), mask (B, P), cache."""
-    device, widest = role.model.device, max(map(len, prompts))
-    ids = torch.zeros(len(prompts), widest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(prompts), widest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, widest - len(prompt) :], mask[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device), True
-    cache = KeyValueCache(role.model.config, len(prompts), widest + new, torch.float32, device)
-    return prefill(role, ids, mask, cache, PrefixTree.of(prompts, device, left=True)), mask, cache
+def _start(role: Role, prompts: Sequence[Sequence[int]], new: int) -> tuple[torch.Tensor, Stepper, Stream]:
+    """Logits (B, V) of the first new token, and what decoding goes on with."""
+    device = role.model.device
+    logits, stream, _ = prefill(role, *left_padded(prompts, device), PrefixTree.of(prompts, device, left=True), new)
+    return logits, Stepper.of(role.model, role.adapters, role.last_layer), stream
 
 
 @torch.no_grad()
@@ -28,7 +24,7 @@ def beam_search(
     role: Role, prompt: Sequence[int], eos_id: int, beams: int = 4, max_new_tokens: int = 48
 ) -> tuple[list[int], float]:
     """The likeliest text that `beams` hypotheses find, and its log-prob; no length penalty. With enough beams it is the mode."""
-    logits, mask, cache = _start(role, [prompt], max_new_tokens)
+    logits, stepper, stream = _start(role, [prompt], max_new_tokens)
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     done: list[tuple[float, list[int]]] = []
     for step in range(max_new_tokens):
@@ -41,10 +37,8 @@ def beam_search(
         # Log-probs only fall: nothing can overtake a finished text that is ahead of every live one.
         if step + 1 == max_new_tokens or (done and max(done)[0] >= live[0][0]):
             break
-        rows = torch.tensor([row for _, row, _ in kept], device=logits.device)
-        cache.select(rows)
-        mask = torch.cat((mask[rows], mask.new_ones(len(rows), 1)), 1)
-        logits = decode_one_token(role, torch.tensor([token for *_, token in kept], device=logits.device), mask, cache)
+        stream.select(torch.tensor([row for _, row, _ in kept], device=logits.device))
+        logits = decode_one_token(stepper, torch.tensor([token for *_, token in kept], device=logits.device), stream)
     score, ids = max(done or live)
     return ids, score
 
@@ -57,7 +51,7 @@ def joint_decode(
 
     Yu, Tan & Wan 2018 decode a homograph's two senses jointly so; here the senses are stated in the prompts.
     """
-    logits, mask, cache = _start(role, prompts, decoding.max_new_tokens)
+    logits, stepper, stream = _start(role, prompts, decoding.max_new_tokens)
     tokens: list[int] = []
     while True:
         uniform = torch.rand(1, generator=generator).to(logits.device)
@@ -65,5 +59,4 @@ def joint_decode(
         tokens.append(int(token))
         if tokens[-1] == eos_id or len(tokens) == decoding.max_new_tokens:
             return tokens
-        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1)
-        logits = decode_one_token(role, token.expand(len(prompts)), mask, cache)
+        logits = decode_one_token(stepper, token.expand(len(prompts)), stream)
