@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch instead of gigabytes of CUDA: make demo TORCH_INDEX=<address of PyTorch's CPU wheels>
 TORCH_INDEX ?=
 
-.PHONY: setup demo bench test test-fast lint format clean
+.PHONY: setup demo bench test test-fast lint format audit clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,12 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Known weaknesses of the pinned packages; asks a public service, so it is not part of lint or test.
+audit: setup
+	$(PYTHON) -m venv --clear $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit==2.9.0
+	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

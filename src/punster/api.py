@@ -95,7 +95,7 @@ def load(path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto"
 
     where = SimpleNamespace(device=device, dtype=dtype)
     folder = Path(path)
-    if (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").exists():
         return Model(*open_role(path, where))
     if folder.is_dir() and not (folder / "config.json").exists():
         runs = sorted(p.name for p in folder.iterdir() if (p / "checkpoints").is_dir())
@@ -103,4 +103,5 @@ def load(path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto"
             raise UserError(f"{path} is a folder of runs: choose one, such as {path}/{runs[0]} ({', '.join(runs)})")
         raise UserError(f"{path}: neither a run nor a model folder (no checkpoints, no config.json)")
     chosen = pick_device(device)
-    return Model(Role(shared_base(path, pick_dtype(dtype, chosen), chosen)), Tokenizer.load(path, prompt_format))
+    base = shared_base(path, pick_dtype(dtype, chosen), chosen)
+    return Model(Role(base), Tokenizer.load(path, prompt_format).check_fits(base))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from punster import __version__
 from punster.errors import Aborted, UserError, near_matches
+from punster.safe import plain
 
 USAGE = """punster: RLHF for small language models, made for puns
 
@@ -60,7 +66,7 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 usage or bad input, 1 failure, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 usage or bad input, 1 failure, 130 or 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -75,28 +81,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return dispatch(verb, rest)
     except UserError as error:
-        print(f"punster {verb}: {error}", file=sys.stderr)
+        print(f"punster {verb}: {plain(str(error))}", file=sys.stderr)
         return 2
     except Aborted as error:
-        print(f"punster {verb}: {error}", file=sys.stderr)
+        print(f"punster {verb}: {plain(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 128 + int(getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"punster {verb}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"punster {verb}: {plain(place + (error.strerror or str(error)))}", file=sys.stderr)
+        return 1 if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO) or not place else 2
     except Exception as error:
-        from punster.train.run import Interrupted
+        return unexpected(verb, error)
 
-        if isinstance(error, Interrupted):
-            print(str(error), file=sys.stderr)
-            return 130
-        raise
+
+def unexpected(verb: str, error: Exception) -> int:
+    """A fault of punster itself: one line, and the traceback where a bug report can take it from."""
+    from punster.train.run import crash_report
+
+    if not getattr(error, "__notes__", None):  # a run has written its own already
+        crash_report(Path(tempfile.mkdtemp(prefix="punster-")), error, verb=verb)
+    where = "; ".join(getattr(error, "__notes__", []))
+    print(
+        f"punster {verb}: unexpected {plain(f'{type(error).__name__}: {error}')}; please report it with {where}", file=sys.stderr
+    )
+    return 1
 
 
 def dispatch(verb: str, rest: list[str]) -> int:
@@ -163,6 +176,7 @@ def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[st
     try:
         with_values = parser.parse_args(rest)
     except ArgumentError as error:
+        check_versions(rest)
         raise UserError(readable(str(error), parser)) from None
     except SystemExit as leaving:
         if leaving.code in (0, None):
@@ -170,6 +184,19 @@ def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[st
         raise UserError("the command line could not be read; see --help") from None
     values = with_values.as_dict()
     return {name: values[name] for name in names}
+
+
+def check_versions(rest: Sequence[str]) -> None:
+    """Keys that are unknown may be another version's: then say that instead."""
+    import yaml
+
+    from punster.config import check_version
+
+    for flag, path in pairwise(rest):
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if flag == "--config" else None
+            if isinstance(values, dict) and "config_version" in values:
+                check_version(values["config_version"], path)
 
 
 def readable(message: str, parser: Any) -> str:
@@ -240,11 +267,6 @@ def generate_verb(rest: list[str]) -> int:
     for text in texts:
         print(plain(text))
     return 0
-
-
-def plain(text: str) -> str:
-    """One line without control characters: generated text must not drive the terminal."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def score_verb(rest: list[str]) -> int:

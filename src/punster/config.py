@@ -10,6 +10,7 @@ from typing import Any, Literal
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL
 
+CONFIG_VERSION = 1  # goes up when a setting changes its name or its meaning
 Variant = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"]
 COLUMNS_HELP = "names of the fields in your files, FIELD=COLUMN: --columns prompt=question completion=answer"
 KlPenalty = Literal["k1", "clamped", "k2", "k3", "js", "none", "exact"]
@@ -27,6 +28,37 @@ def opt(default: Any = MISSING, help: str = "", short: str | None = None, factor
 def require(fine: bool, message: str) -> None:
     if not fine:
         raise UserError(message)
+
+
+# Ranges, ends included, of settings that have the same meaning wherever they occur.
+RANGES: dict[str, tuple[float, float]] = {
+    "gamma": (0, 1), "lam": (0, 1), "critic_warmup": (0, math.inf), "value_clip": (1e-9, math.inf), "value_coef": (0, math.inf),
+    "target_kl": (1e-9, math.inf), "kl_horizon": (1, math.inf), "stop_kl": (1e-9, math.inf), "clip_high": (1e-9, math.inf),
+    "max_new_tokens": (1, math.inf), "center_rewards": (0, math.inf), "simpo_gamma": (0, math.inf), "sft_coef": (0, math.inf),
+    "reward_timeout": (0, math.inf), "best_of": (0, math.inf), "pool": (0, math.inf),
+}  # fmt: skip
+
+
+def check_shared(config: Any) -> None:
+    """Refuse numbers that are not finite or out of range, and unknown devices and types."""
+    require(config.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {config.dtype!r}")
+    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device)
+    require(bool(known), f"--device must be auto, cpu, cuda or mps, got {config.device!r}")
+    for item in fields(config):
+        value, flag = getattr(config, item.name), f"--{item.name.replace('_', '-')}"
+        if isinstance(value, float | int):
+            low, high = RANGES.get(item.name, (-math.inf, math.inf))
+            require(math.isfinite(value), f"{flag} must be a finite number, got {value}")
+            span = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            require(low <= value <= high, f"{flag} must be {span}, got {value}")
+
+
+def check_version(found: Any, place: str = "this configuration") -> None:
+    """Settings of other versions are refused with the way out."""
+    if found != CONFIG_VERSION:
+        newer = isinstance(found, int) and found > CONFIG_VERSION
+        hint = "update punster" if newer else "compare its keys with `punster VERB --help`, then set config_version"
+        raise UserError(f"{place} was written for version {found} of the settings, this punster reads {CONFIG_VERSION}: {hint}")
 
 
 @dataclass
@@ -55,14 +87,20 @@ class TrainConfig:
     max_tokens: int = opt(2048, "padded tokens in one micro-batch; changes memory and speed, not the result")
     seed: int = opt(1, "seed of all named generators (data, sampling, init)")
     save_every: int = opt(0, "steps between checkpoints (0: only at the end and when interrupted)")
-    keep: int = opt(2, "checkpoints that are kept")
+    keep: int = opt(2, "newest checkpoints that are kept")
+    keep_best: str = opt(
+        "auto", "metric by which the best checkpoint is kept too, with - if lower is better: auto, none, -eval_loss"
+    )
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)")
     eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation (0: none)")
     resume: bool = opt(False, "go on from the newest checkpoint of the run of this name")
     dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
     quiet: bool = opt(False, "print nothing but errors")
+    config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
 
     def __post_init__(self) -> None:
+        check_version(self.config_version)
+        check_shared(self)
         require(self.batch_size >= 1, f"-b / batch-size must be at least 1, got {self.batch_size}")
         require(self.steps is None or self.steps >= 1, f"--steps must be at least 1, got {self.steps}")
         require(math.isfinite(self.lr) and self.lr > 0, f"--lr must be a positive number, got {self.lr}")
@@ -75,17 +113,12 @@ class TrainConfig:
         good = top in ("auto", "all") or (top.isdigit() and int(top) >= 1)
         good = good or bool(re.fullmatch(r"0?\.\d+", top) and float(top) > 0)
         require(good, f"--top-layers must be a number of layers, a share below 1, all or auto, got {self.top_layers!r}")
-        require(self.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {self.dtype!r}")
-        require(
-            bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
-            f"--device must be auto, cpu, cuda or mps, got {self.device!r}",
-        )
         require(self.max_tokens >= 64, f"--max-tokens must be at least 64, got {self.max_tokens}")
         require(self.keep >= 1, f"--keep must be at least 1, got {self.keep}")
         require(self.eval_prompts >= 0, f"--eval-prompts must be >= 0, got {self.eval_prompts}")
         require(self.save_every >= 0 and self.eval_every >= 0, "--save-every and --eval-every must be >= 0")
-        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
-                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip
+        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", self.name)),
+                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only, at most 100")  # fmt: skip
 
 
 @dataclass
@@ -177,6 +210,7 @@ class PolicyConfig(TrainConfig):
     actor: str = opt("", "SFT run to start from, or 'base' for the plain model; the reference is the same", short="-a")
     reward_model: str | None = opt(None, "reward-model run", short="-c")
     reward: list[str] = opt(factory=list, help="Python rewards FILE.py:FUNCTION[:WEIGHT], added to the reward model's score")
+    reward_timeout: float = opt(600.0, "seconds that a Python reward may take for one rollout (0: no limit)")
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
     prompts: str = opt("embedded", "embedded, or a file with prompts")
     max_new_tokens: int = opt(40, "longest response")
@@ -245,6 +279,7 @@ class PpoConfig(PolicyConfig):
         require(self.clip_rewards is None or self.clip_rewards > 0, f"--clip-rewards must be > 0, got {self.clip_rewards}")
         require(self.critic == "separate" or self.adapter == "lora", "--critic joined needs --adapter lora")
         require(self.sft_coef >= 0, f"--sft-coef must be >= 0, got {self.sft_coef}")
+        require(self.target_kl is None or self.beta > 0, "--target-kl steers beta by factors: it needs --beta above 0")
         require(self.batch_size >= 2, "-b / batch-size must be at least 2 for ppo: advantages are whitened over the rollout")
 
 
@@ -273,6 +308,8 @@ class GrpoConfig(PolicyConfig):
         require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
         require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
         require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
+        high = self.clip_high if self.clip_high is not None else self.clip
+        require(high >= self.clip, f"--clip-high {high} lies below --clip {self.clip}")
 
     @property
     def kl_place(self) -> str:
@@ -332,6 +369,8 @@ class DpoConfig(TrainConfig):
         require(self.max_length == 0 or self.max_length >= 2, f"--max-length must be 0 or at least 2, got {self.max_length}")
         require(self.prompt_limit >= 0, f"--prompt-limit must be >= 0, got {self.prompt_limit}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
+        smooth = self.loss_type in ("sigmoid", "robust") or self.label_smoothing == 0
+        require(smooth, f"--label-smoothing belongs to sigmoid and robust; --loss-type is {self.loss_type}")
         needs = self.online or self.pairs == "sampled"
         require(not needs or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
         require(not (self.online and self.loss_type == "kto"), "--online makes pairs; kto does not use pairs")
@@ -391,6 +430,7 @@ class EvaluateConfig:
     calibrate: int = opt(0, "first let the judge label so many texts that people have labelled (PUNSTER_DATA): Cohen's kappa")
 
     def __post_init__(self) -> None:
+        check_shared(self)
         if self.judge is not None:
             fine = self.judge == "openai" or re.fullmatch(r"https?://[^\s/]+\S*", self.judge)
             require(bool(fine), f"--judge must be openai or a URL such as http://127.0.0.1:8000/v1, got {self.judge!r}")
@@ -439,8 +479,11 @@ class PipelineConfig:
     resume: bool = opt(False, "keep finished stages and go on with the first unfinished one")
     dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
     quiet: bool = opt(False, "print nothing but errors")
+    config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
 
     def __post_init__(self) -> None:
+        check_version(self.config_version)
+        check_shared(self)
         known = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
         for stage in self.stages:
             require(stage in known, f"unknown stage {stage!r}: {', '.join(known)}")
@@ -453,8 +496,8 @@ class PipelineConfig:
             require(needed in self.stages, f"--stages: the evaluation needs {needed}")
         require("reward" in self.stages or not self.evaluate.get("best_of"), "--stages: best-of-n needs reward")
         require(0 < self.scale <= 100, f"--scale must lie in (0, 100], got {self.scale}")
-        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name)),
-                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only")  # fmt: skip
+        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", self.name)),
+                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only, at most 100")  # fmt: skip
 
 
 def field_names(kind: type) -> list[str]:

@@ -12,18 +12,9 @@ from typing import Any
 from punster import __version__
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "gguf",
-    "datasets",
-    "jsonargparse",
-    "rich",
-    "tensorboard",
-    "matplotlib",
-    "peft",
-    "trl",
-)
+    "torch", "transformers", "safetensors", "gguf", "datasets", "jsonargparse", "rich", "tensorboard", "matplotlib", "filelock",
+    "pyyaml", "numpy", "peft", "trl",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -45,6 +36,22 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """What decides the speed of matrix products, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return sorted(
+        flags & {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve"}
+    )
+
+
+def available_bytes() -> int:
+    """Memory that programs can still take (Linux), else all of it."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), memory_bytes())
 
 
 def memory_bytes() -> int:
@@ -71,24 +78,38 @@ def doctor() -> int:
     found = machine()
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
-    print(f"machine        {found['cpu']}, {found['cores']} cores ({found['threads']} threads used), {found['memory_gb']} GB")
+    print(f"machine        {found['cpu']}, {found['cores']} cores ({found['threads']} threads used)")
+    print(f"CPU features   torch uses {found['capability']}; {', '.join(cpu_features()) or 'the system does not tell'}")
+    free_memory = available_bytes()
+    print(f"memory         {found['memory_gb']} GB, {free_memory / 1e9:.1f} GB available")
+    here = shutil.disk_usage(Path.cwd()).free
+    print(f"disk           {here / 1e9:.0f} GB free in {Path.cwd()}")
     print(
         f"device         {device}; fast bf16: {'yes' if fast_bf16(device) else 'no'}; frozen weights default to {str(dtype).removeprefix('torch.')}"
     )
-    speed = 2 * measured_speed(dtype, device, 2.0) / 1e9
-    print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size")
-    cache, healthy = cache_folder(), True
+    speed = 2 * measured_speed(dtype, device, 5.0) / 1e9
+    print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size (5 seconds)")
+    cache = cache_folder()
     free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
-    print(f"cache          {cache} ({free / 1e9:.0f} GB free)")
+    kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
+    print(f"cache          {cache} ({kept / 1e9:.2f} GB in it, {free / 1e9:.0f} GB free{'' if writable else ', NOT writable'})")
+    healthy = writable
     model = BUILT_IN[DEFAULT_MODEL]
     path = cache / "models" / model.name / Path(model.member).name
     if not path.exists():
         print(f"default model  {model.name}: not fetched yet (it will be, on first use)")
     elif sha256_of(path) == model.sha256:
-        print(f"default model  {model.name}: present, checksum correct")
+        print(f"default model  {model.name}: present, SHA-256 {model.sha256[:16]}… correct")
     else:
         print(f"default model  {model.name}: damaged (wrong checksum); it will be fetched again on first use")
         healthy = False
     if torch.get_num_threads() < (os.cpu_count() or 1):
         print("note           fewer threads than cores: OMP_NUM_THREADS may be set")
+    if free_memory and free_memory < 3e9:
+        print(
+            "note           less than 3 GB of memory available: the demo needs about 3; close something, or use --max-tokens 1024"
+        )
+    if min(here, free) < 2e9:
+        print("note           less than 2 GB of disk free")
     return 0 if healthy else 1

@@ -20,6 +20,7 @@ from punster import __version__
 from punster.errors import UserError
 from punster.evaluate.table import as_dict, label, number
 from punster.model.load import ALIASES, BUILT_IN
+from punster.safe import scrub
 
 STAGES = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
 VERB_OF_STAGE = {"gold": "reward", "placebo_reward": "reward", "placebo": "ppo"}
@@ -41,21 +42,6 @@ SHOWN_SETTINGS = (
 )  # fmt: skip
 
 HUES = {"base": 0, "sft": 1, "best_of": 2, "ppo": 3, "grpo": 4, "dpo": 5, "gold": 2, "reward": 1}
-
-# OSC, DCS and their kin with their whole content; CSI; any other escape; then bare control and bidirectional characters.
-_CONTROL = re.compile(
-    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-    r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-)
-
-
-def scrub(value: Any) -> Any:
-    """Strings without control sequences and lone surrogates, through lists and dicts."""
-    if isinstance(value, str):
-        return _CONTROL.sub("", value.encode("utf-8", "replace").decode("utf-8"))
-    if isinstance(value, dict):
-        return {scrub(str(k)): scrub(v) for k, v in value.items()}
-    return [scrub(v) for v in value] if isinstance(value, list) else value
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

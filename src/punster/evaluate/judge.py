@@ -17,10 +17,11 @@ from typing import Any
 
 from punster.config import EvaluateConfig
 from punster.errors import UserError
-from punster.evaluate.folder import prompt_text, scrub
+from punster.evaluate.folder import prompt_text
 from punster.evaluate.judge_client import Client, Messages
 from punster.evaluate.metrics import words
 from punster.evaluate.winrate import Interval, bootstrap, bradley_terry_ratings, kappa, versus
+from punster.safe import scrub
 
 SYSTEM = (
     "You judge short texts for a study of puns. A pun is a play on words: a word or phrase is chosen so that two meanings fit the "

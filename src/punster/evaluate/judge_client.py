@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from punster.config import EvaluateConfig
 from punster.errors import UserError
-from punster.evaluate.folder import scrub
 from punster.evaluate.table import shown_progress
 from punster.model.load import cache_folder
+from punster.safe import scrub
 
 T = TypeVar("T")
 Messages = list[dict[str, str]]

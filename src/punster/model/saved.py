@@ -62,7 +62,7 @@ def load_role(
     if described["base_sha256"] and same_type and described["base_sha256"] != model.fingerprint():
         raise UserError(f"{folder}: was trained on other base weights than {described['model']} has now (their SHA-256 differs)")
     if tokenizer is None or tokenizer.prompt_format != described["prompt_format"] or model is not base:
-        tokenizer = Tokenizer.load(described["model"], described["prompt_format"])
+        tokenizer = Tokenizer.load(described["model"], described["prompt_format"]).check_fits(model)
     if described["trained_from"] is not None:
         trained = load_file(folder / "base.safetensors")
         own = Decoder(model.config, {**model.weights, **{k: t.to(model.device) for k, t in trained.items()}}, model.name)
@@ -70,6 +70,8 @@ def load_role(
         own.own = frozenset(trained)
         own.trunk_of = model if own.trained_from > 0 else None
         model = own
+    if outside := [name for name in described["adapters"] if Path(name).name != name]:
+        raise UserError(f"{folder}: {outside[0]!r} is not the name of an adapter")
     adapters = tuple(Adapter.load(folder / "adapters" / name, name, model.config, model.device) for name in described["adapters"])
     head = None
     if described["has_head"]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from punster.errors import UserError
 from punster.model.load import BUILT_IN, Source, cache_folder, resolve, sha256_of
+
+if TYPE_CHECKING:
+    from punster.model.transformer import Decoder
 
 Messages = Sequence[dict[str, str]]
 PLAIN_FORMAT = "{prompt}\n"
@@ -64,10 +67,20 @@ class Tokenizer:
     def load(cls, model: str, prompt_format: str = "auto") -> Tokenizer:
         return cls.from_source(resolve(model), prompt_format)
 
+    def check_fits(self, model: Decoder) -> Tokenizer:
+        """Refuse a model that has no embedding for some of this tokenizer's ids."""
+        if len(self.hf) > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of {model.name} has {len(self.hf)} tokens and the model {model.config.vocab_size}: they do not fit together"
+            )
+        return self
+
     # ---- encoding ---------------------------------------------------------------------------------------------
     def _encode(self, text: str, special: bool) -> list[int]:
         if not text:
             return []
+        if re.search("[\ud800-\udfff]", text):  # what stands for bytes that are not UTF-8
+            raise UserError(f"the text {text[:40]!r} is not valid UTF-8")
         ids: list[int] = self.hf(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         return ids
 
@@ -138,7 +151,10 @@ def converted_gguf(source: Source) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{key[:24]}.lock"):
         if not (folder / "complete").exists():
-            tokenizer = AutoTokenizer.from_pretrained(source.weights.parent, gguf_file=source.weights.name)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source.weights.parent, gguf_file=source.weights.name)
+            except Exception as error:  # the converter raises a dozen kinds
+                raise UserError(f"{source.weights}: no usable tokenizer ({str(error) or type(error).__name__})") from None
             tokenizer.save_pretrained(folder)
             (folder / "complete").touch()
     return folder

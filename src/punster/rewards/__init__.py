@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ class Reward:
 
     model: Role | None = None
     functions: list[tuple[str, RewardFunction, float]] = field(default_factory=list)
+    timeout: float = 0.0  # seconds that a function may take for one rollout; 0: no limit
 
     def __post_init__(self) -> None:
         if self.model is None and not self.functions:
@@ -32,16 +36,44 @@ class Reward:
     ) -> list[float]:
         total = score_examples(self.model, examples, trunk) if self.model is not None else [0.0] * len(completions)
         for name, function, weight in self.functions:
-            values = call_reward(name, function, prompts, completions)
+            values = call_reward(name, function, prompts, completions, self.timeout)
             total = [t + weight * v for t, v in zip(total, values, strict=True)]
         return total
 
 
-def call_reward(name: str, function: RewardFunction, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+class _Late(BaseException):
+    """Not an Exception, so that a reward that catches those and tries again is stopped too."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise _Late in the block after so many seconds: where the system has alarms, in the main thread."""
+    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise _Late
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # once a second from then on, should it be swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def call_reward(
+    name: str, function: RewardFunction, prompts: Sequence[Any], completions: Sequence[str], timeout: float = 0.0
+) -> list[float]:
     """Call a person's reward and check what comes back; raises UserError naming the function and the fault."""
     try:
-        values = list(function(list(prompts), list(completions)))
-    except Exception as error:
+        with time_limit(timeout):
+            values = list(function(list(prompts), list(completions)))
+    except _Late:
+        raise UserError(f"reward {name} gave no answer in {timeout:g} seconds (--reward-timeout)") from None
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {name} raised {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
         raise UserError(f"reward {name} returned {len(values)} numbers for {len(completions)} completions")

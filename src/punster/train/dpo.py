@@ -9,6 +9,8 @@ the sigmoid loss of the first step is ln 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from punster.train.run import (
     save_checkpoint,
     seeded,
     total_steps,
+    within_memory,
 )  # fmt: skip
 from punster.train.setup import (
     check_model,
@@ -109,10 +112,7 @@ def dpo(
                 units = list(range(len(examples) // 2))
                 trunk = Trunk.shared([policy], examples, config.max_tokens)
                 ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
-            if labels is not None:
-                metrics = kto_step(config, policy, examples, labels, units, trunk, ref_sums)
-            else:
-                metrics = pair_step(config, policy, examples, units, trunk, ref_sums)
+            metrics = within_memory(state, partial(train_step, config, policy, examples, labels, units, trunk, ref_sums))
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             if config.online:
@@ -250,6 +250,17 @@ def summed(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.scatter(flat).sum(1), batch.response_lengths
 
 
+def train_step(
+    config: DpoConfig, policy: Role, examples: Sequence[Example], labels: Tensor | None, units: list[int], trunk: Trunk,
+    ref_sums: Tensor, max_tokens: int,
+) -> dict[str, float]:  # fmt: skip
+    """Accumulate one step's gradient in micro-batches of at most max_tokens."""
+    config = replace(config, max_tokens=max_tokens)
+    if labels is not None:
+        return kto_step(config, policy, examples, labels, units, trunk, ref_sums)
+    return pair_step(config, policy, examples, units, trunk, ref_sums)
+
+
 def pair_step(
     config: DpoConfig, policy: Role, examples: Sequence[Example], units: list[int], trunk: Trunk, ref_sums: Tensor
 ) -> dict[str, float]:
@@ -317,8 +328,6 @@ def kto_step(
 @torch.no_grad()
 def mismatched_kl(config: DpoConfig, policy: Role, examples: Sequence[Example]) -> Tensor:
     """max(0, mean log-ratio) of each prompt with the next row's response: KTO's reference point."""
-    from dataclasses import replace
-
     count = len(examples)
     room = policy.model.config.max_positions
     crossed = [

@@ -78,7 +78,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
         tokenizer,
         texts,
         ids,
-        Reward(model, functions),
+        Reward(model, functions, config.reward_timeout),
         decoding,
         config.max_tokens,
         config.seed,
@@ -111,6 +111,14 @@ class Experience:
     def regroup(self, minibatches: int, generator: torch.Generator) -> list[list[list[int]]]:
         """A fresh permutation for another pass."""
         return partition(self.examples, minibatches, generator, self.max_tokens, self.samples)
+
+    def cut(self, groups: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """One minibatch's micro-batches, in smaller ones where memory has run out since they were made."""
+        if max_tokens in (0, self.max_tokens):
+            return groups
+        rows = [row for group in groups for row in group]
+        smaller = token_batches([self.examples[row].length for row in rows], max_tokens)
+        return [[rows[i] for i in group] for group in smaller]
 
     def metrics(self, beta: float, scores: Tensor, penalty: Tensor | None = None) -> dict[str, float]:
         """Rollout metrics under TRL's names; KL and entropy are sums per response and means per token.
@@ -163,13 +171,14 @@ def partition(
 
 @torch.no_grad()
 def collect(
-    setup: Setup, prompt_rows: Sequence[int], sampling: torch.Generator, shuffling: torch.Generator, *,
+    setup: Setup, prompt_rows: Sequence[int], sampling: torch.Generator, shuffling: torch.Generator, max_tokens: int = 0, *,
     critic: Role | None = None, minibatches: int = 1, samples: int = 1,
 ) -> Experience:  # fmt: skip
     """Sample, run the trunk once for all roles, score, and read old log-probs, exact KL and values off the training path."""
     policy, reference = setup.policy, setup.reference
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     depths = Trunk.depths(roles) if setup.cache_trunk else set()
+    max_tokens = max_tokens or setup.max_tokens
     rollout = generate(
         policy, [setup.prompt_ids[row] for row in prompt_rows], setup.decoding, setup.tokenizer.eos_id, sampling, samples,
         keep=depths,
@@ -178,9 +187,9 @@ def collect(
     prompts = [setup.prompts[row] for row in prompt_rows for _ in range(samples)]
     texts = [setup.tokenizer.decode(example.response) for example in examples]
     closed = rollout.closed
-    trunk = rollout.trunk if rollout.trunk is not None else Trunk.compute(policy, closed, depths, setup.max_tokens)
+    trunk = rollout.trunk if rollout.trunk is not None else Trunk.compute(policy, closed, depths, max_tokens)
     scores = setup.reward(prompts, texts, closed, trunk)
-    groups = partition(examples, minibatches, shuffling, setup.max_tokens, samples)
+    groups = partition(examples, minibatches, shuffling, max_tokens, samples)
     lengths = torch.tensor([len(example.response) for example in examples])
     shape = (len(examples), int(lengths.max()))
     device = policy.model.device
@@ -204,7 +213,7 @@ def collect(
         mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device),
         log_prob=tensors["log_prob"], ref_log_prob=tensors["ref_log_prob"], kl=tensors["kl"], entropy=tensors["entropy"],
         values=tensors["values"], sampler_log_prob=tensors["sampler"], scores=torch.tensor(scores, device=device),
-        finished=torch.tensor(rollout.finished, device=device), max_tokens=setup.max_tokens, samples=samples,
+        finished=torch.tensor(rollout.finished, device=device), max_tokens=max_tokens, samples=samples,
     )  # fmt: skip
 
 

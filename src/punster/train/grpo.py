@@ -15,6 +15,7 @@ Where the KL acts can be chosen for each (--kl-in).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from punster.train.run import (
     restore,
     save_checkpoint,
     seeded,
+    within_memory,
 )  # fmt: skip
 from punster.train.shaping import filter_prompts
 
@@ -66,7 +68,8 @@ def grpo(
         for step in range(run.step + 1, steps + 1):
             guard.begin(step)
             rows = cursor.next(config.batch_size // config.samples)
-            exp = collect(setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples)
+            rollout = partial(collect, setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples)
+            exp = within_memory(state, rollout)
             guard.check_rollout(exp.kl, exp.mask)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
             advantages = advantages_of(config, exp, scores)
@@ -75,8 +78,8 @@ def grpo(
             for epoch in range(config.epochs):
                 minibatches = exp.groups if epoch == 0 else exp.regroup(config.minibatches, shuffling)
                 for groups in minibatches:
-                    stats = train_step(config, exp, groups, policy, advantages)
-                    if not updates and stats["ratio_gap"] > 1e-5:
+                    stats = within_memory(state, partial(train_step, config, exp, groups, policy, advantages))
+                    if not updates and stats["ratio_gap"] > 1e-5 and state.numbers["max_tokens"] == exp.max_tokens:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
                     guard.check_losses({"the loss": stats["loss"]})
                     updates.append(stats | optimizer_step(optimizer, rate, config.max_grad_norm))
@@ -129,9 +132,10 @@ def token_weights(config: GrpoConfig, mask: Tensor) -> Tensor:
 
 
 def train_step(
-    config: GrpoConfig, exp: Experience, groups: list[list[int]], policy: Role, advantages: Tensor
+    config: GrpoConfig, exp: Experience, groups: list[list[int]], policy: Role, advantages: Tensor, max_tokens: int = 0
 ) -> dict[str, float]:
     """Accumulate the gradient over the micro-batches of one minibatch (with one: of the whole rollout)."""
+    groups = exp.cut(groups, max_tokens)
     chosen = [row for group in groups for row in group]
     weights = torch.zeros_like(exp.mask, dtype=torch.float32)
     weights[chosen] = token_weights(config, exp.mask[chosen])

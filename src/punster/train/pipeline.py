@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from punster.config import (
     TrainConfig,
 )  # fmt: skip
 from punster.errors import UserError, near_matches
-from punster.train.run import changed_settings, config_dict, write_json, write_text
+from punster.train.run import changed_settings, claim, config_dict, release, write_json, write_text
 from punster.train.setup import open_base
 
 STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {
@@ -133,8 +134,6 @@ def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
 
 def run_pipeline(config: PipelineConfig) -> int:
     """All stages, the evaluation, the report; prints the closing table. Returns the exit code."""
-    from punster.cli import resolve
-
     folder = Path(config.out) / config.name
     stages = {stage: stage_config(config, stage) for stage in config.stages}
     evaluation = evaluation_config(config, folder)
@@ -150,15 +149,26 @@ def run_pipeline(config: PipelineConfig) -> int:
                 f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage} to run it again"
             )
     open_base(stages["sft"])  # a model that cannot be had is found out before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = claim(folder)
+    try:
+        return run_stages(config, stages, evaluation, folder)
+    finally:
+        release(lock)
+
+
+def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, folder: Path) -> int:
+    """What is left to do of a pipeline, in a folder that is this process's own."""
+    from punster.cli import resolve
+
     say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
     clock = Clock(config, stages, evaluation, say)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
     started = time.monotonic()
     seconds: dict[str, Any] = {}
     for number, (stage, stage_settings) in enumerate(stages.items(), 1):
         _, target, title = STAGES[stage]
-        if (folder / stage / "summary.json").exists():
+        if stage_summary(folder, stage):
             say(f"[{number}/{len(stages) + 1}] {title}: done before")
             seconds[stage] = {"seconds": stage_summary(folder, stage)["wall_seconds"]}
             clock.skip(stage)
@@ -235,10 +245,12 @@ def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
 
 
 def stage_summary(folder: Path, stage: str) -> dict[str, Any]:
-    import json
-
-    result: dict[str, Any] = json.loads((folder / stage / "summary.json").read_text())
-    return result
+    """A finished stage's summary; empty where there is none that can be read."""
+    try:
+        result: dict[str, Any] = json.loads((folder / stage / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and "wall_seconds" in result else {}
 
 
 def commit() -> str | None:

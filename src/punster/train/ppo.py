@@ -9,6 +9,7 @@ from the training path in the very micro-batches of the first pass, so the ratio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from punster.train.run import (
     rows_used,
     save_checkpoint,
     seeded,
+    within_memory,
 )  # fmt: skip
 from punster.train.shaping import SftTerm, baseline_scores, filter_prompts
 
@@ -72,7 +74,8 @@ def ppo(
         for step in range(run.step + 1, steps + 1):
             guard.begin(step)
             rows = cursor.next(config.batch_size)
-            exp = collect(setup, rows, sampling, shuffling, critic=critic, minibatches=config.minibatches)
+            rollout = partial(collect, setup, rows, sampling, shuffling, critic=critic, minibatches=config.minibatches)
+            exp = within_memory(state, rollout)
             guard.check_rollout(exp.kl, exp.mask)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished) - baseline[rows]
             deviation = scale.update(scores)
@@ -95,8 +98,11 @@ def ppo(
             for epoch in range(config.epochs):
                 minibatches = exp.groups if epoch == 0 else exp.regroup(config.minibatches, shuffling)
                 for groups in minibatches:
-                    stats = train_step(config, exp, groups, policy, critic, advantages, returns, step > config.critic_warmup)
-                    if not updates and stats["ratio_gap"] > 1e-5:
+                    update = partial(
+                        train_step, config, exp, groups, policy, critic, advantages, returns, step > config.critic_warmup
+                    )
+                    stats = within_memory(state, update)
+                    if not updates and stats["ratio_gap"] > 1e-5 and state.numbers["max_tokens"] == exp.max_tokens:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
                     if step > config.critic_warmup:
                         stats |= sft_term.accumulate(config.minibatches)
@@ -134,13 +140,14 @@ def ppo(
 
 def train_step(
     config: PpoConfig, exp: Experience, groups: list[list[int]], policy: Role, critic: Role,
-    advantages: torch.Tensor, returns: torch.Tensor, with_policy: bool,
+    advantages: torch.Tensor, returns: torch.Tensor, with_policy: bool, max_tokens: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate both gradients over the micro-batches of one minibatch; statistics per token of the minibatch.
 
     A joined critic reads the policy's states, so one backward pass carries both losses; in the warm-up it learns its head only.
     """
     joined = config.critic == "joined"
+    groups = exp.cut(groups, max_tokens)
     rows_all = [row for group in groups for row in group]
     tokens = float(exp.mask[rows_all].sum())
     sums = dict.fromkeys(("policy", "value", "clipfrac", "approx_kl", "ratio", "ratio_sq", "value_clipfrac"), 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from punster.train.run import (
     save_checkpoint,
     seeded,
     total_steps,
+    within_memory,
 )  # fmt: skip
 from punster.train.setup import (
     check_model,
@@ -115,13 +117,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                     places = bag(len(given), config, number)
                     drawn = cursors[f"{label}|data"].next(config.batch_size)
                     batch = [items[len(first) + places[row]] for row in drawn]
-                ranked = max(1, sum(len(item.texts) > 1 for item in batch)) * len(members)
-                for group in item_batches(examples, batch, config.max_tokens):
-                    loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
-                    (loss / len(batch)).backward()
-                    sums["loss"] += float(loss.detach()) / len(batch) / len(members)
-                    for name, value in found.items():
-                        sums[name] += value / ranked
+                for name, value in within_memory(state, partial(train_step, config, member, trunk, examples, batch)).items():
+                    sums[name] += value / len(members)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             metrics |= sums
             if step == steps or (config.eval_every and step % config.eval_every == 0):
@@ -179,6 +176,21 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
     if config.eval_data:
         rows += [row for row in load_rows(config.eval_data, "judged", list, config.columns) if "chosen" in row]
     return [row for row in rows if all(encode_fitting(tokenizer, model, [row], side) for side in SIDES)]
+
+
+def train_step(
+    config: RewardConfig, member: Role, trunk: Trunk, examples: Sequence[Example], batch: Sequence[Item], max_tokens: int
+) -> dict[str, float]:
+    """Accumulate the gradient of one member's step; the loss is a mean over items, the rest over those that rank texts."""
+    ranked = max(1, sum(len(item.texts) > 1 for item in batch))
+    sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+    for group in item_batches(examples, batch, max_tokens):
+        loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
+        (loss / len(batch)).backward()
+        sums["loss"] += float(loss.detach()) / len(batch)
+        for name, value in found.items():
+            sums[name] += value / ranked
+    return sums
 
 
 def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:

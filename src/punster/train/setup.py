@@ -70,25 +70,21 @@ def shared_base(model: str, dtype: torch.dtype, device: str) -> Decoder:
 def open_role(path: str, config: Any, tokenizer: Tokenizer | None = None) -> tuple[Role, Tokenizer]:
     """The trained role of a run, on the shared base, with this verb's device and type."""
     import json
-    from pathlib import Path
 
-    from punster.train.run import load_run, newest_step
+    from punster.model.saved import load_role
+    from punster.train.checkpoint import checkpoint_of
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    step = newest_step(Path(path)) if Path(path).is_dir() else None
-    base = None
-    if step is not None:
-        described = json.loads((Path(path) / "checkpoints" / f"step-{step}" / "role.json").read_text())
-        base = shared_base(described["model"], dtype, device)
-    role, tokenizer = load_run(path, device=device, dtype=dtype, base=base, tokenizer=tokenizer)
-    return role, tokenizer
+    place = checkpoint_of(path)
+    base = shared_base(json.loads((place / "role.json").read_text())["model"], dtype, device)
+    return load_role(place, device=device, dtype=dtype, base=base, tokenizer=tokenizer)
 
 
 def open_base(config: TrainConfig) -> tuple[Decoder, Tokenizer]:
     device = pick_device(config.device)
     base = shared_base(config.model, pick_dtype(config.dtype, device), device)
-    return base, Tokenizer.load(config.model, config.prompt_format)
+    return base, Tokenizer.load(config.model, config.prompt_format).check_fits(base)
 
 
 def layer_count(value: float, layers: int) -> int:

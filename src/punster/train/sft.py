@@ -6,6 +6,7 @@ punster sft -n NAME -b 16 [--model M] [--data D ...]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from punster.train.run import (
     save_checkpoint,
     seeded,
     total_steps,
+    within_memory,
 )  # fmt: skip
 from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
@@ -71,7 +73,8 @@ def sft(
         held_out_trunk = Trunk.shared([policy], validation, config.max_tokens)
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
-            loss_sum, tokens = accumulate_nll(policy, trunk, examples, rows_now, config.max_tokens)
+            step_loss = partial(accumulate_nll, policy, trunk, examples, rows_now)
+            loss_sum, tokens = within_memory(state, step_loss)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics = {"loss": loss_sum, "num_tokens": tokens, **optimizer_step(optimizer, rate, config.max_grad_norm)}
             if step == steps or (config.eval_every and step % config.eval_every == 0):

@@ -1,0 +1,284 @@
+"""Checkpoints: all that a loop needs to go on bit for bit, whole or not there at all. Nothing is pickled.
+
+checkpoints/step-N holds the result (a role, see `punster.model.saved`), state.safetensors, state.json, context.json and
+a manifest of hashes. Everything is written under a temporary name, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from punster.errors import Aborted, UserError, near_matches
+from punster.model.role import Role
+from punster.model.saved import load_role, save_role
+from punster.model.tokenizer import Tokenizer
+from punster.train.optim import Cursor
+
+if TYPE_CHECKING:
+    from punster.train.run import Run
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# What tells the best checkpoint, by verb: a key of metrics.jsonl, with "-" where lower is better.
+BEST = {
+    "sft": "-eval_loss", "distill": "-eval_loss", "reward": "eval_accuracy", "ppo": "eval/score", "grpo": "eval/score", "dpo": "-loss",
+}  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, flush, rename: the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Make a file, or the names in a folder, outlive a power cut."""
+    with suppress(PermissionError, IsADirectoryError):  # where the system cannot open folders there is nothing to flush
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """A full disk or a refused permission becomes one message that says what is still there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Aborted(
+            f"{what} could not be written ({reason}). What was saved before is whole: make room there, then go on with --resume"
+        ) from error
+
+
+@dataclasses.dataclass
+class State:
+    """Everything a loop needs to go on exactly: roles, optimizers, generators, cursors, and plain numbers."""
+
+    policy: Role
+    optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]]
+    generators: dict[str, torch.Generator]
+    cursors: dict[str, Cursor] = dataclasses.field(default_factory=dict)
+    others: dict[str, Role] = dataclasses.field(default_factory=dict)  # roles that are not the result, such as the critic
+    numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: Callable[..., None] = lambda event, **values: None  # set by `restore`: one line of the run's log
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Named tensors, and what JSON can hold. The tensors may share storage with the live ones."""
+        tensors: dict[str, Tensor] = {}
+        for role_name, role in {"policy": self.policy, **self.others}.items():
+            for name, tensor in role.named_parameters():
+                tensors[f"{role_name}|{name}"] = tensor.detach().cpu().contiguous()
+        for name, (optimizer, names) in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for label, parameter in zip(names, parameters, strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer|{name}|{label}|{key}"] = value.detach().cpu().contiguous()
+        for name, generator in self.generators.items():
+            tensors[f"generator|{name}"] = generator.get_state()
+        return tensors, {"cursors": {n: list(c.order) for n, c in self.cursors.items()}, "numbers": dict(self.numbers)}
+
+    @torch.no_grad()
+    def unpack(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Bring everything back to a packed state."""
+        for role_name, role in {"policy": self.policy, **self.others}.items():
+            for name, tensor in role.named_parameters():
+                tensor.copy_(tensors[f"{role_name}|{name}"])
+        for name, (optimizer, names) in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for label, parameter in zip(names, parameters, strict=True):
+                prefix = f"optimizer|{name}|{label}|"
+                found = {k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)}
+                optimizer.state.pop(parameter, None)
+                if found:
+                    optimizer.state[parameter] = {k: t.to(parameter.device) if k != "step" else t for k, t in found.items()}
+        for name, generator in self.generators.items():
+            generator.set_state(tensors[f"generator|{name}"])
+        for name, cursor in self.cursors.items():
+            cursor.order = numbers["cursors"][name]
+        self.numbers.update(numbers["numbers"])
+
+
+def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, result: Role | None = None) -> None:
+    """Write checkpoints/step-N; the result is the policy, unless another form of it is given. Older ones are removed as --keep says."""
+    target, temporary = run.checkpoints / f"step-{step}", run.checkpoints / f".step-{step}.part"
+    with writing(target):
+        for log in LOGS:  # lines up to here must not be lost where the checkpoint is not
+            if (run.folder / log).exists():
+                flush(run.folder / log)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            save_role(temporary, result or state.policy, tokenizer)
+            tensors, numbers = state.pack()
+            save_file(tensors, temporary / "state.safetensors")
+            write_json(temporary / "state.json", {"step": step, **numbers})
+            write_json(temporary / "context.json", {**context(), "logs": log_sizes(run.folder), "held_out": run.held_out})
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            write_json(temporary / "manifest.json", {str(p.relative_to(temporary)): _sha256(p) for p in files})
+            for path in [*temporary.rglob("*"), temporary]:
+                flush(path)
+            aside = run.checkpoints / f".step-{step}.old.part"
+            if target.exists():  # damaged, or from before a way back
+                os.replace(target, aside)
+            os.replace(temporary, target)
+            flush(run.checkpoints)
+            shutil.rmtree(aside, ignore_errors=True)
+        except (OSError, SafetensorError):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    run.step = step
+    run.note("checkpoint", step=step)
+    # A damaged one of a later step does not count: it would push out a good one.
+    kept = sorted(s for s in steps_of(run.folder) if s <= step)
+    best = best_step(run.folder, run.config.keep_best if run.config.keep_best != "auto" else BEST.get(run.verb, "none"))
+    for old in kept[: -run.config.keep]:
+        if old != best:
+            shutil.rmtree(run.checkpoints / f"step-{old}", ignore_errors=True)
+
+
+def context() -> dict[str, Any]:
+    """What may change the last bits of numbers between two machines or installations."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def log_sizes(folder: Path) -> dict[str, int]:
+    return {log: (folder / log).stat().st_size if (folder / log).exists() else 0 for log in LOGS}
+
+
+def cut_logs(folder: Path, step: int) -> tuple[int, dict[str, float]]:
+    """Cut the logs back to what they were at a checkpoint, so that a resumed run's equal an uninterrupted one's.
+
+    Returns the step and the figures of the last evaluation that is in them.
+    """
+    then = folder / "checkpoints" / f"step-{step}" / "context.json"
+    known = json.loads(then.read_text()) if step and then.exists() else {}
+    sizes = known.get("logs", {})
+    for log in LOGS:
+        path, size = folder / log, sizes.get(log, 0)
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+    for leftover in [*folder.glob(".*.part"), *folder.glob("checkpoints/.step-*.part")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    evaluated: tuple[int, dict[str, float]] = tuple(known.get("held_out", (0, {})))
+    return evaluated
+
+
+def restore(run: Run, state: State) -> None:
+    """Bring roles, optimizers, generators, cursors and numbers to the newest valid checkpoint of a resumed run."""
+    state.note = run.note
+    state.numbers["max_tokens"] = run.config.max_tokens
+    if run.step == 0:
+        return
+    folder = run.checkpoints / f"step-{run.step}"
+    base = state.policy.model.trunk_of or state.policy.model
+    trained_on = json.loads((folder / "role.json").read_text())["base_sha256"]
+    if trained_on and trained_on != base.fingerprint():
+        raise UserError(
+            f"--resume: the weights of {base.name} are not those that the run was started with (their SHA-256 differs)"
+        )
+    try:
+        state.unpack(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: written by another version of punster; it cannot be resumed exactly ({error})") from None
+    state.numbers["max_tokens"] = min(state.numbers["max_tokens"], run.config.max_tokens)
+    then = json.loads((folder / "context.json").read_text())
+    if changed := [f"{key} {then.get(key)} -> {now}" for key, now in context().items() if then.get(key) != now]:
+        print(f"note: numbers may differ in their last bits from an uninterrupted run ({', '.join(changed)})", file=sys.stderr)
+    run.note("resumed", step=run.step, changed=changed)
+
+
+# ---- which one ----------------------------------------------------------------------------------------------------
+def steps_of(folder: Path) -> list[int]:
+    found = (folder / "checkpoints").glob("step-*")
+    return [int(p.name.removeprefix("step-")) for p in found if p.name.removeprefix("step-").isdigit()]
+
+
+def best_step(folder: Path, metric: str) -> int | None:
+    """The step with a checkpoint whose metric is best ("-NAME": lowest); None where no such step has it."""
+    saved, values = set(steps_of(folder)), {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, AttributeError):
+            row = json.loads(line)
+            value = float(row.get(metric.removeprefix("-"), math.nan))
+            if row["step"] in saved and math.isfinite(value):
+                values[row["step"]] = -value if metric.startswith("-") else value
+    return max(values, key=lambda step: (values[step], step), default=None)
+
+
+def newest_step(folder: Path) -> int | None:
+    """The newest checkpoint whose files match its manifest; damaged ones are named and skipped."""
+    for step in sorted(steps_of(folder), reverse=True):
+        place = folder / "checkpoints" / f"step-{step}"
+        if problem := damage(place):
+            print(f"{place}: {problem}; trying an older checkpoint", file=sys.stderr)
+            continue
+        return step
+    return None
+
+
+def damage(place: Path) -> str:
+    """What is wrong with a checkpoint, or an empty string."""
+    try:
+        manifest = dict(json.loads((place / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return "the manifest is missing or damaged"
+    for name, digest in manifest.items():
+        try:
+            if _sha256(place / name) != digest:
+                return f"{name} is missing or damaged"
+        except (OSError, ValueError):
+            return f"{name} is missing or damaged"
+    return "" if {"role.json", "state.safetensors", "state.json"} <= set(manifest) else "the manifest is incomplete"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """The newest valid checkpoint of a run folder; a checkpoint's own folder is taken as it is, if it is whole."""
+    folder = Path(path)
+    if not folder.is_dir():
+        known = [str(p) for p in sorted(folder.parent.glob("*")) if p.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(f"{path}: no such run.{near_matches(str(path), known)}")
+    if (folder / "manifest.json").exists():
+        if problem := damage(folder):
+            raise UserError(f"{path}: this checkpoint is damaged: {problem}")
+        return folder
+    step = newest_step(folder)
+    if step is None:
+        raise UserError(f"{path}: this folder holds no usable checkpoint of a run")
+    return folder / "checkpoints" / f"step-{step}"
+
+
+def load_run(path: str | Path, **options: Any) -> Any:
+    """The trained role of a run folder (see `punster.model.saved.load_role`), from its newest valid checkpoint, or of a checkpoint."""
+    return load_role(checkpoint_of(path), **options)

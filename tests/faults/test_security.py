@@ -1,0 +1,228 @@
+"""No pickles, no remote code, no escapes from folders, no secrets on disk, nothing that drives a terminal or a browser."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import pickletools
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from punster.cli import main
+from punster.errors import UserError
+from punster.safe import json_line, plain, redact, scrub
+from punster.train.run import config_dict
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "punster"
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x1b]8;;http://x\x1b\\<script>alert(1)</script>\u202e\x00\r{{7*7}}"
+SECRETS = {"PUNSTER_TEST_API_KEY": "kjh3-very-hidden-77", "MY_TOKEN": "t0ken-of-mine-123", "DB_PASSWORD": "open sesame!"}
+
+
+def test_the_source_never_unpickles_or_runs_foreign_code() -> None:
+    """torch.load, pickle, eval, exec, os.system, shell=True, yaml.load and trust_remote_code=True occur nowhere."""
+    banned_calls = {"torch.load", "eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "pickle.load", "pickle.loads", "joblib.load",
+                    "numpy.load", "np.load", "__import__"}  # fmt: skip
+    banned_modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    files = list(SOURCE.rglob("*.py"))
+    assert len(files) > 60
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in banned_calls, where
+                for keyword in node.keywords:
+                    on = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                    assert not (keyword.arg in ("trust_remote_code", "shell", "allow_pickle") and on), where
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not banned_modules & {name.split(".")[0] for name in names}, where
+
+
+def test_run_folders_hold_no_pickles(jobs: Any, tmp_path: Path) -> None:
+    for config, train in jobs(tmp_path).values():
+        run = train(replace(config, name=train.__name__ if train.__name__ != "<lambda>" else type(config).__name__))
+        for path in run.rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert path.suffix in (".json", ".jsonl", ".yaml", ".safetensors", ".log") or path.name.startswith("events."), (
+                    path
+                )
+                assert not zipfile.is_zipfile(io.BytesIO(content)), path
+                with pytest.raises(Exception):  # noqa: B017 - whatever pickletools raises, it is no pickle
+                    pickletools.dis(content, out=io.StringIO())
+
+
+def test_a_model_folder_with_a_pickle_is_refused(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert main(["generate", str(folder), "hi"]) == 2
+    assert "never pickles" in capsys.readouterr().err
+
+
+def test_weights_and_adapters_outside_their_folder_are_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    assert main(["generate", str(folder), "hi"]) == 2
+    assert "outside.safetensors is missing" in capsys.readouterr().err
+
+
+def test_custom_code_of_a_model_is_not_run(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass T: pass\n")
+    for name, key in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        described = json.loads((folder / name).read_text())
+        value: Any = "evil.T" if key == "AutoConfig" else ["evil.T", None]
+        (folder / name).write_text(json.dumps({**described, "auto_map": {key: value}}))
+    assert main(["generate", str(folder), "hi", "--max-new-tokens", "2", "--dtype", "fp32"]) in (0, 2)
+    assert not marker.exists()
+
+
+def test_generated_text_cannot_drive_a_terminal_or_a_browser(
+    sft_run: str, jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that writes escape sequences, in every place where samples are shown or kept."""
+    from punster.model.tokenizer import Tokenizer
+
+    assert plain(HOSTILE) == "<script>alert(1)</script> {{7*7}}" or "owned" not in plain(HOSTILE)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: HOSTILE)
+    assert main(["generate", sft_run, "hi", "--max-new-tokens", "2", "--dtype", "fp32", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip().isprintable() and "owned" not in printed and "31m" not in printed
+    config, train = jobs(tmp_path)["ppo"]
+    run = train(replace(config, name="run"))
+    raw = (run / "samples.jsonl").read_text()
+    assert json.loads(raw.splitlines()[0])["completion"] == HOSTILE  # kept as it is, shown as escapes
+    assert all(line.isprintable() for line in raw.splitlines())
+    for events in (run / "events").iterdir():
+        content = events.read_bytes()  # TensorBoard shows texts as Markdown
+        assert b"<script" not in content and b"owned" not in content and b"\x1b]" not in content
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    card = (run / "README.md").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "<script" not in card
+    for text in (page, card):
+        assert not {"\x1b", "\x9b", "\x07", "\x00", "\u202e"} & set(text) and "owned" not in text
+
+
+def test_messages_cannot_drive_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": HOSTILE, "completion": ""}) + "\n" + '{"\x9b31m": 1}\n')
+    for command in (["sft", "-n", HOSTILE], ["run", HOSTILE], ["data", "check", str(file)], ["score", HOSTILE, "x"], [HOSTILE]):
+        assert main(command) == 2
+        said = capsys.readouterr()
+        assert not {"\x1b", "\x9b", "\x07", "\x00", "\u202e"} & set(said.err + said.out), command
+
+
+def test_scrubbing_keeps_honest_text() -> None:
+    for text in ("Doughn't worry.", "naïve café", "日本語", "🥐 emoji", "tab\tand\nline", "שלום"):
+        assert scrub(text) == text and json.loads(json_line({"a": text})) == {"a": text}
+    for text in ("\x9b31m", "\u202e", "\ud800", HOSTILE):
+        line = json_line({"a": text})
+        assert line.rstrip("\n").isprintable() and json.loads(line) == {"a": text}
+
+
+# ---- secrets ------------------------------------------------------------------------------------------------------
+def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SHORT_KEY", "abc")
+    monkeypatch.setenv("KEYBOARD", "mechanical-one")
+    text = "Bearer abcdefghijkl and https://user:pass1234@host/x?api_key=q1w2e3r4 hf_" + "a1B2" * 8 + " sk-" + "z9" * 12
+    shown = redact({"a": [*SECRETS.values(), text], "b": 3, "c": None})
+    assert shown == {"a": [*(f"<{name}>" for name in SECRETS),
+                           "Bearer <secret> and https://<secret>@host/x?<secret> <secret> <secret>"], "b": 3, "c": None}  # fmt: skip
+    assert redact("abc mechanical-one") == "abc mechanical-one"
+    assert (
+        redact("a key to the door, a token of love, lr=3e-4, runs/sk-1")
+        == "a key to the door, a token of love, lr=3e-4, runs/sk-1"
+    )
+
+
+def test_no_secret_reaches_the_run_folder(jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key in the settings, in the arguments and in an exception: in no file of the run, crash report included."""
+    import sys
+
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    key = SECRETS["PUNSTER_TEST_API_KEY"]
+    config, train = jobs(tmp_path)["sft"]
+    config = replace(config, name="run", keep_best=f"metric-{key}")
+    monkeypatch.setattr(sys, "argv", ["punster", "sft", f"--x={key}"])
+    assert key not in str(config_dict(config))
+
+    def broken(*rest: Any) -> Any:
+        raise RuntimeError(f"request with {key} and {SECRETS['DB_PASSWORD']} failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("punster.train.sft.accumulate_nll", broken)
+        with pytest.raises(RuntimeError):
+            train(config)
+    run = tmp_path / "run"
+    crash = json.loads((run / "crash.json").read_text())
+    assert crash["config"]["batch_size"] == 5 and crash["machine"]["torch"] and crash["verb"] == "sft"
+    assert "request with <PUNSTER_TEST_API_KEY>" in crash["error"] and any("broken" in line for line in crash["traceback"])
+    train(replace(config, resume=True))  # compared without the secret, too
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert not any(value.encode() in path.read_bytes() for value in SECRETS.values()), path
+    events = [json.loads(line)["event"] for line in (run / "run.log").read_text().splitlines()]
+    assert events[:2] == ["started", "failed"] and events[-1] == "finished"
+
+
+def test_a_fault_of_punster_itself_is_one_line_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("punster.cli.dispatch", lambda verb, rest: 1 // 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().err
+    assert "unexpected ZeroDivisionError" in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
+    report = json.loads(next(tmp_path.rglob("crash.json")).read_text())
+    assert report["verb"] == "doctor" and any("ZeroDivisionError" in line for line in report["traceback"])
+
+
+def test_names_stay_inside_the_folder_of_runs(tmp_path: Path) -> None:
+    from punster.config import PipelineConfig, SftConfig
+
+    for name in ("..", "../x", "/etc/x", "a/../../x", "a\\..\\x", "~root", "a\x00b", "$(id)", "x" * 300):
+        for kind in (SftConfig, PipelineConfig):
+            with pytest.raises(UserError):
+                kind(name=name)
+
+
+def test_doctor_tells_what_a_report_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from punster import doctor
+
+    monkeypatch.setenv("PUNSTER_CACHE", str(tmp_path))
+    monkeypatch.setattr("punster.train.plan.measured_speed", lambda dtype, device, seconds: 1e9 if seconds == 5.0 else 0.0)
+    assert doctor.doctor() == 0
+    said = capsys.readouterr().out
+    for part in (
+        "torch ",
+        "CPU features",
+        "memory",
+        "available",
+        "disk",
+        "cache",
+        "not fetched yet",
+        "2 GFLOP/s",
+        "fast bf16",
+        "5 seconds",
+    ):
+        assert part in said, part
+    assert doctor.available_bytes() > 1e6
