@@ -71,6 +71,7 @@ def test_no_data_no_estimate(tiny_llama: Path, tmp_path: Path, monkeypatch: pyte
     assert success.open_estimator(role, tokenizer) is None
 
 
+@pytest.mark.slow
 def test_estimator_and_training_share_no_item_group_or_text(punster_data: Path) -> None:
     """Whatever a training mixture may read is of other PunEval items and other He groups, and the guard knows every text."""
     pool = Pool(punster_data)

@@ -127,7 +127,7 @@ def fit_estimator(x: Tensor, rows: Sequence[Labelled]) -> Estimator:
 
 def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
     """The fitted estimator of a base: from the cache, else fitted to the local copies of the sources; None where these are missing."""
-    key = zlib.crc32(f"{role.model.fingerprint()}/{PART}/{PENALTY}/1".encode())
+    key = zlib.crc32(f"{role.model.fingerprint()}/{PART}/{PENALTY}/2".encode())
     path = cache_folder() / "success" / f"{key:08x}.json"
     if path.is_file():
         try:
