@@ -19,6 +19,7 @@ from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example, token_batches
 from punster.errors import UserError
+from punster.evaluate.extra import Extra
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.evaluate.table import shown_progress
 from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
@@ -73,6 +74,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     reference_label = label_of(reference_path)
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = training_texts(reference_path)
+    extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed)
     decoding = Decoding(config.max_new_tokens, config.temperature)
     pool = max(config.samples, config.pool or 2 * config.best_of)
     results: dict[str, Any] = {}
@@ -92,6 +94,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         shown = Rollout(first_of(rollout.examples, count, config.samples), [], first_of(rollout.finished, count, config.samples))
         sampled[label] = sample_of(label, shown, scores, tokenizer, config.samples)
         results[label] = describe(sampled[label], training, config) | {"exact_kl": kl}
+        results[label] |= extra.of_texts(sampled[label].texts) | extra.of_model(role, rollout.log_probs)
     for label in order:
         results[label] |= against_reference(sampled[label], sampled[reference_label], config)
     for label, rating in ratings(sampled, config).items():
@@ -103,6 +106,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         results[name], sampled[name] = best_of_row(
             config, pool_rollout, proxy_scores, sampled[reference_label].gold, tokenizer, training
         )
+        results[name] |= extra.of_texts(sampled[name].texts)
         summary["best_of_n"] = best_of_curve(proxy_scores, sampled[reference_label].gold)
     save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])
     if client is not None:

@@ -52,8 +52,9 @@ def fit_law(kl: Sequence[float], reward: Sequence[float], law: Law) -> Fit:
 
 
 def stop_step(steps: Sequence[int], gold: Sequence[float], reach: int = 1) -> int | None:
-    """The step of the highest gold reward after a running mean over `reach` points on either side: where to stop."""
-    smooth = [sum(part) / len(part) for i in range(len(gold)) if (part := gold[max(0, i - reach) : i + reach + 1])]
+    """The step of the highest gold reward after a running mean over up to `reach` points on either side: where to stop."""
+    reaches = [min(reach, i, len(gold) - 1 - i) for i in range(len(gold))]
+    smooth = [sum(gold[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reaches)]
     return steps[max(range(len(smooth)), key=lambda i: smooth[i])] if smooth else None
 
 

@@ -296,6 +296,33 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
     return {"key": "frontier", "title": title, "svg": svg, "caption": caption}
 
 
+def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
+    """Proxy and gold reward against sqrt(KL) over a run, with Gao's laws and best-of-n, as scripts/over_optimisation.py measured them."""
+    from punster.evaluate.overoptimisation import Fit
+
+    kl = [number(k) or 0.0 for k in found.get("kl", [])]
+    if len(kl) < 2:
+        return None
+    d = [max(k, 0.0) ** 0.5 for k in kl]
+
+    def draw(axes: Any) -> None:
+        for name, key in (("proxy", 1), ("gold", 2)):
+            axes.plot(d, found[name], MARKERS[key], color=colour(key), label=name)
+            if law := as_dict(found.get(f"fit_{name}")):
+                line = Fit("rl", law["a"], law["b"], law["r2"])
+                xs = [max(d) * i / 100 for i in range(101)]
+                axes.plot(xs, [line(x) for x in xs], "-", color=colour(key), linewidth=1.2)
+        if best := as_dict(found.get("best_of_n")):
+            axes.plot([k**0.5 for k in best["kl"]], best["gold"], "--.", color=colour(0), label="best of n, gold")
+
+    caption = (
+        "Gains over the start. As long as both rise, the proxy is worth climbing; where gold turns down while the proxy goes on, the policy "
+        f"exploits the proxy's errors. Lines: R = d (a - b log d). Gold is highest at step {found.get('stop', '–')}: the step at which to stop."
+    )
+    svg = figure("overoptimisation", draw, "square root of the exact KL to SFT", "gain in reward")
+    return {"key": "overoptimisation", "title": "Over-optimisation: proxy and gold", "svg": svg, "caption": caption}
+
+
 def root_ticks(largest: float) -> list[float]:
     """Round places that lie about evenly on a square-root axis."""
     found: list[float] = [0.0]
@@ -419,7 +446,7 @@ def write_page(
         run=run, opening=lead, names=names, differing=differing, note=folder_data.base_of(run)[1],
         results=result_tables(run.shown_summary), judge=judge, plain=list(folder_data.final_figures(run).items()), labels=[label(m) for m in models], table=cells,
         frontier=frontier and {**frontier, "svg": Markup(frontier["svg"])}, last=last, accuracies=accuracies,
-        figures=[{**f, "svg": Markup(f["svg"])} for f in curve_figures(run)], judges=["Rejected text", *judges],
+        figures=[{**f, "svg": Markup(f["svg"])} for f in [*filter(None, [overoptimisation_figure(as_dict(run.summary.get("over_optimisation")))]), *curve_figures(run)]], judges=["Rejected text", *judges],
         settings=settings(run), commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),
     )  # fmt: skip
     write_text(path, page)

@@ -23,7 +23,7 @@ def _start(role: Role, prompts: Sequence[Sequence[int]], new: int) -> tuple[torc
 def beam_search(
     role: Role, prompt: Sequence[int], eos_id: int, beams: int = 4, max_new_tokens: int = 48
 ) -> tuple[list[int], float]:
-    """The likeliest text that `beams` hypotheses find, and its log-prob; no length penalty. With enough beams it is the mode."""
+    """The likeliest text that `beams` hypotheses find, and its log-prob; finished texts go before unfinished ones; no length penalty."""
     logits, stepper, stream = _start(role, [prompt], max_new_tokens)
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     done: list[tuple[float, list[int]]] = []

@@ -1,0 +1,57 @@
+"""The columns beside reward and win rate: success estimate, degeneration, exposure bias, forgetting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from punster.data import corpus
+from punster.data.batch import Example
+from punster.evaluate.degeneration import describe_texts, exposure_gap, perplexity
+from punster.evaluate.success import Estimator, features, open_estimator, success_rate
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+from punster.puns.surprisal import document_start, example_log_probs
+
+
+@dataclass
+class Extra:
+    """What all models of one evaluation share."""
+
+    base: Role
+    tokenizer: Tokenizer
+    training: Sequence[str] | None
+    estimator: Estimator | None
+    seed: int
+
+    @classmethod
+    def open(cls, base: Role, tokenizer: Tokenizer, training: Sequence[str] | None, seed: int) -> Extra:
+        return cls(base, tokenizer, training, open_estimator(base, tokenizer), seed)
+
+    def of_texts(self, by_prompt: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """success_rate (null without labels), and what describe_texts counts; every prompt has equally many texts."""
+        texts = [text for group in by_prompt for text in group]
+        x = features(self.base, self.tokenizer, texts) if self.estimator else None
+        found = describe_texts(by_prompt, self.training)
+        found = {key: None if value is not None and not math.isfinite(value) else value for key, value in found.items()}
+        return {"success_rate": success_rate(self.estimator, x, len(by_prompt[0]), self.seed), **found}
+
+    def of_model(self, role: Role, free_running: Sequence[Tensor]) -> dict[str, float]:
+        """Perplexity on the corpus's plain test sentences (forgetting), on its test puns under their prompts, and the gap to own samples.
+
+        free_running: the log-probs of the model's own samples, as the sampler gave them.
+        """
+        start, records = document_start(self.tokenizer), corpus.part("test")
+        most = role.model.config.max_positions // 2  # of a prompt and of a response: longer ones are cut
+        text_ids, prompt_ids, response_ids = self.tokenizer.text_ids, self.tokenizer.prompt_ids, self.tokenizer.response_ids
+        plain = [Example((start,), tuple(text_ids(r["plain"])[:most])) for r in records]
+        puns = [Example(tuple(prompt_ids(r["prompt"])[-most:]), tuple(response_ids(r["pun"])[:most])) for r in records]
+        human = example_log_probs(role, puns)
+        return {
+            "perplexity_plain": perplexity(example_log_probs(role, plain)), "perplexity_puns": perplexity(human),
+            "exposure_gap": exposure_gap(human, free_running),
+        }  # fmt: skip
