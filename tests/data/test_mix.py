@@ -188,17 +188,21 @@ def test_default_preference_mixture(punster_data: Path) -> None:
         assert 0.4 <= longer <= 0.6, (source, longer)
 
 
-def test_preference_mixtures_can_have_ranked_groups_labels_and_contrasts(mini: Path) -> None:
-    def made(**part: Any) -> list[dict]:
-        return build(Recipe("preference", parts=[Ingredient(**part)]), mini)[0]
+def test_preference_mixtures_can_have_ranked_groups_labels_and_contrasts(tmp_path: Path) -> None:
+    root = make(tmp_path / "sources")
+    lines = ["1,1,a,the baker kneads a little dough now", "2,0,a,seven ministers of trade met on monday", "3,0,a,rates rose"]
+    (root / "potd_reddithumor" / "puns_train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    labels = made(source="semeval2017_task7", use="labels", by="is_pun")
+    def made(**part: Any) -> list[dict]:
+        return build(Recipe("preference", parts=[Ingredient(**part)]), root)[0]
+
+    labels = made(source="potd_reddithumor", use="labels", by="is_pun")
     texts = {row["completion"]: row["label"] for row in labels}
     assert set(texts.values()) == {True, False} and all(row["prompt"] == "make a pun" for row in labels)
-    for row in made(source="semeval2017_task7", use="ratings", by="is_pun", gap=1):
-        assert texts[row["chosen"]] and not texts[row["rejected"]]
-        assert len(row["chosen"].split()) == len(row["rejected"].split())
-    groups = made(source="puneval", use="ranked")
+    (pair,) = made(source="potd_reddithumor", use="ratings", by="is_pun", gap=1)
+    assert pair["chosen"] == "The baker kneads a little dough now." and texts[pair["rejected"]] is False
+    assert len(pair["chosen"].split()) == len(pair["rejected"].split())
+    groups = made(source="embedded", use="ranked")
     assert groups and all(len(row["completions"]) > 1 and "chosen" not in row for row in groups)
     for row in [*labels, *groups]:
         check_row(row, "judged", "here")

@@ -28,7 +28,7 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating.
-    use: Literal["", "groups", "ranked", "pairs", "ratings", "labels", "puns", "texts"] = ""
+    use: Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "puns", "texts"] = ""
     ids: str = ""  # only rows whose id begins so
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     limit: int = 0  # at most so many rows, drawn (0: all)
@@ -235,6 +235,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = read_rows(part.file, recipe.kind, part.columns)
         return [{"source": part.file, **row} for row in rows], "your own", True, False
     if part.source == "embedded":
+        if part.use == "templates":  # here rather than by --negatives: short templates are near to held-out puns on the same ones
+            return list(corpus.template_rows("train" if recipe.split == "train" else "test")), "MIT", True, False
         split = "train" if recipe.split == "train" else "val"
         rows = corpus.groups(split) if recipe.kind == "preference" else [{**r, "is_pun": True} for r in corpus.sft_rows(split)]
         return rows, "MIT", True, False

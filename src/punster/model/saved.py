@@ -76,7 +76,7 @@ def load_role(
     head = None
     if described["has_head"]:
         stored = load_file(folder / "head.safetensors")
-        head = ScalarHead(stored["head.weight"].to(model.device), stored["head.bias"].to(model.device))
+        head = ScalarHead(stored["head.weight"].clone().to(model.device), stored["head.bias"].to(model.device))
     gain, offset = described["normalisation"]
     role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))
     if (count := described.get("members", 1)) > 1:

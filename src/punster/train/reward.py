@@ -92,13 +92,14 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     if announce(config, "reward", model, steps, examples):
         return None
+    bags = [bag(len(given), config, number) for number in range(config.members)]
     optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {}
     cursors: dict[str, Cursor] = {}
     for number, member in enumerate(members):
         label = f"reward{number + 1 if number else ''}"
         optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
         cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
-                    for part, places in (("first", first), ("data", bag(len(given), config, number))) if places}  # fmt: skip
+                    for part, places in (("first", first), ("data", bags[number])) if places}  # fmt: skip
     generators = {name: cursor.generator for name, cursor in cursors.items()}
     state = State(model, optimizers, generators, cursors)
     with Run(config, "reward", steps) as run:
@@ -114,11 +115,21 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 if step <= first_steps:
                     batch = [items[row] for row in cursors[f"{label}|first"].next(config.batch_size)]
                 else:
-                    places = bag(len(given), config, number)
                     drawn = cursors[f"{label}|data"].next(config.batch_size)
+<<<<<<< HEAD
                     batch = [items[len(first) + places[row]] for row in drawn]
                 for name, value in within_memory(state, partial(train_step, config, member, trunk, examples, batch)).items():
                     sums[name] += value / len(members)
+=======
+                    batch = [items[len(first) + bags[number][row]] for row in drawn]
+                ranked = max(1, sum(len(item.texts) > 1 for item in batch)) * len(members)
+                for group in item_batches(examples, batch, config.max_tokens):
+                    loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
+                    (loss / len(batch)).backward()
+                    sums["loss"] += float(loss.detach()) / len(batch) / len(members)
+                    for name, value in found.items():
+                        sums[name] += value / ranked
+>>>>>>> reward
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             metrics |= sums
             if step == steps or (config.eval_every and step % config.eval_every == 0):
