@@ -13,7 +13,7 @@ import punster.train.ppo as ppo_module
 from punster.config import DpoConfig, GrpoConfig, KlPenalty, PpoConfig
 from punster.errors import UserError
 from punster.model.role import Trunk
-from punster.train import setup as setup_module
+from punster.train import setup as loading
 from punster.train.critic import make_critic
 from punster.train.dpo import dpo
 from punster.train.experience import open_policy
@@ -216,7 +216,7 @@ def test_a_copy_shares_nothing_and_computes_the_same(config: Config) -> None:
     for tensor in setup.reference.model.weights.values():
         tensor.zero_()
     assert torch.equal(copied.model.forward(ids, copied.adapters), before)
-    setup_module._BASES.clear()
+    loading._BASES.clear()
 
 
 @pytest.mark.parametrize("top_layers", ["1", "all"])
