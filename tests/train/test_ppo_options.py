@@ -193,10 +193,8 @@ def base_bytes(config: PpoConfig) -> tuple[int, int]:
     """Bytes of base weights that all roles of a run hold together, and those of one base."""
     setup = open_policy(config, None, None)
     roles = [setup.policy, setup.reference, setup.reward.model, make_critic(config, setup)]
-    tensors = {t.untyped_storage().data_ptr(): t.nbytes for role in roles if role for t in role.model.weights.values()}
-    return sum(tensors.values()), sum(
-        {t.untyped_storage().data_ptr(): t.nbytes for t in setup.policy.model.weights.values()}.values()
-    )
+    tensors = {t.data_ptr(): t.nbytes for role in roles if role for t in role.model.weights.values()}
+    return sum(tensors.values()), sum({t.data_ptr(): t.nbytes for t in setup.policy.model.weights.values()}.values())
 
 
 def test_memory_modes_hold_one_two_or_four_bases(config: Config, reward_run: str) -> None:
