@@ -177,19 +177,15 @@ def load_cells(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def line(name: str, summary: dict[str, Any]) -> list[str]:
-    from punster.evaluate.table import interval, kl_text
+    from punster.evaluate.table import show, show_kl
 
     row = summary["row"]
-
-    def number(key: str, digits: int = 2) -> str:
-        return "–" if row.get(key) is None else f"{row[key]:.{digits}f}"
-
-    success = row.get("success")
     return [
-        name + (" (stopped)" if summary["aborted"] else ""), interval(row["held_out_reward"]), interval(row["win_rate_vs_sft"], percent=True),
-        interval(success, percent=True) if isinstance(success, dict) else "–", kl_text(row), number("distinct_2"), number("self_bleu"),
-        number("length", 1), f"{row['eos_rate']:.0%}", "–" if row["copy_rate"] is None else f"{row['copy_rate']:.1%}",
-        f"{summary['sampled']['tokens']:,}", f"{summary['train_seconds'] / 60:.1f}", f"{summary['peak_memory_gb']:.2f}",
+        name + (" (stopped)" if summary["aborted"] else ""), show(row["held_out_reward"], signed=True),
+        show(row["win_rate_vs_sft"], 0, percent=True), show(row.get("success"), 1, percent=True), show_kl(row), show(row["distinct_2"]),
+        show(row.get("self_bleu")), show(row["length"], 1), show(row["eos_rate"], 0, percent=True),
+        show(row["copy_rate"], 1, percent=True), f"{summary['sampled']['tokens']:,}", show(summary["train_seconds"] / 60, 1),
+        show(summary["peak_memory_gb"]),
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,8 +12,8 @@ import torch
 import punster.train.ppo as ppo_module
 from punster.config import DpoConfig, GrpoConfig, KlPenalty, PpoConfig
 from punster.errors import UserError
-from punster.model.role import Role, Trunk
-from punster.train import setup as opening
+from punster.model.role import Trunk
+from punster.train import setup as loading
 from punster.train.critic import make_critic
 from punster.train.dpo import dpo
 from punster.train.experience import open_policy
@@ -193,12 +193,8 @@ def base_bytes(config: PpoConfig) -> tuple[int, int]:
     """Bytes of base weights that all roles of a run hold together, and those of one base."""
     setup = open_policy(config, None, None)
     roles = [setup.policy, setup.reference, setup.reward.model, make_critic(config, setup)]
-
-    def held(some: Iterable[Role]) -> int:
-        stores = [tensor.untyped_storage() for role in some for tensor in role.model.weights.values()]
-        return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
-
-    return held(role for role in roles if role), held([setup.policy])
+    tensors = {t.data_ptr(): t.nbytes for role in roles if role for t in role.model.weights.values()}
+    return sum(tensors.values()), sum({t.data_ptr(): t.nbytes for t in setup.policy.model.weights.values()}.values())
 
 
 def test_memory_modes_hold_one_two_or_four_bases(config: Config, reward_run: str) -> None:
@@ -218,7 +214,7 @@ def test_a_copy_shares_nothing_and_computes_the_same(config: Config) -> None:
     for tensor in setup.reference.model.weights.values():
         tensor.zero_()
     assert torch.equal(copied.model.forward(ids, copied.adapters), before)
-    opening._BASES.clear()
+    loading._BASES.clear()
 
 
 @pytest.mark.parametrize("top_layers", ["1", "all"])
