@@ -116,20 +116,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                     batch = [items[row] for row in cursors[f"{label}|first"].next(config.batch_size)]
                 else:
                     drawn = cursors[f"{label}|data"].next(config.batch_size)
-<<<<<<< HEAD
-                    batch = [items[len(first) + places[row]] for row in drawn]
+                    batch = [items[len(first) + bags[number][row]] for row in drawn]
                 for name, value in within_memory(state, partial(train_step, config, member, trunk, examples, batch)).items():
                     sums[name] += value / len(members)
-=======
-                    batch = [items[len(first) + bags[number][row]] for row in drawn]
-                ranked = max(1, sum(len(item.texts) > 1 for item in batch)) * len(members)
-                for group in item_batches(examples, batch, config.max_tokens):
-                    loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
-                    (loss / len(batch)).backward()
-                    sums["loss"] += float(loss.detach()) / len(batch) / len(members)
-                    for name, value in found.items():
-                        sums[name] += value / ranked
->>>>>>> reward
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             metrics |= sums
             if step == steps or (config.eval_every and step % config.eval_every == 0):
