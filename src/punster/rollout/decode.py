@@ -18,6 +18,8 @@ from punster.model.lora import Adapter
 from punster.model.product import Matrix
 from punster.model.transformer import Decoder, KeyValueCache, activate, norm, rotated
 
+FEW_ROWS = 16  # up to here a call costs more than the zeros it multiplies
+
 
 @dataclass
 class Product:
@@ -26,6 +28,7 @@ class Product:
     matrix: Matrix
     a: Tensor | None  # (sum of ranks, in)
     updates: list[tuple[slice, slice, Tensor]]  # columns of the output, ranks, scaled B^T (r, out)
+    b: Tensor | None  # (sum of ranks, out) all of them at once, zero outside their columns: fewer calls, for few rows
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, in) fp32 -> (B, out) fp32."""
@@ -39,6 +42,8 @@ class Product:
         """y (B, out) += scale B A x for every adapter."""
         if self.a is not None:
             low = F.linear(x, self.a)
+            if self.b is not None and len(y) <= FEW_ROWS:
+                return y.addmm_(low, self.b)
             for columns, ranks, b in self.updates:
                 y[:, columns].addmm_(low[:, ranks], b)
         return y
@@ -92,12 +97,17 @@ def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapte
     else:
         matrix = model.matrix(sites)
     found = [(columns, adapter, site) for site, columns in places for adapter in adapters if site in adapter.a]
+    if not found:
+        return Product(matrix, None, [], None)
     updates, rank = [], 0
+    together = torch.zeros(sum(adapter.rank for _, adapter, _ in found), places[-1][1].stop, device=model.device)
     for columns, adapter, site in found:
+        ranks = slice(rank, rank + adapter.rank)
         b = (adapter.b[site].detach() * adapter.scale).T.contiguous()
-        updates.append((columns, slice(rank, rank + adapter.rank), b))
+        together[ranks, columns] = b
+        updates.append((columns, ranks, b))
         rank += adapter.rank
-    return Product(matrix, torch.cat([adapter.a[site].detach() for _, adapter, site in found]) if found else None, updates)
+    return Product(matrix, torch.cat([adapter.a[site].detach() for _, adapter, site in found]), updates, together)
 
 
 def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, Tensor] | None = None) -> Tensor:
