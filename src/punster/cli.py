@@ -167,7 +167,11 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
 def parse(verb: str, kind: type, rest: list[str], positional: Sequence[str] = ()) -> Any:
     """Command line and YAML to the verb's dataclass; raises UserError with one clear message."""
     parser = parser_for(verb, kind, positional)
-    return kind(**parsed_values(parser, rest, [item.name for item in fields(kind)]))
+    values = parsed_values(parser, rest, [item.name for item in fields(kind)])
+    for name, hint in get_type_hints(kind).items():  # a flag in a YAML file may hold anything
+        if hint is bool and not isinstance(values[name], bool):
+            raise UserError(f"{name} must be true or false, got {values[name]!r}")
+    return kind(**values)
 
 
 def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[str, Any]:
@@ -178,6 +182,9 @@ def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[st
     except ArgumentError as error:
         check_versions(rest)
         raise UserError(readable(str(error), parser)) from None
+    except RuntimeError:  # jsonargparse walks over some mappings while it changes them
+        held = [key for values in config_files(rest).values() for key, value in values.items() if isinstance(value, dict)]
+        raise UserError(f"{', '.join(held)}: a mapping (key: value) where a list or a single value is expected") from None
     except SystemExit as leaving:
         if leaving.code in (0, None):
             raise
@@ -188,15 +195,24 @@ def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[st
 
 def check_versions(rest: Sequence[str]) -> None:
     """Keys that are unknown may be another version's: then say that instead."""
-    import yaml
-
     from punster.config import check_version
 
+    for path, values in config_files(rest).items():
+        if "config_version" in values:
+            check_version(values["config_version"], path)
+
+
+def config_files(rest: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the readable --config files of a command line hold."""
+    import yaml
+
+    found = {}
     for flag, path in pairwise(rest):
         with suppress(OSError, ValueError, yaml.YAMLError):
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if flag == "--config" else None
-            if isinstance(values, dict) and "config_version" in values:
-                check_version(values["config_version"], path)
+            if isinstance(values, dict):
+                found[path] = values
+    return found
 
 
 def readable(message: str, parser: Any) -> str:

@@ -194,7 +194,7 @@ def test_an_adapter_of_another_base(sft_run: str, tiny_llama: Path, make_model: 
     from punster.model.load import load_model
 
     adapter = place / "adapters" / "sft"
-    with pytest.raises(UserError, match=r"lora_A.* is \(4, 32\), this base model needs \(4, 16\)"):
+    with pytest.raises(UserError, match=r"lora_[AB].* is \(.*32.*\), this base model needs \(.*16.*\)"):
         Adapter.load(adapter, "sft", load_model(str(narrow)).config)
     with pytest.raises(UserError, match=r"layers.3.* does not belong to this base model"):
         Adapter.load(adapter, "sft", load_model(str(short)).config)

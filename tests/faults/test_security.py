@@ -28,6 +28,7 @@ def test_the_source_never_unpickles_or_runs_foreign_code() -> None:
     """torch.load, pickle, eval, exec, os.system, shell=True, yaml.load and trust_remote_code=True occur nowhere."""
     banned_calls = {"torch.load", "eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "pickle.load", "pickle.loads", "joblib.load",
                     "numpy.load", "np.load", "__import__"}  # fmt: skip
+    harmless = {"np.load": "allow_pickle=False"}
     banned_modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     files = list(SOURCE.rglob("*.py"))
     assert len(files) > 60
@@ -35,7 +36,8 @@ def test_the_source_never_unpickles_or_runs_foreign_code() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path.name}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in banned_calls, where
+                name = ast.unparse(node.func)
+                assert name not in banned_calls or harmless.get(name, "nothing is") in ast.unparse(node), where
                 for keyword in node.keywords:
                     on = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
                     assert not (keyword.arg in ("trust_remote_code", "shell", "allow_pickle") and on), where

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from punster.errors import UserError
+from punster.safe import scrub
 
 USAGE = """punster data list [--names]                                 public sources: what they are and what may be done with them
 punster data prepare SOURCE [--from DIR] --out DIR            one source as JSONL in TRL's schemas (downloaded without --from)
@@ -72,7 +73,7 @@ def check_verb(rest: list[str]) -> int:
     from punster.data.check import check, told
 
     found = check(Path(options["file"]))
-    print("\n".join(told(found)))
+    print("\n".join(map(scrub, told(found))))
     if found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise UserError(f"{found.problems[0]}{more}")
