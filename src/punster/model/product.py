@@ -45,8 +45,13 @@ class Matrix:
     """One or several frozen linear layers that read the same input: x (n, in) -> x W^T + bias (n, out), without gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, forward_only: bool = False):
+        """bf16 weights are reordered; fp32 ones where only the forward product is wanted (the head).
+
+        In fp32 a block gains little, and plain products stay nearest to what other libraries compute.
+        """
         self.dtype, self.bias = weight.dtype, bias
-        self._reordered = _reorder(weight) if weight.device.type == "cpu" and can_reorder(weight.dtype) else None
+        worth = weight.device.type == "cpu" and (forward_only or weight.dtype == torch.bfloat16)
+        self._reordered = _reorder(weight) if worth and can_reorder(weight.dtype) else None
         self.weight = weight if self._reordered is None or not forward_only else None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapte
     if any(model.weights[site + ".weight"].requires_grad for site in sites):  # trained: today's values
         biases = [model.weights[site + ".bias"].detach() for site in sites if site + ".bias" in model.weights]
         weight = torch.cat([model.weights[site + ".weight"].detach() for site in sites])
-        matrix = Matrix(weight, torch.cat(biases) if biases else None, forward_only=True)
+        matrix = Matrix(weight, torch.cat(biases) if biases else None)
     else:
         matrix = model.matrix(sites)
     found = [(columns, adapter, site) for site, columns in places for adapter in adapters if site in adapter.a]

@@ -95,7 +95,8 @@ def layer_count(value: float, layers: int) -> int:
 def top_layers(config: TrainConfig, model: Decoder, last: int = 0) -> range:
     """The layers that are adapted: the top k of those below the read-out, or all.
 
-    auto is a third of the model for SFT and a fifth for what is trained on top of it: docs/PERFORMANCE.md has the measurements.
+    auto is a third of the model for SFT (docs/LOG.md) and a fifth for what is trained on top of it, which halves the time of a
+    pass; benchmarks/topk.py compares depths in equal wall time.
     """
     layers = model.config.n_layer
     last = last or layers
