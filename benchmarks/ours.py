@@ -18,6 +18,7 @@ from benchmarks.flops import Shape, matrix_peak, rollout_flops
 from benchmarks.keys import ALPHA, BATCH, EPOCHS, NEW, RANK, ROWS, Point, llama_config, points
 from benchmarks.line import BENCH, Line, timed
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
+from punster.data import corpus
 from punster.data.batch import Example, collate, token_batches
 from punster.model.load import random_model
 from punster.model.lora import Adapter
@@ -37,12 +38,13 @@ DATA = json.loads(prepare.DATA.read_text())
 
 
 NUMBERS = itertools.count()
+PART = corpus.part
 
 
 def settings(name: str, **more: Any) -> dict[str, Any]:
     """What all runs share; a run's folder is new in each call."""
     shared = {"name": f"{name}-{os.getpid()}-{next(NUMBERS)}", "out": str(BENCH / "work"), "model": str(prepare.MODEL)}
-    return {**shared, "quiet": True, "batch_size": BATCH, "lora_r": RANK, "lora_alpha": ALPHA, **more}
+    return {**shared, "quiet": True, "eval_prompts": 0, "batch_size": BATCH, "lora_r": RANK, "lora_alpha": ALPHA, **more}
 
 
 def rollout(line: Line, batch: int, mode: str = "lora") -> None:
@@ -78,9 +80,8 @@ def pair_rows(count: int) -> list[dict[str, Any]]:
 
 
 def train(verb: str, count: int, top_layers: str, **more: Any) -> None:
-    """A run of the verb on the first `count` rows; like the peers' without evaluation."""
-    sft.encode_fitting = lambda *args, **named: []  # type: ignore[assignment]
-    reward.fitting_pairs = lambda *args: []  # type: ignore[assignment]
+    """A run of the verb on the first `count` rows; like the peers' without evaluation: nothing is held out."""
+    corpus.part = lambda split: [] if split == "val" else PART(split)
     shared = settings(verb, top_layers=top_layers, **more)
     if verb == "sft":
         sft.sft(SftConfig(**shared), sft_rows(count))
@@ -113,7 +114,7 @@ def dpo_step(line: Line, top_layers: str) -> None:
     policy = extend(reference, config, "policy")
     optimizer, _ = make_optimizer(policy, config.lr)
     examples, _ = dpo.load_examples(config, pair_rows(2 * ROWS), reference, None, tokenizer)
-    cursor, nothing = Cursor(2 * ROWS, seeded(1, "data")), Trunk({}, {})
+    cursor, nothing = Cursor(2 * ROWS, seeded(1, "data")), Trunk.compute(policy.model, [], [])
     while True:
         pairs = [examples[2 * unit + side] for unit in cursor.next(BATCH) for side in (0, 1)]
         sums = dpo.response_log_probs(reference, pairs, nothing, config.max_tokens)
@@ -156,9 +157,7 @@ def forced_length() -> None:
 def policy_settings(verb: str, top_layers: str) -> dict[str, Any]:
     """Steps do not end by themselves; rates are tiny, so that the policy stays where it is."""
     runs = {"actor": str(prepare.RUNS / f"sft-{top_layers}"), "reward_model": str(prepare.RUNS / f"reward-{top_layers}")}
-    return settings(verb, **runs, top_layers=top_layers, steps=1000, max_new_tokens=NEW, eval_prompts=0, lr=1e-6) | {
-        "batch_size": 32
-    }
+    return settings(verb, **runs, top_layers=top_layers, steps=1000, max_new_tokens=NEW, lr=1e-6) | {"batch_size": 32}
 
 
 def ppo_task(line: Line, top_layers: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from benchmarks import results, scaling
 from benchmarks.__main__ import PAGE, chosen_keys, measure
 from benchmarks.flops import Shape, rollout_flops
-from benchmarks.keys import KEYS, STEPS, points, side
+from benchmarks.keys import EPOCHS, KEYS, NEW, STEPS, points, side
 from benchmarks.line import BenchError, Worker
 
 
@@ -140,6 +143,31 @@ def test_workers_do_one_repetition_when_asked(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no more"):
         failing.repetition()
     failing.close()
+
+
+@pytest.mark.slow
+def test_our_side_of_every_comparison_runs(
+    tmp_path: Path, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny model: the tasks call the package's functions, so a change of those must show here."""
+    shutil.copytree(make_model("llama", max_position_embeddings=512), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "torch_dtype": "float32"}))
+    monkeypatch.setenv("PUNSTER_BENCH", str(tmp_path))
+    root = Path(results.__file__).parents[1]
+    subprocess.run([sys.executable, "-m", "benchmarks.prepare"], cwd=root, check=True)
+    tasks = dict.fromkeys((key.ours.task, key.ours.settings) for key in KEYS if key.ours.task not in ("rollout", "peak"))
+    workers = []  # all at once: most of the time is theirs to start
+    for name, settings in [*tasks, ("rollout", (("batch", 2),)), ("rollout", (("batch", 2), ("mode", "natural")))]:
+        task = {"task": name, "settings": dict(settings), "warmup": 1, "every": 1}
+        log = tmp_path / f"log{len(workers)}"
+        workers.append((name, settings, Worker(sys.executable, "benchmarks.ours", task, log, path=str(root / "src"))))
+    for name, settings, worker in workers:
+        worker.ready()
+        report = worker.repetition()
+        worker.close()
+        assert report["seconds"] > 0 and len(report["marks"]) == (EPOCHS * STEPS if name == "runs" else 1), name
+        assert name != "rollout" or len(settings) == 2 or report["tokens"] == 2 * NEW
 
 
 def test_sides_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
