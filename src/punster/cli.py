@@ -173,10 +173,10 @@ def parse(verb: str, kind: type, rest: list[str], positional: Sequence[str] = ()
 def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
+    check_files(rest, parser)
     try:
         with_values = parser.parse_args(rest)
     except ArgumentError as error:
-        check_versions(rest)
         raise UserError(readable(str(error), parser)) from None
     except SystemExit as leaving:
         if leaving.code in (0, None):
@@ -186,17 +186,29 @@ def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[st
     return {name: values[name] for name in names}
 
 
-def check_versions(rest: Sequence[str]) -> None:
-    """Keys that are unknown may be another version's: then say that instead."""
+def check_files(rest: Sequence[str], parser: Any) -> None:
+    """What jsonargparse lets pass or would not say clearly of --config files: other versions, lists and switches of other types."""
     import yaml
 
-    from punster.config import check_version
-
     for flag, path in pairwise(rest):
-        with suppress(OSError, ValueError, yaml.YAMLError):
+        values = None
+        with suppress(OSError, ValueError, yaml.YAMLError):  # said when it is parsed
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if flag == "--config" else None
-            if isinstance(values, dict) and "config_version" in values:
-                check_version(values["config_version"], path)
+        if isinstance(values, dict):
+            check_values(values, parser, path)
+
+
+def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
+    from punster.config import CONFIG_VERSION, check_version
+
+    check_version(values.get("config_version", CONFIG_VERSION), place)
+    defaults = parser.get_defaults().as_dict()
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, list):
+            raise UserError(f"{place}: {key} must be a list, found {value!r}")
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UserError(f"{place}: {key} must be true or false, found {value!r}")
 
 
 def readable(message: str, parser: Any) -> str:

@@ -486,7 +486,7 @@ class PipelineConfig:
         check_shared(self)
         known = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
         for stage in self.stages:
-            require(stage in known, f"unknown stage {stage!r}: {', '.join(known)}")
+            require(stage in known, f"--stages: unknown stage {stage!r}: {', '.join(known)}")
         needs = {"reward": ["sft"], "gold": ["sft"], "placebo_reward": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
                  "dpo": ["sft", "reward"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
         for place, stage in enumerate(self.stages):
