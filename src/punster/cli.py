@@ -167,24 +167,17 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
 def parse(verb: str, kind: type, rest: list[str], positional: Sequence[str] = ()) -> Any:
     """Command line and YAML to the verb's dataclass; raises UserError with one clear message."""
     parser = parser_for(verb, kind, positional)
-    values = parsed_values(parser, rest, [item.name for item in fields(kind)])
-    for name, hint in get_type_hints(kind).items():  # a flag in a YAML file may hold anything
-        if hint is bool and not isinstance(values[name], bool):
-            raise UserError(f"{name} must be true or false, got {values[name]!r}")
-    return kind(**values)
+    return kind(**parsed_values(parser, rest, [item.name for item in fields(kind)]))
 
 
 def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
+    check_files(rest, parser)
     try:
         with_values = parser.parse_args(rest)
     except ArgumentError as error:
-        check_versions(rest)
         raise UserError(readable(str(error), parser)) from None
-    except RuntimeError:  # jsonargparse walks over some mappings while it changes them
-        held = [key for values in config_files(rest).values() for key, value in values.items() if isinstance(value, dict)]
-        raise UserError(f"{', '.join(held)}: a mapping (key: value) where a list or a single value is expected") from None
     except SystemExit as leaving:
         if leaving.code in (0, None):
             raise
@@ -193,26 +186,29 @@ def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[st
     return {name: values[name] for name in names}
 
 
-def check_versions(rest: Sequence[str]) -> None:
-    """Keys that are unknown may be another version's: then say that instead."""
-    from punster.config import check_version
-
-    for path, values in config_files(rest).items():
-        if "config_version" in values:
-            check_version(values["config_version"], path)
-
-
-def config_files(rest: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the readable --config files of a command line hold."""
+def check_files(rest: Sequence[str], parser: Any) -> None:
+    """What jsonargparse lets pass or would not say clearly of --config files: other versions, lists and switches of other types."""
     import yaml
 
-    found = {}
     for flag, path in pairwise(rest):
-        with suppress(OSError, ValueError, yaml.YAMLError):
+        values = None
+        with suppress(OSError, ValueError, yaml.YAMLError):  # said when it is parsed
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if flag == "--config" else None
-            if isinstance(values, dict):
-                found[path] = values
-    return found
+        if isinstance(values, dict):
+            check_values(values, parser, path)
+
+
+def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
+    from punster.config import CONFIG_VERSION, check_version
+
+    check_version(values.get("config_version", CONFIG_VERSION), place)
+    defaults = parser.get_defaults().as_dict()
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, list):
+            raise UserError(f"{place}: {key} must be a list, found {value!r}")
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UserError(f"{place}: {key} must be true or false, found {value!r}")
 
 
 def readable(message: str, parser: Any) -> str:

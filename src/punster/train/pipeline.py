@@ -97,9 +97,10 @@ def typed(kind: type, section: str, values: dict[str, Any]) -> Any:
     """A verb's dataclass from a recipe's section, with types checked as on the command line."""
     from jsonargparse import ArgumentError
 
-    from punster.cli import parser_for, readable
+    from punster.cli import check_values, parser_for, readable
 
     parser = parser_for(section, kind)
+    check_values(values, parser, f"section {section!r} of the recipe")
     try:
         checked = parser.parse_object(values).as_dict()
     except (ArgumentError, TypeError) as error:
