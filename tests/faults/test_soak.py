@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +16,45 @@ import pytest
 
 
 def resident() -> int:
-    return (
-        int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1])
-        * 1024
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
+
+
+def vowels(prompts: Any, completions: Any) -> list[float]:
+    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
+
+
+def soak(settings: dict[str, Any], figures: Path) -> None:
+    """Means over 50 steps, so that one rollout's size does not count."""
+    import torch
+
+    from punster.config import PpoConfig
+    from punster.train.ppo import ppo
+
+    torch.set_num_threads(1)
+    memory: list[int] = []
+    files: list[int] = []
+
+    def look(step: int, metrics: dict[str, float]) -> None:
+        gc.collect(0)
+        memory.append(resident())
+        files.append(len(os.listdir("/proc/self/fd")))
+
+    ppo(PpoConfig(**settings), None, vowels, look)
+    first, last = sum(memory[100:150]) / 50, sum(memory[450:]) / 50
+    figures.write_text(f"{len(memory)} {first} {last} {min(files[100:])} {max(files[100:])}")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads the process's memory and files from /proc")
-def test_500_steps_of_ppo(jobs: Callable[..., Any], child: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own; means over 50 steps, so that one rollout's size does not count. Reported for the table of the docs."""
-    from punster.train.ppo import ppo
-
+def test_500_steps_of_ppo(jobs: Callable[..., Any], tmp_path: Path) -> None:
+    """In a fresh process: a fork of this one would hold what earlier tests opened. Reported for the table of the docs."""
     config, _ = jobs(tmp_path, steps=500, save_every=50, lr=1e-4)["ppo"]
-
-    def reward(prompts: Any, completions: Any) -> list[float]:
-        return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
-
-    def body() -> int:
-        memory: list[int] = []
-        files: list[int] = []
-
-        def look(step: int, metrics: dict[str, float]) -> None:
-            gc.collect(0)
-            memory.append(resident())
-            files.append(len(os.listdir("/proc/self/fd")))
-
-        ppo(replace(config, name="soak", eval_every=50), None, reward, look)
-        first, last = sum(memory[100:150]) / 50, sum(memory[450:]) / 50
-        (tmp_path / "figures").write_text(f"{len(memory)} {first} {last} {min(files[100:])} {max(files[100:])}")
-        return 0
-
-    code, errors = child(body)
-    assert code == 0, errors
+    settings = json.dumps(asdict(replace(config, name="soak", eval_every=50)))
+    done = subprocess.run(
+        [sys.executable, __file__, settings, str(tmp_path / "figures")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     steps, first, last, fewest, most = map(float, (tmp_path / "figures").read_text().split())
     print(
         f"soak: {steps:.0f} steps, {first / 1e6:.1f} MB -> {last / 1e6:.1f} MB ({last / first - 1:+.2%}), files {fewest:.0f} to {most:.0f}"
@@ -53,3 +62,7 @@ def test_500_steps_of_ppo(jobs: Callable[..., Any], child: Any, tmp_path: Path, 
     assert steps == 500
     assert last < 1.01 * first, f"{first / 1e6:.1f} MB at 100 to 150 steps, {last / 1e6:.1f} MB at the end"
     assert fewest == most
+
+
+if __name__ == "__main__":
+    soak(json.loads(sys.argv[1]), Path(sys.argv[2]))
