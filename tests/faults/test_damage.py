@@ -165,6 +165,36 @@ def test_sixty_damaged_inputs(
     assert codes.count(2) >= 10
 
 
+def test_twenty_damaged_caches_of_judge_answers(tmp_path: Path) -> None:
+    """SQLite: an error that names the file and the option, or what is still there to read; never an answer from nowhere."""
+    from punster.evaluate.judge_client import Cache
+
+    path = tmp_path / "judge.sqlite"
+    cache = Cache(path)
+    for number in range(200):
+        cache.keep(f"key {number}", "judge", "model", "request", f"answer {number}", 3, 4)
+    cache.keep_calibration("judge", {"kappa": 0.5})
+    cache.db.close()
+    good = path.read_bytes()
+    draw = random.Random("sqlite")
+    refused = 0
+    for number in range(20):
+        path.unlink()
+        path.write_bytes((truncated if number < 10 else head_flipped if number < 15 else flipped)(good, draw))
+        message = ""
+        try:
+            damaged = Cache(path)
+            assert len(damaged.answers([f"key {i}" for i in range(200)])) <= 200
+            damaged.keep("new", "judge", "model", "request", "answer", 1, 1)
+            damaged.calibration("judge")
+            damaged.db.close()
+        except UserError as error:
+            message = str(error)
+            refused += 1
+        assert not message or (str(path) in message and "--judge-cache" in message)
+    assert refused >= 10
+
+
 def test_a_damaged_summary_or_settings_file(jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from punster.train.pipeline import stage_summary
 

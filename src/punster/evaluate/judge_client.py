@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -69,7 +70,9 @@ class Cache:
 
     def calibration(self, judge: str) -> dict[str, Any] | None:
         rows = self._run("SELECT result FROM calibrations WHERE judge = ?", [judge])
-        return json.loads(rows[0][0]) if rows else None
+        with suppress(ValueError):  # damaged: the judge is calibrated again
+            return json.loads(rows[0][0]) if rows else None
+        return None
 
     def keep_calibration(self, judge: str, result: dict[str, Any]) -> None:
         self._run("INSERT OR REPLACE INTO calibrations VALUES (?, ?)", [judge, json.dumps(result)])
