@@ -124,3 +124,9 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def serve(tasks: Mapping[str, Callable[..., None]]) -> None:
+    """A worker's main: the task named on its command line, as JSON, does its repetitions until nobody asks for more."""
+    task = json.loads(sys.argv[1])
+    tasks[task["task"]](Line(task["warmup"], task["every"]), **task["settings"])

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from benchmarks import prepare
 from benchmarks.flops import Shape, matrix_peak, rollout_flops
 from benchmarks.keys import ALPHA, BATCH, EPOCHS, NEW, RANK, ROWS, Point, llama_config, points
-from benchmarks.line import BENCH, Line, timed
+from benchmarks.line import BENCH, Line, serve, timed
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data import corpus
 from punster.data.batch import Example, collate, token_batches
@@ -225,11 +224,6 @@ TASKS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
-    torch.manual_seed(1)
-    TASKS[task["task"]](Line(task["warmup"], task["every"]), **task["settings"])
-
-
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(1)
+    serve(TASKS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from benchmarks.keys import ALPHA, BATCH, NEW, RANK, ROWS, Point, llama_config, points
-from benchmarks.line import BENCH, Line, timed
+from benchmarks.line import BENCH, Line, serve, timed
 
 DATA = json.loads((BENCH / "data.json").read_text())
 MODEL, DTYPE = str(BENCH / "model"), getattr(torch, DATA["dtype"])
@@ -191,11 +190,6 @@ def growth(line: Line, axis: str, work: str) -> None:
 TASKS: dict[str, Callable[..., None]] = {"rollout": rollout, "supervised": supervised, "grpo": grpo, "ppo": ppo, "growth": growth}
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
-    torch.manual_seed(1)
-    TASKS[task["task"]](Line(task["warmup"], task["every"]), **task["settings"])
-
-
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(1)
+    serve(TASKS)

@@ -6,14 +6,14 @@ import math
 
 import pytest
 
-from punster.evaluate.overoptimisation import Fit, fit_law, split_at, stop_step, summary_of
+from punster.evaluate.overoptimisation import Fit, Law, fit_law, split_at, stop_step, summary_of
 
 
 @pytest.mark.parametrize("law", ["best_of_n", "rl"])
-def test_planted_laws_are_recovered(law: str) -> None:
-    truth = Fit(law, 0.8, 0.15, 1.0)  # type: ignore[arg-type]
+def test_planted_laws_are_recovered(law: Law) -> None:
+    truth = Fit(law, 0.8, 0.15, 1.0)
     kl = [0.0, 0.5, 1, 2, 4, 8, 16, 30]
-    found = fit_law(kl, [truth(math.sqrt(k)) for k in kl], law)  # type: ignore[arg-type]
+    found = fit_law(kl, [truth(math.sqrt(k)) for k in kl], law)
     assert (found.a, found.b, found.r2) == pytest.approx((0.8, 0.15, 1.0))
     around = [found(found.peak * f) for f in (0.98, 1, 1.02)]
     assert around[1] == max(around)

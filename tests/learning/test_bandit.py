@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from punster.algorithms.kl import kl_loss
-from punster.config import GrpoConfig, PpoConfig
+from punster.config import GrpoConfig, KlPenalty, PpoConfig, Variant
 from punster.model.role import Role
 from punster.train import setup
 from punster.train.grpo import grpo
@@ -120,16 +120,16 @@ def test_the_two_optima_are_far_apart(options: dict[str, Any]) -> None:
 
 # ---- the loops ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["k1", "exact"])
-def test_ppo_reaches_the_optimum(kind: str, options: dict[str, Any]) -> None:
-    run = ppo(PpoConfig(name=kind, **options, epochs=1, critic_lr=1e-2, kl_penalty=kind), ["ask"], worth)  # type: ignore[arg-type]
+def test_ppo_reaches_the_optimum(kind: KlPenalty, options: dict[str, Any]) -> None:
+    run = ppo(PpoConfig(name=kind, **options, epochs=1, critic_lr=1e-2, kl_penalty=kind), ["ask"], worth)
     ref = reference(options)
     assert kl(optimum(ref), learned(run)) < 0.01 and kl(learned(run), optimum(ref)) < 0.01
 
 
 @pytest.mark.parametrize("variant", ["rloo", "reinforce++", "dr_grpo"])
-def test_critic_free_methods_with_the_kl_in_the_reward_reach_the_optimum(variant: str, options: dict[str, Any]) -> None:
+def test_critic_free_methods_with_the_kl_in_the_reward_reach_the_optimum(variant: Variant, options: dict[str, Any]) -> None:
     """dr_grpo is GRPO without the division by the deviation."""
-    config = GrpoConfig(name=variant.replace("+", "p"), **options, samples=SAMPLES, epochs=1, variant=variant, kl_in="reward")  # type: ignore[arg-type]
+    config = GrpoConfig(name=variant.replace("+", "p"), **options, samples=SAMPLES, epochs=1, variant=variant, kl_in="reward")
     run = grpo(config, ["ask"], worth)
     ref = reference(options)
     assert kl(optimum(ref), learned(run)) < 0.01 and kl(learned(run), optimum(ref)) < 0.01

@@ -189,6 +189,18 @@ def test_frozen_adapters_are_part_of_the_trunk(model: Decoder) -> None:
         assert torch.equal(other.hidden(cached), other.hidden(plain))  # ... and it does not
         next(below.parameters()).mul_(2)  # the adapter is another one now
         assert torch.equal(reference.hidden(cached), reference.hidden(plain))
+        known = below.fingerprint()
+        site = next(iter(below.a))
+        below.a[site] = below.a[site] + 1  # another tensor, as fresh as the one it takes the place of
+        assert below.fingerprint() != known
+
+
+def test_full_fine_tuning_holds_frozen_matrices_and_head_once(model: Decoder) -> None:
+    copy = model.trainable_copy(2)
+    sites = tuple(site for site, _ in model.projection(0, "attend"))
+    assert copy.matrix(sites) is model.matrix(sites)
+    tied = model.trainable_copy(0)
+    assert copy.head is model.head and tied.head is not model.head
 
 
 def test_first_layer_is_the_lowest_difference(model: Decoder) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from punster.algorithms.advantages import gae, group_advantages, masked_mean, masked_whiten, shaped_rewards
 from punster.algorithms.kl import kl_estimate, kl_loss
 from punster.algorithms.losses import bradley_terry, clipped_policy_loss, clipped_value_loss, kto_loss, preference_loss
-from punster.config import GrpoConfig
+from punster.config import GrpoConfig, Variant
 from punster.train.grpo import token_weights
 
 FOLDER = Path(__file__).parent / "fixtures"
@@ -95,12 +95,12 @@ def test_reward_model_loss_with_margin_and_centring() -> None:
 
 # ---- GRPO and RLOO ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("variant", "corrected"), [("grpo", False), ("grpo", True), ("dr_grpo", False), ("dapo", False)])
-def test_grpo_advantages_and_loss(variant: str, corrected: bool) -> None:
+def test_grpo_advantages_and_loss(variant: Variant, corrected: bool) -> None:
     """As published, and with TRL's default: k3 times the ratio."""
     theirs = captured("1.16.0", variant + "_corrected" * corrected)
     close(group_advantages(theirs["rewards"], 4, variant), theirs["all_advantages"])
     assert (theirs["all_advantages"].view(4, 4) == 0).all(1).sum() == 1  # one group without spread
-    config = GrpoConfig(name="x", batch_size=16, samples=4, max_new_tokens=7, variant=variant)  # type: ignore[arg-type]
+    config = GrpoConfig(name="x", batch_size=16, samples=4, max_new_tokens=7, variant=variant)
     mask = theirs["mask"]
     weights = token_weights(config, mask)
     advantages = theirs["advantages"].expand_as(weights) * weights

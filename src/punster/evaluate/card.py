@@ -176,7 +176,7 @@ def public_sources(name: str) -> list[str]:
 
 def _curves(run: RunData) -> list[list[str]]:
     """Every curve of the report as a line of blocks."""
-    from punster.evaluate.report import CURVES, points_of
+    from punster.evaluate.figures import CURVES, points_of
 
     rows = []
     for metric, verbs, title, *_ in CURVES:

@@ -35,11 +35,11 @@ class Adapter:
     a: dict[str, Tensor] = field(default_factory=dict)
     b: dict[str, Tensor] = field(default_factory=dict)
     first_layer: int = 0
-    _hash: tuple[list[int], str] = field(default=([], ""), repr=False, compare=False)
+    _hash: tuple[tuple[tuple[int, int], ...], str] = field(default=((), ""), repr=False, compare=False)
 
     def fingerprint(self) -> str:
-        """SHA-256 over scale, names and values; computed again whenever a tensor was written to."""
-        versions = [tensor._version for tensor in self.parameters()]
+        """SHA-256 over scale, names and values; computed again whenever a tensor was written to or replaced."""
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in self.parameters())
         if versions != self._hash[0]:
             digest = hashlib.sha256(f"{self.scale}".encode())
             for name, tensor in self.named_parameters():

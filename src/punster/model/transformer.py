@@ -244,6 +244,9 @@ class Decoder:
         copy.own = self.own | {key for key, tensor in weights.items() if tensor.requires_grad}
         copy.trained_from = first_layer if self.trained_from is None else min(first_layer, self.trained_from)
         copy.trunk_of = (self.trunk_of or self) if copy.trained_from > 0 else None
+        copy._matrices = self._matrices  # of frozen layers only, which both have
+        if not copy.head.weight.requires_grad:
+            copy._head = self.head
         return copy
 
     def truncated(self, layers: int) -> Decoder:

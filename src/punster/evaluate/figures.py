@@ -1,0 +1,203 @@
+"""The figures of report.html as inline SVG, whose colours are CSS variables."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from punster.evaluate.folder import RunData, Stage
+from punster.evaluate.table import as_dict, label, number
+
+# (key of metrics.jsonl, verbs that write it, title, unit of the axis, what to look for)
+POLICY = ("ppo", "grpo")
+CURVES: tuple[tuple[str, tuple[str, ...], str, str, str], ...] = (
+    ("objective/scores", POLICY, "Reward while training", "mean score",
+     "The score that is trained against should rise and level off. A rise alone is not success: only the gold reward, which no training saw, can show that."),
+    ("objective/exact_kl", POLICY, "Exact KL to the SFT model", "nats per response",
+     "It starts at 0 and should grow slowly. A sudden jump means that the policy left the language it started from."),
+    ("objective/entropy_per_token", POLICY, "Entropy", "nats per token",
+     "A slow fall is normal. A fall towards 0 means collapse: the same few puns over and over."),
+    ("length", POLICY, "Length of responses", "tokens",
+     "It should stay near the SFT model's. A drift up or down often means that the reward likes length, not puns."),
+    ("loss", ("sft", "distill"), "Loss of supervised fine-tuning", "nats per token",
+     "It falls fast, then slowly. A very low loss means that the model recites the training puns."),
+    ("loss", ("reward",), "Loss of the reward models", "Bradley-Terry loss",
+     "It starts near ln 2 = 0.69, the loss of a coin toss, and should fall clearly below."),
+    ("accuracy", ("reward",), "Accuracy of the reward models", "share of pairs",
+     "Share of training pairs in which the preferred text scores higher; 0.5 is chance. Near 1 at once means that the pairs are too easy."),
+    ("loss", ("dpo",), "Loss of DPO", "loss", "With the sigmoid loss it starts at ln 2 = 0.69 and falls."),
+    ("rewards/margins", ("dpo",), "Margins of DPO", "implicit reward, preferred - rejected",
+     "It starts at 0 and should rise. Very large margins mean that the pairs are memorised."),
+)  # fmt: skip
+INK, GRID = "#010101", "#020202"  # stand-ins that become CSS variables in the finished SVG
+MARKERS = "osD^vPXh"
+
+
+def colour(hue: int) -> str:
+    return f"#0300{hue:02x}"
+
+
+def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> str:
+    """A figure as inline SVG: no clip paths, metadata or name spaces, ids with their own prefix, colours from CSS."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 9, "axes.unicode_minus": False,
+             "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+             "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
+             "legend.frameon": False, "path.simplify": True}  # fmt: skip
+    with matplotlib.rc_context(style):
+        canvas = FigureCanvasSVG(Figure(figsize=(4.4, 2.9), layout="constrained", facecolor="none"))
+        axes = canvas.figure.add_subplot()
+        draw(axes)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(linewidth=0.6)
+        axes.set_axisbelow(True)
+        if names := axes.get_legend_handles_labels()[1]:
+            columns = max(1, min(4, 60 // (max(map(len, names)) + 5)))
+            canvas.figure.set_figheight(2.7 + 0.2 * -(-len(names) // columns))
+            canvas.figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
+        out = io.StringIO()
+        canvas.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<clipPath.*?</clipPath>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' clip-path="[^"]*"| xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg)
+    svg = re.sub(r' id="([^"]*)"', rf' id="{key}-\1"', svg).replace('xlink:href="#', f'href="#{key}-')
+    svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
+    svg = re.sub(r"#0300(\d\d)", lambda m: f"var(--hue{int(m[1])})", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{key}-title"', 1)
+
+
+def curve(key: str, ylabel: str, run: RunData, lines: list[tuple[Stage, list[tuple[float, float]]]]) -> str:
+    """Lines over steps; long noisy ones pale, with a running mean on top."""
+
+    def draw(axes: Any) -> None:
+        for stage, points in lines:
+            hue = run.hue(stage.name)
+            xs, ys = zip(*points, strict=True)
+            width = len(ys) // 12
+            # Marker and dashes tell lines apart without colour.
+            style = {
+                "color": colour(hue),
+                "linestyle": ("-", "--")[hue % 2],
+                "marker": MARKERS[hue],
+                "markersize": 3.5 if len(ys) <= 30 else 0,
+            }
+            if width < 3:
+                axes.plot(xs, ys, label=label(stage.name), linewidth=1.6, **style)
+                continue
+            reach = [min(width, i, len(ys) - 1 - i) for i in range(len(ys))]  # symmetric, so that the ends are not bent
+            means = [sum(ys[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
+            axes.plot(xs, ys, color=style["color"], linewidth=0.7, alpha=0.45)
+            axes.plot(xs, means, label=label(stage.name), linewidth=1.8, color=style["color"], linestyle=style["linestyle"])
+
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return figure(key, draw, "step", ylabel)
+
+
+def points_of(stage: Stage, metric: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric wherever both are finite numbers."""
+    pairs = [(number(row.get("step")), number(row.get(metric))) for row in stage.metrics]
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+def curve_figures(run: RunData) -> list[dict[str, str]]:
+    """Every curve for which some stage has at least two points."""
+    found = []
+    for index, (metric, verbs, title, unit, caption) in enumerate(CURVES):
+        runs = [(s, points) for s in run.stages if s.verb in verbs and len(points := points_of(s, metric)) >= 2]
+        if runs:
+            key = f"curve{index}"
+            ends = "; ".join(f"{label(s.name)} {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in runs)
+            found.append(
+                {"key": key, "title": title, "svg": curve(key, unit, run, runs), "caption": f"{caption} First to last: {ends}."}
+            )
+    return found
+
+
+def frontier_figure(run: RunData) -> dict[str, str] | None:
+    """Gold reward against exact KL, with the curve of best-of-n at its KL bound."""
+    points = []
+    for name, entry in run.models.items():
+        interval = as_dict(entry.get("held_out_reward"))
+        y, low, high = (number(interval.get(key)) for key in ("mean", "low", "high"))
+        x = number(entry.get("exact_kl"))
+        x = x if x is not None else number(entry.get("kl_bound"))
+        if x is not None and y is not None:
+            bars = [[max(0.0, y - (y if low is None else low))], [max(0.0, (y if high is None else high) - y)]]
+            points.append((name, max(x, 0.0), y, bars))
+    best = as_dict(run.summary.get("best_of_n"))
+    bounds, golds = (best[key] if isinstance(best.get(key), list) else [] for key in ("kl_bound", "gold"))
+    numbers = [(number(a), number(b)) for a, b in zip(bounds, golds, strict=False)]
+    line = [(max(x, 0.0), y) for x, y in numbers if x is not None and y is not None]
+    if not points and len(line) < 2:
+        return None
+
+    def draw(axes: Any) -> None:
+        if line:
+            axes.plot(*zip(*line, strict=True), "--.", color=colour(run.hue("best_of")), linewidth=1.4, label="best of n (bound)")
+        for name, x, y, bars in points:
+            style = {
+                "fmt": MARKERS[run.hue(name)],
+                "color": colour(run.hue(name)),
+                "markersize": 7,
+                "capsize": 3,
+                "linewidth": 1.4,
+            }
+            axes.errorbar([x], [y], yerr=bars, label=label(name), **style)
+        largest = max(x for x, *_ in [*line, *((x, y) for _, x, y, _ in points)])
+        # A square-root axis spreads the small KLs, where best-of-n lives, and makes its law nearly straight.
+        axes.set_xscale("function", functions=(lambda v: abs(v) ** 0.5 * (2 * (v > 0) - 1), lambda v: v * abs(v)))
+        axes.set_xlim(-0.002 * largest, max(largest * 1.1, 0.1))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xticks(root_ticks(largest))
+
+    title = "Gold reward against exact KL"
+    caption = (
+        "Up is better, left is closer to the SFT model; bars are 95 % intervals. The dashed line is best-of-n sampling at its KL "
+        "bound: a trained model near or above it spends its KL well; one far to the right and not higher has over-optimised the "
+        "reward it was trained against. Square-root axis."
+    )
+    svg = figure("frontier", draw, "exact KL to SFT (nats per response)", "gold reward")
+    return {"key": "frontier", "title": title, "svg": svg, "caption": caption}
+
+
+def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
+    """Proxy and gold reward against sqrt(KL) over a run, with Gao's laws and best-of-n, as scripts/over_optimisation.py measured them."""
+    from punster.evaluate.overoptimisation import Fit
+
+    kl = [number(k) or 0.0 for k in found.get("kl", [])]
+    if len(kl) < 2:
+        return None
+    d = [max(k, 0.0) ** 0.5 for k in kl]
+
+    def draw(axes: Any) -> None:
+        for name, key in (("proxy", 1), ("gold", 2)):
+            axes.plot(d, found[name], MARKERS[key], color=colour(key), label=name)
+            if law := as_dict(found.get(f"fit_{name}")):
+                line = Fit("rl", law["a"], law["b"], law["r2"])
+                xs = [max(d) * i / 100 for i in range(101)]
+                axes.plot(xs, [line(x) for x in xs], "-", color=colour(key), linewidth=1.2)
+        if best := as_dict(found.get("best_of_n")):
+            axes.plot([k**0.5 for k in best["kl"]], best["gold"], "--.", color=colour(0), label="best of n, gold")
+
+    caption = (
+        "Gains over the start. As long as both rise, the proxy is worth climbing; where gold turns down while the proxy goes on, the policy "
+        f"exploits the proxy's errors. Lines: R = d (a - b log d). Gold is highest at step {found.get('stop', '–')}: the step at which to stop."
+    )
+    svg = figure("overoptimisation", draw, "square root of the exact KL to SFT", "gain in reward")
+    return {"key": "overoptimisation", "title": "Over-optimisation: proxy and gold", "svg": svg, "caption": caption}
+
+
+def root_ticks(largest: float) -> list[float]:
+    """Round places that lie about evenly on a square-root axis."""
+    found: list[float] = [0.0]
+    for share in (0.04, 0.16, 0.36, 0.64, 1.0):
+        if (tick := float(f"{largest * share:.1g}")) > found[-1]:
+            found.append(tick)
+    return found if len(found) > 1 else [0.0, 0.1]
