@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 # ---- reward models ------------------------------------------------------------------------------------------------
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log sigmoid(r_w - r_l - margin), (P,) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
+    """-log sigmoid(r_w - r_l - margin), (P,) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1).
+
+    Training uses plackett_luce, which is this for two texts; TRL's loss and the tests are compared with this form.
+    """
     return -F.logsigmoid(chosen - rejected - margin)
 
 

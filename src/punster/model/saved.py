@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,3 @@ def load_role(
         others = tuple(load_role(folder / f"member-{number}", **options)[0] for number in range(2, count + 1))
         role = replace(role, others=others, combine=described["combine"], caution=described["caution"])
     return role, tokenizer
-
-
-def without_head(role: Role) -> Role:
-    return replace(role, head=None, trained=())
