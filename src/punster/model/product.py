@@ -6,15 +6,17 @@ and left alone if they fail; plain products take their place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from punster.model.kernels import Packed, suits
 
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
@@ -51,8 +53,20 @@ class Matrix:
         """
         self.dtype, self.bias = weight.dtype, bias
         worth = weight.device.type == "cpu" and (forward_only or weight.dtype == torch.bfloat16)
-        self._reordered = _reorder(weight) if worth and can_reorder(weight.dtype) else None
+        self._reordered = _reorder(weight) if worth and not suits(weight) and can_reorder(weight.dtype) else None
         self.weight = weight if self._reordered is None or not forward_only else None
+
+    @cached_property
+    def packed(self) -> Packed:
+        """For the kernels, where `kernels.suits` the weight."""
+        assert self.weight is not None
+        return Packed.of(self.weight.detach(), self.bias)
+
+    @cached_property
+    def packed_back(self) -> Packed:
+        """The transpose, for gradients."""
+        assert self.weight is not None
+        return Packed.of(self.weight.detach().T)
 
     def __call__(self, x: Tensor) -> Tensor:
         """In the type of the weights."""
@@ -125,12 +139,15 @@ class LogitHead:
     """
 
     weight: Tensor  # (V, d) in the type of the base
-    _forward: Matrix | None = None
+    _forward: Callable[[Tensor], Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.weight.requires_grad or (hidden.requires_grad and torch.is_grad_enabled()):
             return F.linear(hidden, self.weight.to(hidden.dtype))  # differentiable
-        if self._forward is None:
+        if self._forward is None and suits(self.weight):
+            packed = Packed.of(self.weight)
+            self._forward = lambda x: packed(x.bfloat16().reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        elif self._forward is None:
             exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
             self._forward = Matrix(exact, forward_only=True)
         return self._forward(hidden)

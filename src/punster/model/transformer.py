@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from punster.data.batch import PrefixTree
 from punster.errors import UserError
+from punster.model import fused
 from punster.model.lora import Adapter, low_rank
 from punster.model.product import LogitHead, Matrix, project
 
@@ -284,8 +285,13 @@ class Decoder:
         turn = None
         if self.config.family == "llama":
             turn = self.turn(torch.arange(hidden.shape[1], device=self.device)[None] if positions is None else positions)
+        seen, rope = Attention(mask, cache, tree), None
         for layer in range(first, last):
-            hidden = self._block(hidden, layer, adapters, turn, Attention(mask, cache, tree))
+            if fused.usable(self, layer):
+                rope = rope if rope is not None or turn is None else fused.rope_rows(*turn, hidden.shape)
+                hidden = fused.block(self, hidden, layer, adapters, rope, seen)
+            else:
+                hidden = self._block(hidden, layer, adapters, turn, seen)
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:

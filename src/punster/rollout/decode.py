@@ -6,18 +6,23 @@ B rows, d width, H heads, K key-value heads, g = H / K, h head size, S keys so f
 
 from __future__ import annotations
 
+import ctypes as c
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from punster.model import fused, kernels
+from punster.model.kernels import CDecode, CLayer, at
 from punster.model.lora import Adapter
 from punster.model.product import Matrix
 from punster.model.transformer import Decoder, KeyValueCache, activate, norm, rotated
 
+STEPS = ("attend", "out", "up", "down")
 FEW_ROWS = 16  # up to here a call costs more than the zeros it multiplies
 
 
@@ -61,15 +66,53 @@ class Stage:
 
 @dataclass
 class Stepper:
-    """A network with its adapters, ready for decoding."""
+    """A network with its adapters, ready for decoding: each block for the kernels where they can take it, else as a stage."""
 
     model: Decoder
-    stages: list[Stage]
+    stages: list[Stage | None]
+    layers: Any = None  # array of kernels.CLayer
+    alive: list[Any] = field(default_factory=list)  # what its addresses point to
+    ranks: int = 0  # most ranks of one product
 
     @classmethod
     def of(cls, model: Decoder, adapters: Sequence[Adapter], layers: int) -> Stepper:
-        steps = ("attend", "out", "up", "down")
-        return cls(model, [Stage(*(product_of(model, layer, step, adapters) for step in steps)) for layer in range(layers)])
+        stepper = cls(model, [None] * layers, (CLayer * layers)())
+        for layer in range(layers):
+            if fused.usable(model, layer):
+                stepper.prepare(layer, adapters)
+            else:
+                stepper.stages[layer] = Stage(*(product_of(model, layer, step, adapters) for step in STEPS))
+        return stepper
+
+    def prepare(self, layer: int, adapters: Sequence[Adapter]) -> None:
+        norms = [fused.Norm(self.model, self.model.config.block_prefix(layer) + name) for name in self.model.config.norm_sites]
+        steps = [fused.Step(self.model, layer, which, adapters) for which in STEPS]
+        products = [step.forward.product(step.low.forward()) for step in steps]
+        self.layers[layer] = CLayer(*(norm.struct for norm in norms), *products)
+        self.alive += [norms, steps]
+        self.ranks = max(self.ranks, *(step.low.ranks for step in steps))
+
+    def run(self, x: Tensor, first: int, last: int, stream: Stream) -> None:
+        """The kernels' layers first..last-1 on x (B, d) fp32, in place."""
+        config, cache, rows = self.model.config, stream.cache, len(x)
+        inner, heads = config.n_head * config.d_head, config.n_head + 2 * config.n_kv_head
+        act = kernels.ACTIVATIONS[config.family, config.activation]
+        wide = config.d_ff * (2 if act == kernels.SILU else 1)
+        # fmt: off
+        scratch = [
+            torch.empty(rows, heads * config.d_head), torch.empty(rows, inner), torch.empty(rows, max(1, self.ranks)),
+            torch.empty(rows, max(config.d_model, config.d_ff, inner), dtype=torch.bfloat16),
+            torch.empty(rows, wide, dtype=torch.bfloat16),
+        ]
+        turn = self.model.turn(stream.positions) if config.family == "llama" else None
+        rope = (None, None) if turn is None else fused.rope_rows(*turn, x.shape)
+        keys, values = ((c.c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (cache.keys, cache.values))
+        task = CDecode(
+            config.d_model, config.n_head, config.n_kv_head, config.d_head, config.d_ff, act, cache.capacity, rows, cache.length,
+            at(stream.starts), *map(at, rope), c.addressof(keys), c.addressof(values), at(x), *map(at, scratch),
+        )
+        # fmt: on
+        kernels.call("punster_decode", c.byref(task), self.layers, first, last)
 
 
 @dataclass
@@ -78,13 +121,13 @@ class Stream:
 
     cache: KeyValueCache
     positions: Tensor  # (B,) of the token to be fed next
-    bias: Tensor | None  # (B, 1, capacity): -inf-like on left padding; None where no row is padded
+    starts: Tensor | None  # (B,) the first real key behind left padding; None where no row is padded
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""
         self.cache.select(rows)
         self.positions = self.positions[rows]
-        self.bias = None if self.bias is None else self.bias[rows]
+        self.starts = None if self.starts is None else self.starts[rows]
 
 
 def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapter]) -> Product:
@@ -115,9 +158,17 @@ def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict
     model, config = stepper.model, stepper.model.config
     x = model.embed(token[:, None], stream.positions[:, None])[:, 0]
     turn = model.turn(stream.positions) if config.family == "llama" else None
+    done, total = 0, len(stepper.stages)
     for layer, stage in enumerate(stepper.stages):
         if keep is not None and layer in keep:
             keep[layer] = x.clone()
+        if stage is None:
+            following = layer + 1
+            if following == total or stepper.stages[following] is not None or (keep is not None and following in keep):
+                stepper.run(x, done, following, stream)
+                done = following
+            continue
+        done = layer + 1
         before, between = (config.block_prefix(layer) + name for name in config.norm_sites)
         qkv = stage.attend(norm(model, x, before))
         stage.out.add_to(x, attend(config.n_head, config.n_kv_head, qkv, turn, layer, stream))
@@ -144,9 +195,10 @@ def attend(heads: int, kv_heads: int, qkv: Tensor, turn: tuple[Tensor, Tensor] |
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # (B K, S, h), views of the cache
     queries = qk[:, :heads].reshape(rows * kv_heads, heads // kv_heads, size)
     scale = 1 / math.sqrt(size)
-    if stream.bias is None:
+    if stream.starts is None:
         scores = torch.baddbmm(queries.new_zeros(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=scale)
     else:
-        bias = stream.bias[:, :, : keys.shape[1]].repeat_interleave(kv_heads, 0)
-        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
+        padded = torch.arange(keys.shape[1], device=keys.device) < stream.starts[:, None]
+        bias = torch.where(padded, -1e30, 0.0).repeat_interleave(kv_heads, 0)
+        scores = torch.baddbmm(bias[:, None], queries, keys.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), values).view(rows, heads * size)

@@ -209,9 +209,8 @@ def prefill(
         hidden = model.blocks(hidden, done, depth, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree)
         states[depth], done = hidden[0], depth
     cache.length = widest
-    bias = torch.zeros(rows, 1, cache.capacity, device=ids.device)
-    bias[:, 0, :widest] = torch.where(mask, 0.0, -1e30)
-    stream = Stream(cache, mask.sum(1), None if bool(mask.all()) else bias)
+    lengths = mask.sum(1)
+    stream = Stream(cache, lengths, None if bool(mask.all()) else widest - lengths)
     return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]])), stream, states
 
 

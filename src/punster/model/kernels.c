@@ -1,0 +1,426 @@
+/* What a step of a Llama or GPT-2 block does on CPUs with AVX512_BF16: products of bf16 rows with packed bf16 weights, their
+   low-rank updates added in the same registers, and all that lies between the products in one pass each. Sums are fp32.
+
+   Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2].
+   Low-rank updates: y += low b, low (rows, ranks) = x a^T; a (ranks, in), b (ranks, out). Rank r lives in the columns
+   from[r] <= column < to[r] of the output and is zero elsewhere, as q, k and v have updates of their own.
+   The functions named *_rows are worksharing: inside a parallel region every thread does its part, with a barrier behind. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PANEL 48
+#define TALL 8     /* rows of a tile: 8 x 3 accumulators fill the registers */
+#define CHUNK 256  /* rows that share a panel before the next one comes */
+#define INLINE static inline __attribute__((always_inline))
+#define RANKS 512
+typedef uint16_t bf16;
+enum { STORE = 0, ADD = 1, STORE_BF16 = 2 };
+enum { SILU = 0, GELU_TANH = 1 };
+
+typedef struct { const float *a, *b; int32_t ranks; const int32_t *from, *to; } Update;
+typedef struct { const uint32_t *w; const float *bias; int32_t in, out; Update update; } Product;
+typedef struct { const float *weight, *bias; float eps; } Norm; /* with a bias: LayerNorm, without: RMSNorm */
+typedef struct { Norm before, between; Product attend, output, up, down; } Layer;
+
+INLINE float bf16_value(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE __m512 load_bf16(const bf16 *x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+INLINE void store_bf16(bf16 *x, __m512 v) { _mm256_storeu_si256((__m256i *)x, (__m256i)_mm512_cvtneps_pbh(v)); }
+INLINE __m512 vexp(__m512 x) { /* 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; error about 1e-7 */
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.f)), _mm512_set1_ps(88.f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1 / 720.f);
+  const float c[] = {1 / 120.f, 1 / 24.f, 1 / 6.f, .5f, 1.f, 1.f};
+  for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[i]));
+  return _mm512_scalef_ps(p, n);
+}
+INLINE __m512 sigmoid(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, vexp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+/* gelu's tanh form is x sigmoid(2 u), u = sqrt(2 / pi) (x + .044715 x^3): the same shape as silu, x sigmoid(x) */
+INLINE __m512 gate_of(int kind, __m512 x, __m512 *slope) {
+  if (kind == SILU) { *slope = _mm512_set1_ps(1.f); return sigmoid(x); }
+  const __m512 c = _mm512_set1_ps(1.5957691216f), square = _mm512_mul_ps(x, x);
+  *slope = _mm512_mul_ps(c, _mm512_fmadd_ps(_mm512_set1_ps(3 * .044715f), square, _mm512_set1_ps(1.f)));
+  return sigmoid(_mm512_mul_ps(_mm512_mul_ps(c, x), _mm512_fmadd_ps(_mm512_set1_ps(.044715f), square, _mm512_set1_ps(1.f))));
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------------ */
+INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, void *y, int mode) {
+  const long in = p->in, out = p->out;
+  const Update *u = &p->update;
+  const uint32_t *w = p->w + (long)panel * (in / 2) * PANEL;
+  __m512 sum[TALL][3];
+  for (int r = 0; r < rows; r++) for (int c = 0; c < 3; c++) sum[r][c] = _mm512_setzero_ps();
+  for (long k = 0; k < in / 2; k++, w += PANEL) {
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 16),
+                   w2 = (__m512bh)_mm512_loadu_si512(w + 32);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      int pair;
+      memcpy(&pair, x + r * in + 2 * k, 4);
+      const __m512bh v = (__m512bh)_mm512_set1_epi32(pair);
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, w0);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, w1);
+      sum[r][2] = _mm512_dpbf16_ps(sum[r][2], v, w2);
+    }
+  }
+  __mmask16 inside[3];
+  const long first = (long)panel * PANEL;
+  for (int c = 0; c < 3; c++) {
+    const long left = out - first - 16 * c;
+    inside[c] = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+  }
+  for (int r = 0; r < u->ranks && low; r++) {
+    if (u->to[r] <= first || u->from[r] >= first + PANEL) continue;
+    __m512 b[3];
+    for (int c = 0; c < 3; c++) b[c] = _mm512_maskz_loadu_ps(inside[c], u->b + r * out + first + 16 * c);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+      const __m512 v = _mm512_set1_ps(low[i * u->ranks + r]);
+      for (int c = 0; c < 3; c++) sum[i][c] = _mm512_fmadd_ps(v, b[c], sum[i][c]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int c = 0; c < 3; c++) {
+    const long column = first + 16 * c;
+    const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(inside[c], p->bias + column) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      __m512 v = _mm512_add_ps(sum[r][c], bias);
+      if (mode == STORE_BF16) {
+        _mm256_mask_storeu_epi16((bf16 *)y + r * out + column, inside[c], (__m256i)_mm512_cvtneps_pbh(v));
+        continue;
+      }
+      float *to = (float *)y + r * out + column;
+      if (mode == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside[c], to));
+      _mm512_mask_storeu_ps(to, inside[c], v);
+    }
+  }
+}
+
+static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, void *y, int mode) {
+  const long panels = (p->out + PANEL - 1) / PANEL, chunks = (rows + CHUNK - 1) / CHUNK;
+#pragma omp for schedule(static)
+  for (long job = 0; job < chunks * panels; job++) {
+    const long begin = job / panels * CHUNK, end = begin + CHUNK < rows ? begin + CHUNK : rows;
+    const int panel = job % panels;
+    for (long row = begin; row < end; row += TALL) {
+      const bf16 *at = x + row * p->in;
+      const float *beside = low ? low + row * p->update.ranks : 0;
+      void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
+      switch (end - row) {
+#define CASE(n) case n: tile(n, at, p, beside, panel, to, mode); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+        default: tile(8, at, p, beside, panel, to, mode);
+      }
+    }
+  }
+}
+
+/* low[r] = sum of x[c] a[r, c] over the columns that rank r reads */
+INLINE void low_of(const float *x, const float *a, int columns, int ranks, const int32_t *from, const int32_t *to, float *low) {
+  for (int r = 0; r < ranks; r++) {
+    const int begin = from ? from[r] : 0, end = to ? to[r] : columns;
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0;
+    int c = begin;
+    for (; c + 32 <= end; c += 32) {
+      s0 = _mm512_fmadd_ps(_mm512_loadu_ps(x + c), _mm512_loadu_ps(a + (long)r * columns + c), s0);
+      s1 = _mm512_fmadd_ps(_mm512_loadu_ps(x + c + 16), _mm512_loadu_ps(a + (long)r * columns + c + 16), s1);
+    }
+    float total = _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
+    for (; c < end; c++) total += x[c] * a[(long)r * columns + c];
+    low[r] = total;
+  }
+}
+
+/* ---- between the products -------------------------------------------------------------------------------------------- */
+static void norm_rows(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const float *v = x + row * d;
+    __m512 square = _mm512_setzero_ps(), sum = square;
+    for (int c = 0; c < d; c += 16) {
+      const __m512 t = _mm512_loadu_ps(v + c);
+      square = _mm512_fmadd_ps(t, t, square);
+      sum = _mm512_add_ps(sum, t);
+    }
+    float mean = 0, power = _mm512_reduce_add_ps(square) / d;
+    if (n->bias) {
+      mean = _mm512_reduce_add_ps(sum) / d;
+      square = _mm512_setzero_ps();
+      for (int c = 0; c < d; c += 16) {
+        const __m512 t = _mm512_sub_ps(_mm512_loadu_ps(v + c), _mm512_set1_ps(mean));
+        square = _mm512_fmadd_ps(t, t, square);
+      }
+      power = _mm512_reduce_add_ps(square) / d;
+    }
+    const float scale = 1 / sqrtf(power + n->eps);
+    float exact[d];
+    for (int c = 0; c < d; c += 16) {
+      __m512 t = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(v + c), _mm512_set1_ps(mean)), _mm512_set1_ps(scale));
+      t = _mm512_mul_ps(t, _mm512_loadu_ps(n->weight + c));
+      if (n->bias) t = _mm512_add_ps(t, _mm512_loadu_ps(n->bias + c));
+      _mm512_storeu_ps(exact + c, t);
+      store_bf16(y + row * d + c, t);
+    }
+    if (u->ranks) low_of(exact, u->a, d, u->ranks, 0, 0, low + row * u->ranks);
+    if (stat) { stat[2 * row] = mean; stat[2 * row + 1] = scale; }
+  }
+}
+
+/* dx += gradient of the norm's input */
+static void norm_back_rows(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, float *dx) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const __m512 mean = _mm512_set1_ps(stat[2 * row]), scale = _mm512_set1_ps(stat[2 * row + 1]);
+    __m512 along = _mm512_setzero_ps(), sum = along;
+    for (int c = 0; c < d; c += 16) {
+      const __m512 g = _mm512_mul_ps(_mm512_loadu_ps(dy + row * d + c), _mm512_loadu_ps(n->weight + c));
+      along = _mm512_fmadd_ps(g, _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + row * d + c), mean), scale), along);
+      sum = _mm512_add_ps(sum, g);
+    }
+    const __m512 part = _mm512_set1_ps(_mm512_reduce_add_ps(along) / d),
+                 shift = _mm512_set1_ps(n->bias ? _mm512_reduce_add_ps(sum) / d : 0);
+    for (int c = 0; c < d; c += 16) {
+      const __m512 hat = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + row * d + c), mean), scale);
+      __m512 g = _mm512_mul_ps(_mm512_loadu_ps(dy + row * d + c), _mm512_loadu_ps(n->weight + c));
+      g = _mm512_sub_ps(_mm512_fnmadd_ps(hat, part, g), shift);
+      _mm512_storeu_ps(dx + row * d + c, _mm512_fmadd_ps(g, scale, _mm512_loadu_ps(dx + row * d + c)));
+    }
+  }
+}
+
+/* y (rows, in) fp32 -> bf16 and low */
+static void round_rows(const float *x, long rows, int columns, const Update *u, const int32_t *from, const int32_t *to, bf16 *y,
+                       float *low) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    for (int c = 0; c < columns; c += 16) store_bf16(y + row * columns + c, _mm512_loadu_ps(x + row * columns + c));
+    if (u->ranks) low_of(x + row * columns, u->a, columns, u->ranks, from, to, low + row * u->ranks);
+  }
+}
+
+/* SwiGLU of (rows, 2 width) with silu, or gelu of (rows, width) */
+static void act_rows(const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *h, float *low) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const bf16 *v = y + row * width * (kind == SILU ? 2 : 1);
+    float exact[width];
+    for (int c = 0; c < width; c += 16) {
+      const __m512 x = load_bf16(v + c);
+      __m512 slope, t = _mm512_mul_ps(x, gate_of(kind, x, &slope));
+      if (kind == SILU) t = _mm512_mul_ps(t, load_bf16(v + width + c));
+      _mm512_storeu_ps(exact + c, t);
+      store_bf16(h + row * width + c, t);
+    }
+    if (u->ranks) low_of(exact, u->a, width, u->ranks, 0, 0, low + row * u->ranks);
+  }
+}
+
+/* dh (rows, width) -> dy (rows, 2 width or width) bf16 and its low-rank image under the scaled b of `up` */
+static void act_back_rows(const float *dh, const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *dy, float *pulled) {
+  const int wide = width * (kind == SILU ? 2 : 1);
+#pragma omp for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const bf16 *v = y + row * wide;
+    float exact[wide];
+    for (int c = 0; c < width; c += 16) {
+      const __m512 x = load_bf16(v + c), g = _mm512_loadu_ps(dh + row * width + c), one = _mm512_set1_ps(1.f);
+      __m512 slope, s = gate_of(kind, x, &slope);
+      /* d(x s)/dx = s (1 + x (1 - s) slope) */
+      __m512 d = _mm512_mul_ps(s, _mm512_fmadd_ps(_mm512_mul_ps(x, _mm512_sub_ps(one, s)), slope, one));
+      if (kind == SILU) {
+        const __m512 up = load_bf16(v + width + c);
+        _mm512_storeu_ps(exact + width + c, _mm512_mul_ps(g, _mm512_mul_ps(x, s)));
+        d = _mm512_mul_ps(d, up);
+      }
+      _mm512_storeu_ps(exact + c, _mm512_mul_ps(g, d));
+    }
+    for (int c = 0; c < wide; c += 16) store_bf16(dy + row * wide + c, _mm512_loadu_ps(exact + c));
+    if (u->ranks) low_of(exact, u->b, wide, u->ranks, u->from, u->to, pulled + row * u->ranks);
+  }
+}
+
+/* y (ranks, columns) = low^T x, rank r in its own columns */
+static void outer_rows(const float *low, const bf16 *x, long rows, int columns, int ranks, const int32_t *from, const int32_t *to,
+                       float *y) {
+#pragma omp for schedule(static)
+  for (int c = 0; c < columns; c += 32) {
+    for (int first = 0; first < ranks; first += 8) {
+      const int many = ranks - first < 8 ? ranks - first : 8;
+      if (from) {
+        int any = 0;
+        for (int r = first; r < first + many; r++) any |= from[r] < c + 32 && to[r] > c;
+        if (!any) continue;
+      }
+      __m512 sum[8][2];
+      for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+      for (long row = 0; row < rows; row++) {
+        const __m512 x0 = load_bf16(x + row * columns + c), x1 = load_bf16(x + row * columns + c + 16);
+        const float *l = low + row * ranks + first;
+        if (many == 8) {
+#pragma GCC unroll 8
+          for (int r = 0; r < 8; r++) {
+            const __m512 v = _mm512_set1_ps(l[r]);
+            sum[r][0] = _mm512_fmadd_ps(v, x0, sum[r][0]);
+            sum[r][1] = _mm512_fmadd_ps(v, x1, sum[r][1]);
+          }
+        } else {
+          for (int r = 0; r < many; r++) {
+            const __m512 v = _mm512_set1_ps(l[r]);
+            sum[r][0] = _mm512_fmadd_ps(v, x0, sum[r][0]);
+            sum[r][1] = _mm512_fmadd_ps(v, x1, sum[r][1]);
+          }
+        }
+      }
+      for (int r = 0; r < many; r++) {
+        _mm512_storeu_ps(y + (long)(first + r) * columns + c, sum[r][0]);
+        _mm512_storeu_ps(y + (long)(first + r) * columns + c + 16, sum[r][1]);
+      }
+    }
+  }
+}
+
+/* rotary embedding in place (Su et al. 2021) of the first `turned` of `heads` heads; sign -1 turns back */
+static void rope_rows(float *x, long rows, int heads, int turned, int size, const float *cosine, const float *sine, float sign) {
+  const int half = size / 2;
+#pragma omp for schedule(static)
+  for (long row = 0; row < rows; row++)
+    for (int head = 0; head < turned; head++) {
+      float *a = x + (row * heads + head) * size, *b = a + half;
+      for (int i = 0; i < half; i++) {
+        const float c = cosine[row * half + i], s = sign * sine[row * half + i], p = a[i], q = b[i];
+        a[i] = p * c - q * s;
+        b[i] = q * c + p * s;
+      }
+    }
+}
+
+/* ---- one token for every row ------------------------------------------------------------------------------------------ */
+typedef struct {
+  int32_t d, heads, kv_heads, size, width, act, capacity;
+  int64_t rows, length; /* keys that are there already */
+  const int64_t *start; /* first real key of each row (left padding), or null */
+  const float *cosine, *sine;
+  float **keys, **values;
+  float *x, *qkv, *out, *low;
+  bf16 *narrow, *wide;
+} Decode;
+
+static void attend_rows(const Decode *s, float *keys, float *values, const Update *u) {
+  const int group = s->heads / s->kv_heads, size = s->size, half = size / 2;
+  const long now = s->length + 1, all = s->heads + 2 * s->kv_heads;
+  const float scale = 1 / sqrtf(size);
+#pragma omp for schedule(static)
+  for (long row = 0; row < s->rows; row++) {
+    float *q = s->qkv + row * all * size, *out = s->out + row * s->heads * size;
+    if (s->cosine)
+      for (int head = 0; head < s->heads + s->kv_heads; head++) {
+        float *a = q + head * size, *b = a + half;
+        for (int i = 0; i < half; i++) {
+          const float c = s->cosine[row * half + i], t = s->sine[row * half + i], m = a[i], n = b[i];
+          a[i] = m * c - n * t;
+          b[i] = n * c + m * t;
+        }
+      }
+    const long begin = s->start ? s->start[row] : 0;
+    float score[now + 16];
+    for (int kv = 0; kv < s->kv_heads; kv++) {
+      float *k = keys + (row * s->kv_heads + kv) * s->capacity * size, *v = values + (row * s->kv_heads + kv) * s->capacity * size;
+      memcpy(k + s->length * size, q + (s->heads + kv) * size, size * 4);
+      memcpy(v + s->length * size, q + (s->heads + s->kv_heads + kv) * size, size * 4);
+      for (int g = 0; g < group; g++) {
+        const int head = kv * group + g;
+        float most = -INFINITY;
+        for (long j = begin; j < now; j++) {
+          __m512 sum = _mm512_setzero_ps();
+          for (int i = 0; i < size; i += 16)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + head * size + i), _mm512_loadu_ps(k + j * size + i), sum);
+          score[j] = _mm512_reduce_add_ps(sum) * scale;
+          most = score[j] > most ? score[j] : most;
+        }
+        __m512 total = _mm512_setzero_ps();
+        for (long j = begin; j < now; j += 16) {
+          const __mmask16 inside = now - j >= 16 ? 0xffff : (1u << (now - j)) - 1;
+          const __m512 e = vexp(_mm512_sub_ps(_mm512_loadu_ps(score + j), _mm512_set1_ps(most)));
+          total = _mm512_mask_add_ps(total, inside, total, e);
+          _mm512_mask_storeu_ps(score + j, inside, e);
+        }
+        const float share = 1 / _mm512_reduce_add_ps(total);
+        for (int i = 0; i < size; i += 16) {
+          __m512 sum = _mm512_setzero_ps();
+          for (long j = begin; j < now; j++) sum = _mm512_fmadd_ps(_mm512_set1_ps(score[j]), _mm512_loadu_ps(v + j * size + i), sum);
+          _mm512_storeu_ps(out + head * size + i, _mm512_mul_ps(sum, _mm512_set1_ps(share)));
+        }
+      }
+    }
+    for (int c = 0; c < s->heads * size; c += 16) store_bf16(s->narrow + row * s->heads * size + c, _mm512_loadu_ps(out + c));
+    if (u->ranks) low_of(out, u->a, s->heads * size, u->ranks, 0, 0, s->low + row * u->ranks);
+  }
+}
+
+void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
+#pragma omp parallel
+  for (int l = first; l < last; l++) {
+    const Layer *at = layers + l;
+    norm_rows(s->x, s->rows, s->d, &at->before, &at->attend.update, s->narrow, s->low, 0);
+    product_rows(s->narrow, s->rows, &at->attend, s->low, s->qkv, STORE);
+    attend_rows(s, s->keys[l], s->values[l], &at->output.update);
+    product_rows(s->narrow, s->rows, &at->output, s->low, s->x, ADD);
+    norm_rows(s->x, s->rows, s->d, &at->between, &at->up.update, s->narrow, s->low, 0);
+    product_rows(s->narrow, s->rows, &at->up, s->low, s->wide, STORE_BF16);
+    act_rows(s->wide, s->rows, s->width, s->act, &at->down.update, s->narrow, s->low);
+    product_rows(s->narrow, s->rows, &at->down, s->low, s->x, ADD);
+  }
+}
+
+/* ---- the same, a call each, for whole sequences and their gradients ----------------------------------------------------- */
+void punster_pack(const bf16 *w, int out, int in, long row_stride, long column_stride, uint32_t *packed) {
+#pragma omp parallel for schedule(static)
+  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+    for (int k = 0; k < in / 2; k++)
+      for (int c = 0; c < PANEL; c++) {
+        const long column = (long)panel * PANEL + c;
+        const bf16 *at = w + column * row_stride + 2L * k * column_stride;
+        packed[((long)panel * (in / 2) + k) * PANEL + c] = column < out ? at[0] | (uint32_t)at[column_stride] << 16 : 0;
+      }
+}
+void punster_product(const bf16 *x, long rows, const Product *p, const float *low, void *y, int mode) {
+#pragma omp parallel
+  product_rows(x, rows, p, low, y, mode);
+}
+void punster_norm(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
+#pragma omp parallel
+  norm_rows(x, rows, d, n, u, y, low, stat);
+}
+void punster_norm_back(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, float *dx) {
+#pragma omp parallel
+  norm_back_rows(dy, x, stat, rows, d, n, dx);
+}
+void punster_round(const float *x, long rows, int columns, const Update *u, const int32_t *from, const int32_t *to, bf16 *y, float *low) {
+#pragma omp parallel
+  round_rows(x, rows, columns, u, from, to, y, low);
+}
+void punster_act(const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *h, float *low) {
+#pragma omp parallel
+  act_rows(y, rows, width, kind, u, h, low);
+}
+void punster_act_back(const float *dh, const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *dy, float *pulled) {
+#pragma omp parallel
+  act_back_rows(dh, y, rows, width, kind, u, dy, pulled);
+}
+void punster_outer(const float *low, const bf16 *x, long rows, int columns, int ranks, const int32_t *from, const int32_t *to, float *y) {
+#pragma omp parallel
+  outer_rows(low, x, rows, columns, ranks, from, to, y);
+}
+void punster_rope(float *x, long rows, int heads, int turned, int size, const float *cosine, const float *sine, float sign) {
+#pragma omp parallel
+  rope_rows(x, rows, heads, turned, size, cosine, sine, sign);
+}

@@ -1,0 +1,230 @@
+"""The kernels of kernels.c: built once by the system's C compiler, kept in the cache folder, left out where something is missing.
+
+They serve bf16 weights on CPUs with AVX512_BF16 (and without AMX, for which PyTorch's own products are better). Everything has a
+plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one. n rows, R ranks of all low-rank updates of a product together.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from punster.model.lora import Adapter
+
+PANEL = 48  # columns of packed weights that lie together
+STORE, ADD, STORE_BF16 = 0, 1, 2
+SILU, GELU_TANH = 0, 1
+ACTIVATIONS = {("llama", "silu"): SILU, ("gpt2", "gelu_new"): GELU_TANH, ("gpt2", "gelu_pytorch_tanh"): GELU_TANH}
+Site = tuple[str, slice]  # a linear layer and its columns of the joint output
+
+
+class CUpdate(c.Structure):
+    _fields_ = (("a", c.c_void_p), ("b", c.c_void_p), ("ranks", c.c_int32), ("begin", c.c_void_p), ("end", c.c_void_p))
+
+
+class CProduct(c.Structure):
+    _fields_ = (("w", c.c_void_p), ("bias", c.c_void_p), ("into", c.c_int32), ("out", c.c_int32), ("update", CUpdate))
+
+
+class CNorm(c.Structure):
+    _fields_ = (("weight", c.c_void_p), ("bias", c.c_void_p), ("eps", c.c_float))
+
+
+class CLayer(c.Structure):
+    _fields_ = (
+        ("before", CNorm), ("between", CNorm), ("attend", CProduct), ("out", CProduct), ("up", CProduct), ("down", CProduct),
+    )  # fmt: skip
+
+
+class CDecode(c.Structure):
+    _fields_ = (
+        *((name, c.c_int32) for name in ("d", "heads", "kv_heads", "size", "width", "act", "capacity")),
+        ("rows", c.c_int64), ("length", c.c_int64), ("start", c.c_void_p), ("cos", c.c_void_p), ("sin", c.c_void_p),
+        ("keys", c.c_void_p), ("values", c.c_void_p),
+        *((name, c.c_void_p) for name in ("x", "qkv", "out", "low", "narrow", "wide")),
+    )  # fmt: skip
+
+
+NO_UPDATE = CUpdate(None, None, 0, None, None)
+
+
+@cache
+def library() -> c.CDLL | None:
+    """The compiled kernels, or None where they cannot help."""
+    if os.environ.get("PUNSTER_KERNELS") == "0":
+        return None
+    from punster.doctor import cpu_features
+
+    features, compiler = cpu_features(), shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if "avx512_bf16" not in features or "amx_bf16" in features or compiler is None:
+        return None
+    try:
+        found = c.CDLL(str(build(compiler)))
+        if right(found):
+            return found
+        reason = "they multiply wrongly"
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+    warnings.warn(f"the C kernels could not be used ({reason.strip()[:300]}); plain PyTorch takes their place", stacklevel=2)
+    return None
+
+
+def build(compiler: str) -> Path:
+    """Compile once for this source, compiler and machine; linked with PyTorch's own OpenMP, so that one pool of threads serves both."""
+    from punster.model.load import cache_folder
+
+    source = Path(__file__).with_name("kernels.c")
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    command = [compiler, "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", str(source)]
+    command += [*map(str, openmp[:1]), "-lm"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
+    name = hashlib.sha256("\0".join((source.read_text(), *command, version, cpu)).encode()).hexdigest()[:20]
+    target = cache_folder() / "kernels" / f"{name}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            fresh = Path(folder) / "kernels.so"
+            subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=True, timeout=120)
+            fresh.replace(target)
+    return target
+
+
+def right(found: c.CDLL) -> bool:
+    weight, x = torch.linspace(-1, 1, 50 * 32).view(50, 32).bfloat16(), torch.linspace(-1, 1, 9 * 32).view(9, 32).bfloat16()
+    packed, y = torch.zeros(2 * PANEL * 16, dtype=torch.int32), torch.empty(9, 50)
+    found.punster_pack(at(weight), 50, 32, c.c_long(32), c.c_long(1), at(packed))
+    found.punster_product(at(x), c.c_long(9), c.byref(CProduct(at(packed), None, 32, 50, NO_UPDATE)), None, at(y), STORE)
+    return torch.allclose(y, x.float() @ weight.float().T, atol=1e-4)
+
+
+def at(tensor: Tensor | None) -> c.c_void_p | None:
+    return None if tensor is None else c.c_void_p(tensor.data_ptr())
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Integers are passed as long or int by the C prototype's order; tensors by address."""
+    found = library()
+    assert found is not None
+    getattr(found, name)(*(at(x) if isinstance(x, Tensor) else x for x in arguments))
+
+
+def suits(weight: Tensor) -> bool:
+    """Whether a frozen matrix (out, in) can be packed."""
+    fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 32 == 0
+    return fits and not weight.requires_grad and library() is not None
+
+
+@dataclass
+class Packed:
+    """A frozen matrix (out, in) in the order the kernels read it."""
+
+    weight: Tensor
+    bias: Tensor | None  # (out,) fp32
+    into: int
+    out: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        """(out, in) bf16, of any strides: a transposed view serves the product with the transpose."""
+        out, into = weight.shape
+        packed = torch.empty(-(-out // PANEL) * PANEL * into // 2, dtype=torch.int32)
+        call("punster_pack", weight, out, into, c.c_long(weight.stride(0)), c.c_long(weight.stride(1)), packed)
+        return cls(packed, None if bias is None else bias.detach().float().contiguous(), into, out)
+
+    def product(self, update: CUpdate = NO_UPDATE) -> CProduct:
+        return CProduct(at(self.weight), at(self.bias), self.into, self.out, update)
+
+    def __call__(self, x: Tensor, low: Tensor | None = None, update: CUpdate = NO_UPDATE, into: Tensor | None = None,
+                 half: bool = False) -> Tensor:  # fmt: skip
+        """x (n, in) bf16 -> x W^T + bias + low b, (n, out) fp32, or bf16 if half; added to `into` where that is given."""
+        y = into if into is not None else torch.empty(len(x), self.out, dtype=torch.bfloat16 if half else torch.float32)
+        mode = ADD if into is not None else STORE_BF16 if half else STORE
+        call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), low, y, mode)
+        return y
+
+
+@dataclass
+class LowRank:
+    """All low-rank updates of one product: y += (x a^T) b, a (R, in), b (R, out) scaled and zero outside each rank's columns."""
+
+    parts: list[tuple[slice, slice, Adapter, str]] = field(default_factory=list)  # ranks, columns, whose, where
+    a: Tensor | None = None
+    b: Tensor | None = None
+    ends: Tensor | None = None  # (4, R): where columns of the output begin and end, then the same of trained ranks only
+
+    @classmethod
+    def of(cls, places: Sequence[Site], adapters: Sequence[Adapter]) -> LowRank:
+        found = [(columns, adapter, site) for site, columns in places for adapter in adapters if site in adapter.a]
+        if not found:
+            return cls()
+        ranks = sum(adapter.rank for _, adapter, _ in found)
+        b, ends, parts, rank = torch.zeros(ranks, places[-1][1].stop), [], [], 0
+        for columns, adapter, site in found:
+            own = slice(rank, rank := rank + adapter.rank)
+            torch.mul(adapter.b[site].detach().T, adapter.scale, out=b[own, columns])
+            trained = adapter.a[site].requires_grad
+            row = (columns.start, columns.stop, *((columns.start, columns.stop) if trained else (0, 0)))
+            ends += [row] * adapter.rank
+            parts.append((own, columns, adapter, site))
+        a = torch.cat([adapter.a[site].detach() for _, adapter, site in found])
+        return cls(parts, a, b, torch.tensor(ends, dtype=torch.int32).T.contiguous())
+
+    @property
+    def ranks(self) -> int:
+        return 0 if self.a is None else len(self.a)
+
+    def forward(self) -> CUpdate:
+        if self.a is None or self.ends is None:
+            return NO_UPDATE
+        return CUpdate(at(self.a), at(self.b), self.ranks, at(self.ends[0]), at(self.ends[1]))
+
+    def backward(self) -> tuple[CUpdate, Tensor | None]:
+        """The update of the product with the transpose, dx += pulled a, and what it must keep alive."""
+        if self.a is None:
+            return NO_UPDATE, None
+        width = self.a.shape[1]
+        ends = torch.tensor([[0] * self.ranks, [width] * self.ranks], dtype=torch.int32)
+        return CUpdate(None, at(self.a), self.ranks, at(ends[0]), at(ends[1])), ends
+
+    def gradients(self, low: Tensor, dy: Tensor, pulled: Tensor, x: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Of A and B of each part, in turn. low (n, R) = x a^T, dy (n, out), pulled (n, R) = dy b^T, x (n, in); dy and x bf16."""
+        if self.ends is None or not any(wanted):
+            return [None] * len(wanted)
+        of_b, of_a = torch.empty(self.ranks, dy.shape[1]), torch.empty(self.ranks, x.shape[1])
+        ends = self.ends.clone()
+        ends[0], ends[1] = 0, (ends[3] > 0) * x.shape[1]
+        rows = c.c_long(len(x))
+        call("punster_outer", low, dy, rows, dy.shape[1], self.ranks, self.ends[2], self.ends[3], of_b)
+        call("punster_outer", pulled, x, rows, x.shape[1], self.ranks, ends[0], ends[1], of_a)
+        grads: list[Tensor | None] = []
+        for ranks, columns, adapter, _ in self.parts:
+            trained = wanted[len(grads)]
+            grads += [of_a[ranks], of_b[ranks, columns].T * adapter.scale] if trained else [None, None]
+        return grads
+
+
+def empty_low(rows: int, update: LowRank) -> Tensor:
+    return torch.empty(rows, max(1, update.ranks))
+
+
+def rounded(x: Tensor, update: CUpdate, ends: Tensor | None, low: Tensor) -> Tensor:
+    """(n, in) fp32 -> bf16, and low = x a^T of the update."""
+    y = torch.empty(x.shape, dtype=torch.bfloat16)
+    begin, end = (None, None) if ends is None else (ends[0], ends[1])
+    call("punster_round", x, c.c_long(len(x)), x.shape[1], c.byref(update), begin, end, y, low)
+    return y
