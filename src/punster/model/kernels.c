@@ -13,8 +13,8 @@
 #define PANEL 48
 #define TALL 8     /* rows of a tile: 8 x 3 accumulators fill the registers */
 #define CHUNK 256  /* rows that share a panel before the next one comes */
+#define BLOCK 1024 /* pairs of inputs summed at a stretch */
 #define INLINE static inline __attribute__((always_inline))
-#define RANKS 512
 typedef uint16_t bf16;
 enum { STORE = 0, ADD = 1, STORE_BF16 = 2 };
 enum { SILU = 0, GELU_TANH = 1 };
@@ -52,13 +52,14 @@ INLINE __m512 gate_of(int kind, __m512 x, __m512 *slope) {
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------------ */
-INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, void *y, int mode) {
+INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, long begin, long end, void *y,
+                 int mode) {
   const long in = p->in, out = p->out;
   const Update *u = &p->update;
-  const uint32_t *w = p->w + (long)panel * (in / 2) * PANEL;
+  const uint32_t *w = p->w + ((long)panel * (in / 2) + begin) * PANEL;
   __m512 sum[TALL][3];
   for (int r = 0; r < rows; r++) for (int c = 0; c < 3; c++) sum[r][c] = _mm512_setzero_ps();
-  for (long k = 0; k < in / 2; k++, w += PANEL) {
+  for (long k = begin; k < end; k++, w += PANEL) {
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 16),
                    w2 = (__m512bh)_mm512_loadu_si512(w + 32);
 #pragma GCC unroll 8
@@ -90,7 +91,7 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
 #pragma GCC unroll 3
   for (int c = 0; c < 3; c++) {
     const long column = first + 16 * c;
-    const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(inside[c], p->bias + column) : _mm512_setzero_ps();
+    const __m512 bias = p->bias && !begin ? _mm512_maskz_loadu_ps(inside[c], p->bias + column) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       __m512 v = _mm512_add_ps(sum[r][c], bias);
@@ -107,18 +108,25 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
 
 static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, void *y, int mode) {
   const long panels = (p->out + PANEL - 1) / PANEL, chunks = (rows + CHUNK - 1) / CHUNK;
+  const long size = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
 #pragma omp for schedule(static)
   for (long job = 0; job < chunks * panels; job++) {
-    const long begin = job / panels * CHUNK, end = begin + CHUNK < rows ? begin + CHUNK : rows;
-    const int panel = job % panels;
-    for (long row = begin; row < end; row += TALL) {
-      const bf16 *at = x + row * p->in;
-      const float *beside = low ? low + row * p->update.ranks : 0;
-      void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
-      switch (end - row) {
-#define CASE(n) case n: tile(n, at, p, beside, panel, to, mode); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-        default: tile(8, at, p, beside, panel, to, mode);
+    const long begin = job % chunks * size, end = begin + size < rows ? begin + size : rows;
+    const int panel = job / chunks;
+    /* long sums in blocks whose weights stay in the second-level cache; bf16 results are never split */
+    const long pairs = p->in / 2, step = mode == STORE_BF16 ? pairs : BLOCK;
+    for (long k = 0; k < pairs; k += step) {
+      const long stop = k + step < pairs ? k + step : pairs;
+      const int how = k ? ADD : mode;
+      for (long row = begin; row < end; row += TALL) {
+        const bf16 *at = x + row * p->in;
+        const float *beside = low && !k ? low + row * p->update.ranks : 0;
+        void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
+        switch (end - row) {
+#define CASE(n) case n: tile(n, at, p, beside, panel, k, stop, to, how); break;
+          CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+          default: tile(8, at, p, beside, panel, k, stop, to, how);
+        }
       }
     }
   }
@@ -378,6 +386,64 @@ void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
     product_rows(s->narrow, s->rows, &at->up, s->low, s->wide, STORE_BF16);
     act_rows(s->wide, s->rows, s->width, s->act, &at->down.update, s->narrow, s->low);
     product_rows(s->narrow, s->rows, &at->down, s->low, s->x, ADD);
+  }
+}
+
+/* ---- over the vocabulary ------------------------------------------------------------------------------------------------ */
+typedef struct { float most, total, log_total; } Partition; /* of exp(scale logits) */
+INLINE __mmask16 inside_of(int left) { return left >= 16 ? 0xffff : (1u << left) - 1; }
+static Partition partition_of(const float *logits, int size, float scale) {
+  const __m512 s = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-INFINITY);
+  __m512 most = lowest, total = _mm512_setzero_ps();
+  for (int c = 0; c < size; c += 16)
+    most = _mm512_max_ps(most, _mm512_mul_ps(s, _mm512_mask_loadu_ps(lowest, inside_of(size - c), logits + c)));
+  Partition p = {.most = _mm512_reduce_max_ps(most)};
+  for (int c = 0; c < size; c += 16) {
+    const __mmask16 inside = inside_of(size - c);
+    const __m512 x = _mm512_sub_ps(_mm512_mul_ps(s, _mm512_maskz_loadu_ps(inside, logits + c)), _mm512_set1_ps(p.most));
+    total = _mm512_mask_add_ps(total, inside, total, vexp(x));
+  }
+  p.total = _mm512_reduce_add_ps(total);
+  p.log_total = p.most + logf(p.total);
+  return p;
+}
+
+/* log-prob of each row's target, and the probabilities in bf16 where they are wanted */
+void punster_log_probs(const float *logits, long rows, int size, float scale, const int64_t *targets, float *log_prob, bf16 *probs) {
+#pragma omp parallel for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const float *x = logits + row * size;
+    const Partition p = partition_of(x, size, scale);
+    log_prob[row] = x[targets[row]] * scale - p.log_total;
+    for (int c = 0; probs && c < size; c += 16) {
+      const __mmask16 inside = inside_of(size - c);
+      const __m512 e = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(inside, x + c)), _mm512_set1_ps(p.most));
+      const __m512 v = _mm512_mul_ps(vexp(e), _mm512_set1_ps(1 / p.total));
+      _mm256_mask_storeu_epi16(probs + row * size + c, inside, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+  }
+}
+
+/* out (4, rows): log-probs of the targets under both, entropy of the first, exact KL(first || second); without a second two rows */
+void punster_compare(const float *first, const float *second, long rows, int size, float scale, const int64_t *targets, float *out) {
+#pragma omp parallel for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const float *x = first + row * size, *y = second ? second + row * size : x;
+    const Partition p = partition_of(x, size, scale), q = second ? partition_of(y, size, scale) : p;
+    __m512 own = _mm512_setzero_ps(), gap = own;
+    for (int c = 0; c < size; c += 16) {
+      const __mmask16 inside = inside_of(size - c);
+      const __m512 a = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(inside, x + c)), _mm512_set1_ps(p.log_total));
+      const __m512 b = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(inside, y + c)), _mm512_set1_ps(q.log_total));
+      const __m512 e = vexp(a);
+      own = _mm512_mask3_fmadd_ps(e, a, own, inside);
+      gap = _mm512_mask3_fmadd_ps(e, _mm512_sub_ps(a, b), gap, inside);
+    }
+    out[row] = x[targets[row]] * scale - p.log_total;
+    out[rows + row] = -_mm512_reduce_add_ps(own);
+    if (!second) continue;
+    out[2 * rows + row] = y[targets[row]] * scale - q.log_total;
+    out[3 * rows + row] = _mm512_reduce_add_ps(gap);
   }
 }
 

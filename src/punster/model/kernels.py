@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,7 @@ def library() -> c.CDLL | None:
     try:
         found = c.CDLL(str(build(compiler)))
         if right(found):
+            keep_memory()
             return found
         reason = "they multiply wrongly"
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
@@ -102,6 +104,14 @@ def build(compiler: str) -> Path:
             subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=True, timeout=120)
             fresh.replace(target)
     return target
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed memory (glibc): fresh pages for every block's activations cost a twentieth of the time."""
+    with suppress(AttributeError, OSError):
+        tune = c.CDLL(None).mallopt
+        for parameter, size in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 128 << 20)):  # mmap threshold, trim threshold, top pad
+            tune(parameter, size)
 
 
 def right(found: c.CDLL) -> bool:

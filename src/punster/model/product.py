@@ -6,7 +6,7 @@ and left alone if they fail; plain products take their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -139,19 +139,29 @@ class LogitHead:
     """
 
     weight: Tensor  # (V, d) in the type of the base
-    _forward: Callable[[Tensor], Tensor] | None = None
+    _forward: Matrix | None = None
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """For the kernels, which sum bf16 products in fp32: the states' rounding is all that is lost (.006 of a log-prob)."""
+        return Packed.of(self.weight.detach()) if suits(self.weight) else None
+
+    @cached_property
+    def packed_back(self) -> Packed:
+        return Packed.of(self.weight.detach().T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.weight.requires_grad or (hidden.requires_grad and torch.is_grad_enabled()):
             return F.linear(hidden, self.weight.to(hidden.dtype))  # differentiable
-        if self._forward is None and suits(self.weight):
-            packed = Packed.of(self.weight)
-            self._forward = lambda x: packed(x.bfloat16().reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-        elif self._forward is None:
+        if self.packed is not None:
+            return self.packed(hidden.bfloat16().reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        if self._forward is None:
             exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
             self._forward = Matrix(exact, forward_only=True)
         return self._forward(hidden)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """(n, V) -> (n, d): gradient W."""
+        """(n, V) -> (n, d) fp32: gradient W."""
+        if self.packed is not None and gradient.dtype == torch.bfloat16:
+            return self.packed_back(gradient)
         return (gradient.to(self.weight.dtype) @ self.weight.detach()).to(gradient.dtype)

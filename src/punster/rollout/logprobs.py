@@ -7,17 +7,19 @@ are at hand, and backward only scales it. N response tokens, d width, V vocabula
 
 from __future__ import annotations
 
+import ctypes as c
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from punster.model.kernels import call
 from punster.model.product import LogitHead
 
-# Rows of logits at a time: 128 x 49,152 in fp32 are 25 MB. Beyond 32 MB each tensor is a fresh mapping of memory, and
+# Rows of logits at a time: 64 x 49,152 in fp32 are 13 MB. Beyond 32 MB each tensor is a fresh mapping of memory, and
 # touching its pages for the first time costs several times what is computed with them.
-CHUNK = 128
+CHUNK = 64
 
 
 class _LogProbs(torch.autograd.Function):
@@ -31,10 +33,9 @@ class _LogProbs(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            log_p = log_softmax(head, hidden[part], temperature)
-            log_probs[part] = log_p.gather(1, targets[part, None])[:, 0]
-            if slopes is not None:  # d log p(y) / d logits = onehot(y) - p
-                slopes[part] = (weight[targets[part]] - head.pull_back(log_p.exp_())) / temperature
+            log_probs[part], probs = target_log_probs(head, hidden[part], targets[part], temperature, slopes is not None)
+            if slopes is not None and probs is not None:  # d log p(y) / d logits = onehot(y) - p
+                slopes[part] = (weight[targets[part]] - head.pull_back(probs)) / temperature
         ctx.slopes = slopes
         ctx.save_for_backward(*((hidden, targets) if ctx.needs_input_grad[1] else ()))
         ctx.head, ctx.temperature, ctx.chunk = head, temperature, chunk
@@ -64,6 +65,23 @@ def log_softmax(head: LogitHead, hidden: Tensor, temperature: float) -> Tensor:
     return log_p
 
 
+def target_log_probs(
+    head: LogitHead, hidden: Tensor, targets: Tensor, temperature: float, with_probs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (n,) of the targets, and on demand all probabilities (n, V), for gradients."""
+    if head.packed is None:
+        log_p = log_softmax(head, hidden, temperature)
+        return log_p.gather(1, targets[:, None])[:, 0], log_p.exp_() if with_probs else None
+    logits, found = head.logits(hidden.detach()), torch.empty(len(hidden))
+    probs = torch.empty(logits.shape, dtype=torch.bfloat16) if with_probs else None
+    call("punster_log_probs", logits, *sizes(logits), c.c_float(1 / temperature), targets, found, probs)
+    return found, probs
+
+
+def sizes(logits: Tensor) -> tuple[c.c_long, int]:
+    return c.c_long(logits.shape[0]), logits.shape[1]
+
+
 def token_log_probs(hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK) -> Tensor:
     """Log-probs (N,) fp32 of the targets, differentiable in hidden and in a trained head.
 
@@ -82,17 +100,22 @@ def compare_policies(
 
     The exact KL is sum_v pi(v) (log pi(v) - log ref(v)) >= 0 at the state before each target.
     """
-    out: dict[str, list[Tensor]] = {"log_prob": [], "ref_log_prob": [], "entropy": [], "kl": []}
+    names, parts = ("log_prob", "entropy", "ref_log_prob", "kl"), []
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        log_p = log_softmax(head, hidden[part], temperature)
-        log_q = log_softmax(reference_head, reference[part], temperature)
-        out["log_prob"].append(log_p.gather(1, targets[part, None])[:, 0])
-        out["ref_log_prob"].append(log_q.gather(1, targets[part, None])[:, 0])
-        p = log_p.exp()
-        out["kl"].append(log_q.neg_().add_(log_p).mul_(p).sum(-1))
-        out["entropy"].append(-p.mul_(log_p).sum(-1))
-    return {name: torch.cat(parts) for name, parts in out.items()}
+        aims = targets[part]
+        if head.packed is not None and reference_head.packed is not None:
+            found = torch.empty(4, len(aims))
+            logits, others = head.logits(hidden[part]), reference_head.logits(reference[part])
+            call("punster_compare", logits, others, *sizes(logits), c.c_float(1 / temperature), aims, found)
+        else:
+            log_p = log_softmax(head, hidden[part], temperature)
+            log_q = log_softmax(reference_head, reference[part], temperature)
+            chosen, others, p = log_p.gather(1, aims[:, None])[:, 0], log_q.gather(1, aims[:, None])[:, 0], log_p.exp()
+            kl = log_q.neg_().add_(log_p).mul_(p).sum(-1)
+            found = torch.stack((chosen, -p.mul_(log_p).sum(-1), others, kl))
+        parts.append(found)
+    return dict(zip(names, torch.cat(parts, 1), strict=True))
 
 
 @torch.no_grad()
@@ -100,10 +123,16 @@ def token_statistics(
     hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies of their distributions in nats, both (N,) fp32, without gradients."""
-    log_probs, entropies = [], []
+    parts = []
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        log_p = log_softmax(head, hidden[part], temperature)
-        log_probs.append(log_p.gather(1, targets[part, None])[:, 0])
-        entropies.append(-log_p.exp().mul_(log_p).sum(-1))
-    return torch.cat(log_probs), torch.cat(entropies)
+        aims = targets[part]
+        if head.packed is not None:
+            found, logits = torch.empty(2, len(aims)), head.logits(hidden[part])
+            call("punster_compare", logits, None, *sizes(logits), c.c_float(1 / temperature), aims, found)
+        else:
+            log_p = log_softmax(head, hidden[part], temperature)
+            found = torch.stack((log_p.gather(1, aims[:, None])[:, 0], -log_p.exp().mul_(log_p).sum(-1)))
+        parts.append(found)
+    log_probs, entropies = torch.cat(parts, 1)
+    return log_probs, entropies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,6 +107,11 @@ class Experience:
     finished: Tensor  # (B,) bool
     max_tokens: int
     samples: int = 1
+    kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # the first pass's states and values
+
+    def first_pass(self, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        """The policy's states and the critic's values of these rows with their graph, if `collect` kept it; only once."""
+        return self.kept.pop(tuple(rows), (None, None))
 
     def regroup(self, minibatches: int, generator: torch.Generator) -> list[list[list[int]]]:
         """A fresh permutation for another pass."""
@@ -172,9 +177,13 @@ def partition(
 @torch.no_grad()
 def collect(
     setup: Setup, prompt_rows: Sequence[int], sampling: torch.Generator, shuffling: torch.Generator, max_tokens: int = 0, *,
-    critic: Role | None = None, minibatches: int = 1, samples: int = 1,
+    critic: Role | None = None, minibatches: int = 1, samples: int = 1, with_graph: bool = False,
 ) -> Experience:  # fmt: skip
-    """Sample, run the trunk once for all roles, score, and read old log-probs, exact KL and values off the training path."""
+    """Sample, run the trunk once for all roles, score, and read old log-probs, exact KL and values off the training path.
+
+    with_graph: where the first minibatch is one micro-batch, its states and values keep their graph: the first update is made with
+    the very weights that are in place now, so its forward pass need not be repeated.
+    """
     policy, reference = setup.policy, setup.reference
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     depths = Trunk.depths(roles) if setup.cache_trunk else set()
@@ -195,17 +204,27 @@ def collect(
     device = policy.model.device
     names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler")
     tensors = {name: torch.zeros(shape, device=device) for name in names}
-    for rows in (group for minibatch in groups for group in minibatch):
+    kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+    for number, rows in enumerate(group for minibatch in groups for group in minibatch):
         batch = trunk.collate(examples, rows, device)
         width = batch.mask.shape[1]
+        keeps = with_graph and number == 0 and len(groups[0]) == 1
+        with torch.set_grad_enabled(keeps):
+            states = policy.response_hidden(batch)
+            joined = critic is not None and critic.adapters is policy.adapters
+            values = None if critic is None or joined else critic.values(batch)
+        if keeps:
+            kept[tuple(rows)] = states, values
+        if joined and critic is not None and critic.head is not None:
+            values = batch.scatter(critic.head(states))
         compared = compare_policies(
-            policy.response_hidden(batch), policy.model.head, reference.response_hidden(batch),
+            states, policy.model.head, reference.response_hidden(batch),
             reference.model.head, batch.targets(), setup.decoding.temperature,
         )  # fmt: skip
         for name, flat in compared.items():
             tensors[name][rows, :width] = batch.scatter(flat)
-        if critic is not None:
-            tensors["values"][rows, :width] = critic.values(batch)
+        if values is not None:
+            tensors["values"][rows, :width] = values
     for row, log_probs in enumerate(rollout.log_probs):
         tensors["sampler"][row, : len(log_probs)] = log_probs
     return Experience(
@@ -213,7 +232,7 @@ def collect(
         mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device),
         log_prob=tensors["log_prob"], ref_log_prob=tensors["ref_log_prob"], kl=tensors["kl"], entropy=tensors["entropy"],
         values=tensors["values"], sampler_log_prob=tensors["sampler"], scores=torch.tensor(scores, device=device),
-        finished=torch.tensor(rollout.finished, device=device), max_tokens=max_tokens, samples=samples,
+        finished=torch.tensor(rollout.finished, device=device), max_tokens=max_tokens, samples=samples, kept=kept,
     )  # fmt: skip
 
 

@@ -68,7 +68,9 @@ def grpo(
         for step in range(run.step + 1, steps + 1):
             guard.begin(step)
             rows = cursor.next(config.batch_size // config.samples)
-            rollout = partial(collect, setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples)
+            rollout = partial(
+                collect, setup, rows, sampling, shuffling, minibatches=config.minibatches, samples=config.samples, with_graph=True
+            )
             exp = within_memory(state, rollout)
             guard.check_rollout(exp.kl, exp.mask)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished)
@@ -147,7 +149,9 @@ def train_step(
         batch = exp.trunk.collate(exp.examples, rows, policy.model.device)
         mask = batch.mask
         cut = (rows, slice(0, mask.shape[1]))
-        flat = token_log_probs(policy.response_hidden(batch), policy.model.head, batch.targets(), config.temperature)
+        states, _ = exp.first_pass(rows)
+        states = policy.response_hidden(batch) if states is None else states
+        flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature)
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
         loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)
@@ -159,4 +163,5 @@ def train_step(
         for key in ("clipfrac", "approx_kl", "ratio"):
             sums[key] += float(stats[key]) / tokens
         largest = max(largest, float(stats["ratio_gap"]))
+    exp.kept.clear()
     return {**sums, "ratio_gap": largest}

@@ -74,7 +74,10 @@ def ppo(
         for step in range(run.step + 1, steps + 1):
             guard.begin(step)
             rows = cursor.next(config.batch_size)
-            rollout = partial(collect, setup, rows, sampling, shuffling, critic=critic, minibatches=config.minibatches)
+            learns = step > config.critic_warmup
+            rollout = partial(
+                collect, setup, rows, sampling, shuffling, critic=critic, minibatches=config.minibatches, with_graph=learns and step > 1
+            )  # fmt: skip
             exp = within_memory(state, rollout)
             guard.check_rollout(exp.kl, exp.mask)
             scores = exp.scores - config.missing_eos_penalty * (~exp.finished) - baseline[rows]
@@ -98,16 +101,14 @@ def ppo(
             for epoch in range(config.epochs):
                 minibatches = exp.groups if epoch == 0 else exp.regroup(config.minibatches, shuffling)
                 for groups in minibatches:
-                    update = partial(
-                        train_step, config, exp, groups, policy, critic, advantages, returns, step > config.critic_warmup
-                    )
+                    update = partial(train_step, config, exp, groups, policy, critic, advantages, returns, learns)
                     stats = within_memory(state, update)
                     if not updates and stats["ratio_gap"] > 1e-5 and state.numbers["max_tokens"] == exp.max_tokens:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
-                    if step > config.critic_warmup:
+                    if learns:
                         stats |= sft_term.accumulate(config.minibatches)
                     guard.check_losses({f"the {key} loss": stats[key] for key in ("policy", "value", "sft") if key in stats})
-                    if step > config.critic_warmup:
+                    if learns:
                         stats |= optimizer_step(optimizer, config.lr * rate, config.max_grad_norm)
                     value_stats = optimizer_step(critic_optimizer, config.critic_lr * rate, config.max_grad_norm)
                     updates.append(
@@ -157,7 +158,9 @@ def train_step(
         width = batch.mask.shape[1]
         cut = (rows, slice(0, width))
         mask = batch.mask
-        states = policy.response_hidden(batch) if with_policy or joined else None
+        states, values = exp.first_pass(rows)
+        if states is None and (with_policy or joined):
+            states = policy.response_hidden(batch)
         both: list[torch.Tensor] = []
         if with_policy and states is not None:
             flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature)
@@ -175,13 +178,15 @@ def train_step(
             largest = max(largest, float(stats["ratio_gap"]))
         if joined and states is not None and critic.head is not None:
             values = batch.scatter(critic.head(states if with_policy else states.detach()))
-        else:
+        elif values is None:
             values = critic.values(batch)
+        assert values is not None
         value_loss, value_clipped = clipped_value_loss(values, exp.values[cut], returns[cut], mask, config.value_clip)
         both.append(config.value_coef * value_loss / tokens)
         sum(both[1:], both[0]).backward()
         sums["value"] += float(value_loss.detach()) / tokens
         sums["value_clipfrac"] += float(value_clipped) / tokens
+    exp.kept.clear()
     return {**sums, "ratio_gap": largest}
 
 
