@@ -409,17 +409,19 @@ static Partition partition_of(const float *logits, int size, float scale) {
 }
 
 /* log-prob of each row's target, and the probabilities in bf16 where they are wanted */
-void punster_log_probs(const float *logits, long rows, int size, float scale, const int64_t *targets, float *log_prob, bf16 *probs) {
+void punster_log_probs(const float *logits, long rows, int size, float scale, const int64_t *targets, float *log_prob, bf16 *probs,
+                       int stride) {
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < rows; row++) {
     const float *x = logits + row * size;
     const Partition p = partition_of(x, size, scale);
     log_prob[row] = x[targets[row]] * scale - p.log_total;
+    for (int c = size; probs && c < stride; c++) probs[row * stride + c] = 0;
     for (int c = 0; probs && c < size; c += 16) {
       const __mmask16 inside = inside_of(size - c);
       const __m512 e = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(inside, x + c)), _mm512_set1_ps(p.most));
       const __m512 v = _mm512_mul_ps(vexp(e), _mm512_set1_ps(1 / p.total));
-      _mm256_mask_storeu_epi16(probs + row * size + c, inside, (__m256i)_mm512_cvtneps_pbh(v));
+      _mm256_mask_storeu_epi16(probs + (long)row * stride + c, inside, (__m256i)_mm512_cvtneps_pbh(v));
     }
   }
 }

@@ -148,7 +148,7 @@ class LogitHead:
 
     @cached_property
     def packed_back(self) -> Packed:
-        return Packed.of(self.weight.detach().T)
+        return Packed.of(F.pad(self.weight.detach().T, (0, self.weight.shape[0] % 2)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.weight.requires_grad or (hidden.requires_grad and torch.is_grad_enabled()):
@@ -161,7 +161,7 @@ class LogitHead:
         return self._forward(hidden)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """(n, V) -> (n, d) fp32: gradient W."""
+        """(n, V) -> (n, d) fp32: gradient W; for the kernels bf16, with one more column of zeros where V is odd."""
         if self.packed is not None and gradient.dtype == torch.bfloat16:
             return self.packed_back(gradient)
         return (gradient.to(self.weight.dtype) @ self.weight.detach()).to(gradient.dtype)

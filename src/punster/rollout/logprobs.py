@@ -68,13 +68,14 @@ def log_softmax(head: LogitHead, hidden: Tensor, temperature: float) -> Tensor:
 def target_log_probs(
     head: LogitHead, hidden: Tensor, targets: Tensor, temperature: float, with_probs: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (n,) of the targets, and on demand all probabilities (n, V), for gradients."""
+    """Log-probs (n,) of the targets, and on demand all probabilities as `LogitHead.pull_back` takes them."""
     if head.packed is None:
         log_p = log_softmax(head, hidden, temperature)
         return log_p.gather(1, targets[:, None])[:, 0], log_p.exp_() if with_probs else None
     logits, found = head.logits(hidden.detach()), torch.empty(len(hidden))
-    probs = torch.empty(logits.shape, dtype=torch.bfloat16) if with_probs else None
-    call("punster_log_probs", logits, *sizes(logits), c.c_float(1 / temperature), targets, found, probs)
+    stride = logits.shape[1] + logits.shape[1] % 2  # products read pairs
+    probs = torch.empty(len(hidden), stride, dtype=torch.bfloat16) if with_probs else None
+    call("punster_log_probs", logits, *sizes(logits), c.c_float(1 / temperature), targets, found, probs, stride)
     return found, probs
 
 

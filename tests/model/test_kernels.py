@@ -1,0 +1,198 @@
+"""The C kernels against plain PyTorch: the same function, nearer to exact arithmetic, and independent of what stands beside a row."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from punster.data.batch import Batch, Example, collate
+from punster.model import fused, kernels, product
+from punster.model.kernels import LowRank, Packed
+from punster.model.load import random_model
+from punster.model.lora import Adapter
+from punster.model.role import Role
+from punster.model.transformer import Decoder
+from punster.rollout import logprobs
+from punster.rollout.sampler import Decoding, generate
+from punster.train.run import seeded
+
+needs_kernels = pytest.mark.skipif(
+    kernels.library() is None, reason="no AVX512_BF16 (or AMX), or no C compiler: plain PyTorch is used"
+)
+FAMILIES = {
+    "llama": {
+        "model_type": "llama", "vocab_size": 331, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "hidden_act": "silu",
+    },
+    "gpt2": {"model_type": "gpt2", "vocab_size": 331, "n_embd": 64, "n_head": 2, "n_layer": 3, "n_positions": 64},
+}  # fmt: skip
+
+
+def exact_and_half(family: str) -> tuple[Decoder, Decoder]:
+    """One network twice: bf16 weights, and the same values in fp32. Norm weights and biases are not at their initial values."""
+    base = random_model(FAMILIES[family])
+    generator = torch.Generator().manual_seed(5)
+    half = {
+        name: (t + 0.1 * torch.randn(t.shape, generator=generator) if t.dim() == 1 else t).bfloat16()
+        for name, t in base.weights.items()
+    }
+    return Decoder(base.config, {name: t.float() for name, t in half.items()}), Decoder(base.config, half)
+
+
+def adapters(model: Decoder) -> tuple[Adapter, ...]:
+    """Two that stack, of unequal rank; the second one is trained."""
+    made = []
+    for name, rank in (("sft", 3), ("policy", 8)):
+        generator = torch.Generator().manual_seed(rank)
+        adapter = Adapter.create(name, model.config, rank=rank, alpha=16.0, layers=range(3), generator=generator)
+        for site in adapter.b:
+            adapter.b[site] = 0.02 * torch.randn(adapter.b[site].shape, generator=generator)
+        made.append(adapter)
+    made[1].trainable()
+    return tuple(made)
+
+
+def texts(count: int = 5) -> list[Example]:
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda n: tuple(torch.randint(0, 331, (n,), generator=generator).tolist())
+    shared = draw(4)
+    return [Example(shared + draw(i % 3), draw(3 + 2 * i)) for i in range(count)]
+
+
+def states_and_gradients(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    role = Role(model, adapters(model), trained=("policy",))
+    hidden = role.response_hidden(batch)
+    logs = logprobs.token_log_probs(hidden, model.head, batch.targets(), 1.3)
+    (logs * torch.linspace(-1, 1, len(logs))).sum().backward()
+    grads = [p.grad for p in role.parameters()]
+    assert all(grad is not None for grad in grads)
+    return hidden.detach(), torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_and_its_gradients_are_nearer_to_exact_than_the_plain_path(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, half = exact_and_half(family)
+    batch = collate(texts())
+    assert fused.usable(half, 0) and not fused.usable(exact, 0)
+    truth, slope = states_and_gradients(exact, batch)
+    found, own_slope = states_and_gradients(half, batch)
+    monkeypatch.setattr(fused, "usable", lambda model, layer: False)
+    monkeypatch.setattr(product, "suits", lambda weight: False)
+    plain, _ = states_and_gradients(Decoder(half.config, dict(half.weights)), batch)
+    error, plain_error = (float((x - truth).norm() / truth.norm()) for x in (found, plain))
+    assert 0 < error < 1.1 * plain_error and error < 0.01
+    assert float(torch.nn.functional.cosine_similarity(own_slope, slope, 0)) > 0.999
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "out", "into"), [(1, 100, 64), (7, 48, 32), (13, 331, 96), (300, 96, 4128)])
+@torch.no_grad()
+def test_products_sum_in_fp32(rows: int, out: int, into: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    w, x = torch.randn(out, into, generator=generator).bfloat16(), torch.randn(rows, into, generator=generator).bfloat16()
+    bias, start = torch.randn(out, generator=generator), torch.randn(rows, out, generator=generator)
+    want = x.double() @ w.double().T + bias
+    packed = Packed.of(w, bias)
+    torch.testing.assert_close(packed(x).double(), want, atol=3e-6 * into**0.5 * 8, rtol=1e-5)
+    torch.testing.assert_close(packed(x, into=start.clone()).double(), want + start, atol=3e-6 * into**0.5 * 8, rtol=1e-5)
+    assert torch.equal(packed(x, half=True), packed(x).bfloat16()) or into > 2 * 1024
+    even = torch.nn.functional.pad(want, (0, out % 2)).bfloat16()
+    back = Packed.of(torch.nn.functional.pad(w.T, (0, out % 2)))(even)
+    torch.testing.assert_close(back.double(), even[:, :out].double() @ w.double(), atol=1e-3 * out**0.5, rtol=1e-4)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_row_is_bit_identical_whatever_stands_beside_it() -> None:
+    w, x = torch.randn(200, 64).bfloat16(), torch.randn(70, 64).bfloat16()
+    packed = Packed.of(w)
+    whole = packed(x)
+    for first, last in ((0, 1), (3, 8), (8, 41), (69, 70)):
+        assert torch.equal(packed(x[first:last].contiguous()), whole[first:last])
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_has_the_log_probs_of_the_training_path(family: str) -> None:
+    _, half = exact_and_half(family)
+    role = Role(half, adapters(half), trained=("policy",))
+    prompts = [example.prompt for example in texts()]
+    out = generate(role, prompts, Decoding(12), 7, seeded(3, "sampling"), 2)
+    batch = collate(out.examples)
+    with torch.no_grad():
+        logs = logprobs.token_log_probs(role.response_hidden(batch), half.head, batch.targets())
+    assert float((logs - torch.cat(out.log_probs)).abs().mean()) < 0.01
+
+
+@needs_kernels
+def test_log_probs_entropy_and_kl_over_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(331, 64, generator=generator).bfloat16()
+    hidden = torch.randn(70, 64, generator=generator)
+    hidden, other = hidden.bfloat16().float().requires_grad_(), (hidden + 0.1).bfloat16().float()
+    targets = torch.randint(0, 331, (70,), generator=generator)
+
+    def everything(head: product.LogitHead) -> list[Tensor]:
+        logs = logprobs.token_log_probs(hidden, head, targets, 0.8)
+        (slope,) = torch.autograd.grad(logs.square().sum(), hidden)
+        compared = logprobs.compare_policies(hidden.detach(), head, other, head, targets, 0.8)
+        assert torch.equal(compared["log_prob"], logs.detach()) or head.packed is None
+        return [logs.detach(), slope, *compared.values(), *logprobs.token_statistics(hidden.detach(), head, targets, 0.8)]
+
+    found = everything(product.LogitHead(weight))
+    monkeypatch.setattr(product, "suits", lambda w: False)
+    plain = everything(product.LogitHead(weight))
+    slopes = found.pop(1), plain.pop(1)
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 0.01  # probabilities are rounded to bf16
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-5)
+
+
+@needs_kernels
+def test_low_rank_updates_reach_their_own_columns_only() -> None:
+    _, half = exact_and_half("llama")
+    places, both = half.projection(1, "attend"), adapters(half)
+    low = LowRank.of(places, both)
+    assert low.a is not None and low.b is not None and low.ranks == 3 * (3 + 8)
+    for ranks, columns, adapter, site in low.parts:
+        assert torch.equal(low.b[ranks, columns], adapter.b[site].detach().T * adapter.scale)
+    assert int((low.b != 0).sum()) == sum(adapter.b[site].numel() for _, _, adapter, site in low.parts)
+
+
+def run(script: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+ASK = "from punster.model import kernels; print(kernels.library())"
+
+
+def test_they_can_be_switched_off() -> None:
+    assert run(ASK, PUNSTER_KERNELS="0").strip() == "None"
+
+
+@needs_kernels
+def test_a_compiler_that_fails_is_named_and_does_without(tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'no such target' >&2; exit 1;; esac\n")
+    broken.chmod(0o755)
+    said = run(ASK, CC=str(broken), PUNSTER_CACHE=str(tmp_path / "cache"))
+    assert "None" in said and "no such target" in said and not list((tmp_path / "cache" / "kernels").iterdir())
+
+
+@needs_kernels
+def test_built_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert "CDLL" in run(ASK, PUNSTER_CACHE=str(tmp_path))
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
