@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -183,6 +184,54 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
     assert same(reader, train(replace(config, name="copy", resume=True)), run)
 
 
+PLACES = {  # where memory runs out outside of a backward pass: stage, settings, function, and which of its calls fails
+    "states of the texts": ("sft", {}, "punster.model.role.Trunk.compute", 1),
+    "states of held-out texts": ("reward", {}, "punster.model.role.Trunk.compute", 2),
+    "log-probs of the reference": ("dpo", {}, "punster.train.dpo.response_log_probs", 1),
+    "sampled pairs": ("dpo", {"pairs": "sampled", "samples": 2}, "punster.rollout.sampler._generate", 1),
+    "online pairs": ("dpo", {"online": True, "samples": 2}, "punster.rollout.sampler._generate", 1),
+    "the reference of online pairs": ("dpo", {"online": True, "samples": 2}, "punster.train.dpo.response_log_probs", 2),
+    "unpaired texts": ("dpo", {"loss_type": "kto"}, "punster.train.dpo.mismatched_kl", 1),
+    "PPO's rollout": ("ppo", {}, "punster.rollout.sampler._generate", 1),
+    "GRPO's rollout": ("grpo", {}, "punster.train.experience.compare_policies", 1),
+    "the texts of the SFT term": ("ppo", {"sft_coef": 1.0}, "punster.model.role.Trunk.compute", 1),
+    "the SFT term": ("ppo", {"sft_coef": 1.0, "critic_warmup": 0}, "punster.train.shaping.accumulate_nll", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_elsewhere_is_gone_on_from(
+    place: str, jobs: Any, reader: Any, tmp_path: Path, reward_run: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """After its work, one call finds no memory: with half the size the run goes on, and ends where it would have ended."""
+    stage, settings, name, failing = PLACES[place]
+    config, train = jobs(tmp_path, max_tokens=256)[stage]
+    sampled = {"reward_model": reward_run, "prompt_limit": 8, "max_new_tokens": 5} if {"pairs", "online"} & set(settings) else {}
+    config = replace(config, steps=2, **settings, **sampled)
+    whole = train(replace(config, name="whole"))
+    original, calls = import_from(name), [0]
+
+    def scarce(*rest: Any, **options: Any) -> Any:
+        result = original(*rest, **options)
+        calls[0] += 1
+        if calls[0] == failing:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, scarce)
+        run = train(replace(config, name="scarce"))
+    assert "out of memory: going on with micro-batches of 128 tokens instead of 256" in capsys.readouterr().err
+    for one, other in zip(reader.lines(run), reader.lines(whole), strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
+    assert reader.lines(run, "samples.jsonl") == reader.lines(whole, "samples.jsonl") if stage != "reward" else True
+
+
+def import_from(name: str) -> Any:
+    module, attribute = name.rsplit(".", 1)
+    return getattr(pkgutil.resolve_name(module), attribute)
+
+
 def test_memory_that_never_suffices_is_one_message(jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, train = jobs(tmp_path)["sft"]
     with monkeypatch.context() as patch:
@@ -268,6 +317,28 @@ def test_signals_on_the_command_line(
     assert not (run / "crash.json").exists() and not (run / "run.lock").exists()
     assert main([*arguments(config, "--eval-every", "2"), "--resume"]) == 0
     assert same(reader, run, whole)
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(
+    jobs: Any, child: Any, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, and what would come after it (a pipeline's next stage) does not begin."""
+    from punster.train.run import Run
+
+    config, _ = jobs(tmp_path)["sft"]
+    finish = Run.finish
+
+    def stopping(self: Run, summary: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(self, summary)
+
+    def body() -> int:
+        Run.finish = stopping  # type: ignore[method-assign]
+        return main(arguments(replace(config, name="run")))
+
+    code, errors = child(body)
+    assert code == 143 and "interrupted" in errors and "is finished" in errors, errors
+    assert reader.summary(tmp_path / "run")["steps"] == 4 and not (tmp_path / "run" / "run.lock").exists()
 
 
 # ---- clock, locks -------------------------------------------------------------------------------------------------

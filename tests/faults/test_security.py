@@ -6,7 +6,9 @@ import ast
 import io
 import json
 import pickletools
+import re
 import shutil
+import tomllib
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,22 @@ def test_the_source_never_unpickles_or_runs_foreign_code() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             assert not banned_modules & {name.split(".")[0] for name in names}, where
+
+
+def test_dependencies_are_pinned_with_hashes() -> None:
+    """Every direct dependency has one version, and all but torch the hashes of that version's files."""
+    root = SOURCE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.split(r"[^\w.-]", wish)[0].lower().replace("_", "-") for wish in wanted}
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints.txt").read_text().lower().replace("_", "-"), re.MULTILINE)
+    )
+    assert names <= set(pinned)
+    hashed = re.findall(
+        r"^([\w.-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", (root / "hashes.txt").read_text(), re.MULTILINE
+    )
+    assert {name: version for name, version, _ in hashed} | {"torch": pinned["torch"]} == pinned
 
 
 def test_run_folders_hold_no_pickles(jobs: Any, tmp_path: Path) -> None:
@@ -175,6 +193,7 @@ def test_no_secret_reaches_the_run_folder(jobs: Any, tmp_path: Path, monkeypatch
     run = tmp_path / "run"
     crash = json.loads((run / "crash.json").read_text())
     assert crash["config"]["batch_size"] == 5 and crash["machine"]["torch"] and crash["verb"] == "sft"
+    assert crash["versions"]["transformers"] and crash["metrics"] == {}
     assert "request with <PUNSTER_TEST_API_KEY>" in crash["error"] and any("broken" in line for line in crash["traceback"])
     train(replace(config, resume=True))  # compared without the secret, too
     for path in run.rglob("*"):
