@@ -215,6 +215,33 @@ def test_a_fault_of_punster_itself_is_one_line_and_a_report(
     assert report["verb"] == "doctor" and any("ZeroDivisionError" in line for line in report["traceback"])
 
 
+def test_a_fault_between_the_stages_of_a_pipeline_is_reported_in_its_folder(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a log of the stages; gone on with, the seconds of the stages that were done before are kept."""
+    config, train = pipeline(tmp_path)
+    config = replace(config, name="run", stages=["sft", "reward", "gold"], evaluate={"limit": 2, "samples": 1})
+
+    def broken(*rest: Any) -> Any:
+        raise RuntimeError("no yardstick")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("punster.evaluate.compare.evaluate", broken)
+        with pytest.raises(RuntimeError, match="no yardstick"):
+            train(config)
+    run = tmp_path / "run"
+    crash = json.loads((run / "crash.json").read_text())
+    assert crash["verb"] == "run" and crash["config"]["stages"] == config.stages and crash["versions"]["torch"]
+    log = [json.loads(line) for line in (run / "run.log").read_text().splitlines()]
+    assert [line["event"] for line in log] == ["started", *["stage"] * 4, "stopped"] and not (run / "run.lock").exists()
+    train(replace(config, resume=True))
+    found = json.loads((run / "summary.json").read_text())
+    assert found["stages"]["sft"]["seconds"] == json.loads((run / "sft" / "summary.json").read_text())["wall_seconds"] > 0
+    assert found["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"].values()), abs=0.1)
+    said = capsys.readouterr()
+    assert said.out + said.err == "", "quiet"
+
+
 def test_names_stay_inside_the_folder_of_runs(tmp_path: Path) -> None:
     from punster.config import PipelineConfig, SftConfig
 

@@ -258,7 +258,7 @@ def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
     policies = [stage for stage in config.stages if stage not in ("reward", "gold", "placebo_reward")]
     shared = {
         "models": ["base", *(str(folder / stage) for stage in policies)], "seed": config.seed, "device": config.device,
-        "dtype": config.dtype, "out": str(folder),
+        "dtype": config.dtype, "out": str(folder), "quiet": config.quiet,
     }  # fmt: skip
     settings: EvaluateConfig = typed(EvaluateConfig, "evaluate", {**shared, **section})
     return settings
