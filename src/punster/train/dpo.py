@@ -166,8 +166,8 @@ def load_examples(
         assert judge is not None
         ids = check_prompts(tokenizer, reference.model, sampling_prompts(config), config.max_new_tokens)
         drawing = seeded(config.seed, "pairs")
-        before = State(reference, {}, {"pairs": drawing}, numbers={"max_tokens": config.max_tokens})  # of the run's own state
-        examples, _ = within_memory(before, partial(sampled_pairs, reference, judge, ids, config, tokenizer, drawing))
+        early = State(reference, {}, {"pairs": drawing}, numbers={"max_tokens": config.max_tokens})  # the run's own comes later
+        examples, _ = within_memory(early, partial(sampled_pairs, reference, judge, ids, config, tokenizer, drawing))
         if config.loss_type == "kto":
             return examples, torch.arange(len(examples)) % 2 == 0
         return examples, None
