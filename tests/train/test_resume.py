@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from punster.cli import main
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.errors import UserError
 from punster.train.dpo import dpo
@@ -95,6 +98,22 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(
     runs = [train(replace(config, name=name, steps=2, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     assert reader.tensor_bytes(runs[0]) == reader.tensor_bytes(runs[1]) and reader.lines(runs[0]) == reader.lines(runs[1])
     assert reader.tensor_bytes(runs[0]) != reader.tensor_bytes(runs[2])
+
+
+def test_the_same_seed_in_another_process(tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, reader: Any) -> None:
+    """A new interpreter, which hashes strings in another order."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"pun: sea {i}"}) + "\n" for i in range(6)))
+    arguments = ["ppo", "-n", "run", "-a", sft_run, "-c", reward_run, "-b", "4", "--steps", "2", "--max-new-tokens", "5", "--prompts", str(prompts),
+                 "--model", str(tiny_llama), "--device", "cpu", "--dtype", "fp32", "--quiet", "--out"]  # fmt: skip
+    assert main([*arguments, str(tmp_path / "here")]) == 0
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    there = [sys.executable, "-m", "punster.cli", *arguments, str(tmp_path / "there")]
+    subprocess.run(there, env=environment, check=True, capture_output=True)
+    runs = [tmp_path / place / "run" for place in ("here", "there")]
+    assert reader.tensor_bytes(runs[0]) == reader.tensor_bytes(runs[1])
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert reader.lines(runs[0], log) == reader.lines(runs[1], log)
 
 
 def test_an_interrupt_finishes_the_step_and_can_be_resumed(
