@@ -43,8 +43,8 @@ class Model:
 
         if self.role.head is not None:
             raise UserError("this run is a reward model: it scores texts, it does not write them")
-        if k < 1:
-            raise UserError(f"-k must be at least 1, got {k}")
+        if k < 1 or best_of < 0:
+            raise UserError(f"-k must be at least 1 and --best-of at least 0, got {k} and {best_of}")
         if best_of and judge is None:
             raise UserError("--best-of needs a reward model to choose by: -c runs/REWARD")
         if judge is not None:

@@ -101,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def unexpected(verb: str, error: Exception) -> int:
     """A fault of punster itself: one line, and the traceback where a bug report can take it from."""
+    from punster.train.optim import out_of_memory
     from punster.train.run import crash_report
 
+    if out_of_memory(error):
+        print(f"punster {verb}: out of memory ({plain(str(error))}); what was saved is whole", file=sys.stderr)
+        return 1
     if not getattr(error, "__notes__", None):  # a run has written its own already
         crash_report(Path(tempfile.mkdtemp(prefix="punster-")), error, verb=verb)
     where = "; ".join(getattr(error, "__notes__", []))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), "system": platform.system(),
         "torch": torch.__version__, "punster": __version__,
     }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def cpu_name() -> str:
@@ -70,12 +80,9 @@ def doctor() -> int:
     from punster.train.setup import fast_bf16, pick_device, pick_dtype
 
     print(f"punster {__version__}, Python {platform.python_version()} on {platform.platform()}")
+    installed, found = versions(), machine()
     for package in PACKAGES:
-        try:
-            print(f"  {package:13s} {version(package)}")
-        except PackageNotFoundError:
-            print(f"  {package:13s} not installed")
-    found = machine()
+        print(f"  {package:13s} {installed.get(package, 'not installed')}")
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     print(f"machine        {found['cpu']}, {found['cores']} cores ({found['threads']} threads used)")

@@ -52,6 +52,28 @@ def jobs(tiny_llama: Path, sft_run: str, reward_run: str, make: Callable[..., An
     return build
 
 
+@pytest.fixture(scope="module")
+def pipeline(tiny_llama: Path) -> Callable[[Path], Job]:
+    """A pipeline of six short stages with evaluation and report."""
+    from punster.config import PipelineConfig
+    from punster.train.pipeline import run_pipeline
+
+    def train(config: PipelineConfig) -> Path:
+        assert run_pipeline(config) == 0
+        return Path(config.out) / config.name
+
+    def build(out: Path) -> Job:
+        tiny = {"steps": 2, "batch_size": 4, "lora_r": 4, "save_every": 1, "eval_prompts": 2}
+        judge, policy = {**tiny, "normalise_samples": 4, "test_limit": 2}, {**tiny, "max_new_tokens": 5}
+        return PipelineConfig(
+            out=str(out), model=str(tiny_llama), device="cpu", dtype="fp32", quiet=True, seed=5, sft=tiny, reward=judge, gold=judge,
+            ppo=policy, grpo={**policy, "samples": 2}, dpo=policy,
+            evaluate={"limit": 2, "samples": 2, "best_of": 2, "max_new_tokens": 5},
+        ), train  # fmt: skip
+
+    return build
+
+
 def in_child(body: Callable[[], int | None], errors: Path) -> tuple[int, str]:
     """Run a function in a forked process; (exit code, minus the signal if killed; what it wrote to stderr)."""
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What the machine may do to a run: a full disk, refused permissions, no memory, a clock set back, signals, two at once."""
+"""What the machine may do to a run: a full disk, refused permissions, a clock set back, signals, two at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from punster.cli import main
 from punster.errors import Aborted, UserError
 from punster.train import checkpoint
-from punster.train.run import Interrupted, damage, newest_step, optimizer_step, within_memory
-from punster.train.sft import sft
+from punster.train.run import Interrupted, damage, newest_step
 
 STAGES = ("sft", "reward", "ppo", "grpo", "dpo")
 NOBODY = 65534
@@ -143,95 +141,6 @@ def test_folders_that_may_not_be_written(jobs: Any, child: Any, tmp_path: Path) 
     assert not list(open_out.iterdir())
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", STAGES)
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
-    stage: str, jobs: Any, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first and the fourth backward pass fail when gradients are there already; the figures of the run stay what they are."""
-    config, train = jobs(tmp_path, max_tokens=256)[stage]
-    whole = train(replace(config, name="whole"))
-    backward, calls = torch.Tensor.backward, [0]
-
-    def scarce(self: torch.Tensor, *rest: Any, **options: Any) -> None:
-        calls[0] += 1
-        backward(self, *rest, **options)  # gradients are there already when it fails
-        if calls[0] in (1, 4):
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", scarce)
-        run = train(replace(config, name="scarce"))
-    said = capsys.readouterr().err
-    assert (
-        "out of memory: going on with micro-batches of 128 tokens instead of 256" in said
-        and "of 64 tokens instead of 128" in said
-    )
-    state = json.loads((reader.final(run) / "state.json").read_text())
-    assert state["numbers"]["max_tokens"] == 64
-    events = [json.loads(line) for line in (run / "run.log").read_text().splitlines()]
-    assert [event["max_tokens"] for event in events if event["event"] == "out_of_memory"] == [128, 64]
-    ours, theirs = reader.lines(run), reader.lines(whole)
-    for one, other in zip(ours, theirs, strict=True):
-        for key in ("loss", "loss/policy_avg", "policy/loss", "grad_norm"):
-            if key in other:
-                assert one[key] == pytest.approx(other[key], rel=2e-3, abs=2e-5), (one["step"], key)
-    assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-5, abs=1e-7)
-    # The smaller micro-batch is part of the checkpoint: a resumed run repeats the rest of this one.
-    copy = reader.interrupted_copy(run, tmp_path / "copy", 3)
-    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("name: scarce", "name: copy"))
-    assert same(reader, train(replace(config, name="copy", resume=True)), run)
-
-
-def test_memory_that_never_suffices_is_one_message(jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, train = jobs(tmp_path)["sft"]
-    with monkeypatch.context() as patch:
-        patch.setattr("punster.train.sft.token_log_probs", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
-        with pytest.raises(Aborted, match="out of memory even with 64 tokens"):
-            train(replace(config, name="run"))
-
-
-def test_a_real_lack_of_memory(jobs: Any, child: Any, reader: Any, tmp_path: Path, make: Any, tiny_llama: Path) -> None:
-    """An address space (RLIMIT_AS) in which the whole batch does not fit, but parts of it do."""
-    from punster.train.checkpoint import State
-    from punster.train.optim import make_optimizer
-    from punster.train.run import load_run
-
-    run = sft(make(jobs(tmp_path)["sft"][0].__class__, name="small", out=str(tmp_path), model=str(tiny_llama), steps=1))
-    assert run is not None
-    role, _ = load_run(run)
-    adapter = role.adapters[0].trainable()
-    optimizer, names = make_optimizer(replace(role, trained=(adapter.name,)), 1e-3)
-
-    def attempt(tokens: int) -> float:
-        """The gradient of a sum of squares over 2^14 rows, in micro-batches; a full one needs 2 GB."""
-        total = 0.0
-        for start in range(0, 16384, tokens):
-            x = torch.arange(start, start + tokens, dtype=torch.float32)[:, None] / 16384 * torch.ones(1, 32768)
-            loss = (x @ torch.ones(32768, 1) * next(adapter.parameters()).sum()).square().mean() * tokens / 16384
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    def body() -> int:
-        state = State(role, {"policy": (optimizer, names)}, {}, numbers={"max_tokens": 16384})
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + 900 * 2**20, resource.RLIM_INFINITY))
-        assert within_memory(state, attempt) > 0
-        (tmp_path / "norm").write_text(f"{state.numbers['max_tokens']} {optimizer_step(optimizer, 0.0, 1e9)['grad_norm']!r}")
-        return 0
-
-    code, errors = child(body)
-    assert code == 0, errors
-    assert "out of memory: going on with micro-batches of 8192 tokens instead of 16384" in errors
-    tokens, norm = (tmp_path / "norm").read_text().split()
-    assert 64 <= int(tokens) <= 8192
-    for start in range(0, 16384, 1024):
-        x = torch.arange(start, start + 1024, dtype=torch.float32)[:, None] / 16384 * torch.ones(1, 32768)
-        ((x @ torch.ones(32768, 1) * next(adapter.parameters()).sum()).square().mean() * 1024 / 16384).backward()
-    assert float(norm) == pytest.approx(optimizer_step(optimizer, 0.0, 1e9)["grad_norm"], rel=1e-4)
-
-
 # ---- signals ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("times", [1, 2])
@@ -268,6 +177,28 @@ def test_signals_on_the_command_line(
     assert not (run / "crash.json").exists() and not (run / "run.lock").exists()
     assert main([*arguments(config, "--eval-every", "2"), "--resume"]) == 0
     assert same(reader, run, whole)
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(
+    jobs: Any, child: Any, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, and what would come after it (a pipeline's next stage) does not begin."""
+    from punster.train.run import Run
+
+    config, _ = jobs(tmp_path)["sft"]
+    finish = Run.finish
+
+    def stopping(self: Run, summary: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(self, summary)
+
+    def body() -> int:
+        Run.finish = stopping  # type: ignore[method-assign]
+        return main(arguments(replace(config, name="run")))
+
+    code, errors = child(body)
+    assert code == 143 and "interrupted" in errors and "is finished" in errors, errors
+    assert reader.summary(tmp_path / "run")["steps"] == 4 and not (tmp_path / "run" / "run.lock").exists()
 
 
 # ---- clock, locks -------------------------------------------------------------------------------------------------

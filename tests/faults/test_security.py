@@ -6,7 +6,9 @@ import ast
 import io
 import json
 import pickletools
+import re
 import shutil
+import tomllib
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,22 @@ def test_the_source_never_unpickles_or_runs_foreign_code() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             assert not banned_modules & {name.split(".")[0] for name in names}, where
+
+
+def test_dependencies_are_pinned_with_hashes() -> None:
+    """Every direct dependency has one version, and all but torch the hashes of that version's files."""
+    root = SOURCE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.split(r"[^\w.-]", wish)[0].lower().replace("_", "-") for wish in wanted}
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints.txt").read_text().lower().replace("_", "-"), re.MULTILINE)
+    )
+    assert names <= set(pinned)
+    hashed = re.findall(
+        r"^([\w.-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", (root / "hashes.txt").read_text(), re.MULTILINE
+    )
+    assert {name: version for name, version, _ in hashed} | {"torch": pinned["torch"]} == pinned
 
 
 def test_run_folders_hold_no_pickles(jobs: Any, tmp_path: Path) -> None:
@@ -175,6 +193,7 @@ def test_no_secret_reaches_the_run_folder(jobs: Any, tmp_path: Path, monkeypatch
     run = tmp_path / "run"
     crash = json.loads((run / "crash.json").read_text())
     assert crash["config"]["batch_size"] == 5 and crash["machine"]["torch"] and crash["verb"] == "sft"
+    assert crash["versions"]["transformers"] and crash["metrics"] == {}
     assert "request with <PUNSTER_TEST_API_KEY>" in crash["error"] and any("broken" in line for line in crash["traceback"])
     train(replace(config, resume=True))  # compared without the secret, too
     for path in run.rglob("*"):
@@ -194,6 +213,33 @@ def test_a_fault_of_punster_itself_is_one_line_and_a_report(
     assert "unexpected ZeroDivisionError" in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
     report = json.loads(next(tmp_path.rglob("crash.json")).read_text())
     assert report["verb"] == "doctor" and any("ZeroDivisionError" in line for line in report["traceback"])
+
+
+def test_a_fault_between_the_stages_of_a_pipeline_is_reported_in_its_folder(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a log of the stages; gone on with, the seconds of the stages that were done before are kept."""
+    config, train = pipeline(tmp_path)
+    config = replace(config, name="run", stages=["sft", "reward", "gold"], evaluate={"limit": 2, "samples": 1})
+
+    def broken(*rest: Any) -> Any:
+        raise RuntimeError("no yardstick")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("punster.evaluate.compare.evaluate", broken)
+        with pytest.raises(RuntimeError, match="no yardstick"):
+            train(config)
+    run = tmp_path / "run"
+    crash = json.loads((run / "crash.json").read_text())
+    assert crash["verb"] == "run" and crash["config"]["stages"] == config.stages and crash["versions"]["torch"]
+    log = [json.loads(line) for line in (run / "run.log").read_text().splitlines()]
+    assert [line["event"] for line in log] == ["started", *["stage"] * 4, "stopped"] and not (run / "run.lock").exists()
+    train(replace(config, resume=True))
+    found = json.loads((run / "summary.json").read_text())
+    assert found["stages"]["sft"]["seconds"] == json.loads((run / "sft" / "summary.json").read_text())["wall_seconds"] > 0
+    assert found["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"].values()), abs=0.1)
+    said = capsys.readouterr()
+    assert said.out + said.err == "", "quiet"
 
 
 def test_names_stay_inside_the_folder_of_runs(tmp_path: Path) -> None:

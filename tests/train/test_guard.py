@@ -54,13 +54,18 @@ def poisoned(original: Callable[..., Any], call: int) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_a_kl_explosion_goes_back_before_the_updates_that_made_it(save_every: int, config: Config, reader: Any) -> None:
-    """The rollout of step s shows what step s - 1 did: the state after step s - 2 is the last good one."""
+    """The rollout of step s shows what step s - 1 did: the state after step s - 2 is the last good one.
+
+    Resumed, the run comes to the same end, and its logs repeat nothing.
+    """
     calm = ppo(config("calm", save_every=1, lr=5e-2), None, letters)
     kl = reader.values(calm, "objective/exact_kl")
     seen = next(step for step in range(3, 7) if kl[step - 1] > 1.5 * max(kl[: step - 1]))
     limit = (kl[seen - 1] + max(kl[: seen - 1])) / 2
-    with pytest.raises(Aborted, match=rf"STOPPED at step {seen} of 6: exact KL .* above --max-kl .* back at step {seen - 2}"):
-        ppo(config("wild", save_every=save_every, lr=5e-2, max_kl=limit), None, letters)
+    stopped = rf"STOPPED at step {seen} of 6: exact KL .* above --max-kl .* back at step {seen - 2}"
+    settings = {"save_every": save_every, "lr": 5e-2, "max_kl": limit, "eval_every": 1, "eval_prompts": 2}
+    with pytest.raises(Aborted, match=stopped):
+        ppo(config("wild", **settings), None, letters)
     wild = Path(calm).parent / "wild"
     assert reader.final(wild).name == f"step-{seen - 2}"
     for file in sorted((Path(calm) / "checkpoints" / f"step-{seen - 2}").rglob("*.safetensors")):
@@ -68,6 +73,11 @@ def test_a_kl_explosion_goes_back_before_the_updates_that_made_it(save_every: in
         assert twin.read_bytes() == file.read_bytes()  # policy, critic, both optimizers, every generator
     summary = reader.summary(wild)
     assert summary["steps"] == seen - 2 and summary["aborted_at"] == seen and "exact KL" in summary["aborted"]
+    logs = [reader.lines(wild, log) for log in ("metrics.jsonl", "samples.jsonl")]
+    assert [line["step"] for line in logs[0]] == list(range(1, seen))
+    with pytest.raises(Aborted, match=stopped):
+        ppo(config("wild", **settings, resume=True), None, letters)
+    assert [reader.lines(wild, log) for log in ("metrics.jsonl", "samples.jsonl")] == logs
     role, _ = load_run(wild)
     assert all(torch.isfinite(tensor).all() for adapter in role.adapters for _, tensor in adapter.named_parameters())
 

@@ -180,7 +180,7 @@ def test_the_sft_terms_gradient_is_added_once_per_update(config: Config) -> None
         settings = config(sft_coef=coefficient)
         setup = open_policy(settings, None, letters)
         term = SftTerm(settings, setup)
-        loss = term.accumulate(2)["sft"]
+        loss = term.accumulate(term.next(2), 4096)["sft"]
         assert term.cursor.order and len(term.examples) - len(term.cursor.order) == 4
         grads = [p.grad.clone() for p in setup.policy.parameters() if p.grad is not None]
         norms[coefficient] = (loss, torch.cat([g.flatten() for g in grads]))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from punster.cli import main
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.errors import UserError
 from punster.train.dpo import dpo
@@ -94,13 +100,26 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(
     assert reader.tensor_bytes(runs[0]) != reader.tensor_bytes(runs[2])
 
 
+def test_the_same_seed_in_another_process(tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, reader: Any) -> None:
+    """A new interpreter, which hashes strings in another order."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"pun: sea {i}"}) + "\n" for i in range(6)))
+    arguments = ["ppo", "-n", "run", "-a", sft_run, "-c", reward_run, "-b", "4", "--steps", "2", "--max-new-tokens", "5", "--prompts", str(prompts),
+                 "--model", str(tiny_llama), "--device", "cpu", "--dtype", "fp32", "--quiet", "--out"]  # fmt: skip
+    assert main([*arguments, str(tmp_path / "here")]) == 0
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    there = [sys.executable, "-m", "punster.cli", *arguments, str(tmp_path / "there")]
+    subprocess.run(there, env=environment, check=True, capture_output=True)
+    runs = [tmp_path / place / "run" for place in ("here", "there")]
+    assert reader.tensor_bytes(runs[0]) == reader.tensor_bytes(runs[1])
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert reader.lines(runs[0], log) == reader.lines(runs[1], log)
+
+
 def test_an_interrupt_finishes_the_step_and_can_be_resumed(
     tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
 ) -> None:
     """SIGINT in the third rollout: a checkpoint of step 3, whatever save_every says."""
-    import os
-    import signal
-
     config, _ = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["ppo"]
     config = replace(config, save_every=0)
     whole = ppo(replace(config, name="whole"), None, vowels)
@@ -143,6 +162,54 @@ def test_resume_refuses_other_settings_and_missing_runs(
     with pytest.raises(UserError, match="there is no run"):
         train(replace(config, name="absent", resume=True))
     assert not (tmp_path / "absent").exists()
+
+
+def test_the_clock_goes_on_where_it_was(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds pass at each look at the clock: what was spent before the interruption counts."""
+    looks = iter(range(10**6))
+    monkeypatch.setattr("punster.train.run.time.monotonic", lambda: 10.0 * next(looks))
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
+    whole = train(replace(config, name="whole"))
+    copy = reader.interrupted_copy(whole, tmp_path / "copy", 4)
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("name: whole", "name: copy"))
+    spent = json.loads((copy / "checkpoints" / "step-4" / "context.json").read_text())["seconds"]
+    assert spent >= 50
+    resumed = train(replace(config, name="copy", resume=True))
+    times = [row["seconds"] for row in reader.lines(resumed, drop=())]
+    assert times == sorted(times) and times[3] <= spent < times[4] < reader.summary(resumed)["wall_seconds"]
+
+
+@pytest.mark.parametrize("what", ["data", "SFT run", "reward model"])
+def test_resume_refuses_what_is_no_longer_the_same(
+    what: str, tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make
+) -> None:
+    """Other prompts, another adapter below the policy, another reward model, each under the name it had."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"pun: sea {i}"}) + "\n" for i in range(6)))
+    actor, judge = tmp_path / "sft", tmp_path / "reward"
+    shutil.copytree(sft_run, actor)
+    shutil.copytree(reward_run, judge)
+    config, _ = jobs(str(tmp_path), str(tiny_llama), str(actor), str(judge), make)["grpo"]
+    config = replace(config, name="run", prompts=str(prompts))
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        grpo(config, callback=stop)
+    if what == "data":
+        prompts.write_text(prompts.read_text().replace("sea 5", "sea 6"))
+    else:
+        place = actor if what == "SFT run" else judge
+        kind, verb = (SftConfig, sft) if what == "SFT run" else (RewardConfig, train_reward)
+        shutil.rmtree(place)
+        more = {} if what == "SFT run" else {"pretrained": str(actor), "normalise_samples": 0}
+        verb(make(kind, name=place.name, out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=4, **more))
+    with pytest.raises(UserError, match=f"--resume: the .*{what}.* is not what the run was started with"):
+        grpo(replace(config, resume=True))
 
 
 def test_old_checkpoints_are_removed(tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make) -> None:

@@ -54,20 +54,18 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_taken_name_is_an_error_that_changes_nothing(
-    verb: str, tmp_path: Path, tiny_llama: Path, sft_run: str, reward_run: str, make: Make
-) -> None:
+def test_a_taken_name_is_an_error_that_changes_nothing(verb: str, tmp_path: Path, make: Make) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="name"):
-        start(verb, tmp_path, tiny_llama, sft_run, reward_run, make)
+    with pytest.raises(UserError, match="exists already"):  # before anything is looked for or loaded
+        start(verb, tmp_path, Path("absent"), "absent", "absent", make)
     assert everything(tmp_path) == {str(tmp_path / "run" / "mine.txt"): b"precious"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_name_is_needed(verb: str, tmp_path: Path, tiny_llama: Path, sft_run: str, reward_run: str, make: Make) -> None:
+def test_a_name_is_needed(verb: str, tmp_path: Path, make: Make) -> None:
     with pytest.raises(UserError, match="-n NAME"):
-        start(verb, tmp_path, tiny_llama, sft_run, reward_run, make, name="")
+        start(verb, tmp_path, Path("absent"), "absent", "absent", make, name="")
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,13 @@ from punster.model.role import Role, Trunk
 from punster.model.transformer import KeyValueCache, causal_mask
 from punster.rollout.decode import Stepper, Stream, decode_one_token
 
+ROWS = 128  # sampled at once
+
+
+def rows_at_once(share: float) -> int:
+    """How many rows to sample at once where memory allows a share of the usual."""
+    return max(1, int(ROWS * share))
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -78,7 +85,7 @@ class Rollout:
 @torch.no_grad()
 def generate(
     role: Role, prompts: Sequence[Sequence[int]], decoding: Decoding, eos_id: int, generator: torch.Generator,
-    samples: int = 1, max_rows: int = 128, keep: Collection[int] = (),
+    samples: int = 1, max_rows: int = ROWS, keep: Collection[int] = (),
 ) -> Rollout:  # fmt: skip
     """Draw `samples` responses to each tokenised prompt; `keep` the states after so many layers, as a trunk.
 

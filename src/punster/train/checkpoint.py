@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from punster.errors import Aborted, UserError, near_matches
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
-from punster.train.optim import Cursor
+from punster.train.optim import TOKENS, Cursor
 
 if TYPE_CHECKING:
     from punster.train.run import Run
@@ -86,6 +86,9 @@ class State:
     cursors: dict[str, Cursor] = dataclasses.field(default_factory=dict)
     others: dict[str, Role] = dataclasses.field(default_factory=dict)  # roles that are not the result, such as the critic
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Sequence[Role | None] = ()  # further roles that are read and not trained, such as the reward model
+    given: Sequence[Any] = ()  # the tokenised data
+    keys: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # hashes of what is not trained, set by `restore`
     note: Callable[..., None] = lambda event, **values: None  # set by `restore`: one line of the run's log
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -102,6 +105,14 @@ class State:
         for name, generator in self.generators.items():
             tensors[f"generator|{name}"] = generator.get_state()
         return tensors, {"cursors": {n: list(c.order) for n, c in self.cursors.items()}, "numbers": dict(self.numbers)}
+
+    def fingerprints(self) -> dict[str, list[str]]:
+        """Hashes of what the run rests on and does not change: other adapters, another reward model or other data make another run."""
+        roles = [role for role in (self.policy, *self.others.values(), *self.fixed) if role is not None]
+        adapters = [
+            a for role in roles for member in (role, *role.others) for a in member.adapters if a.name not in member.trained
+        ]
+        return {"adapters": [a.fingerprint() for a in adapters], "data": [hashlib.sha256(repr(self.given).encode()).hexdigest()]}
 
     @torch.no_grad()
     def unpack(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -124,8 +135,13 @@ class State:
         self.numbers.update(numbers["numbers"])
 
 
-def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, result: Role | None = None) -> None:
-    """Write checkpoints/step-N; the result is the policy, unless another form of it is given. Older ones are removed as --keep says."""
+def save_checkpoint(
+    run: Run, step: int, state: State, tokenizer: Tokenizer, result: Role | None = None, place: dict[str, Any] | None = None
+) -> None:
+    """Write checkpoints/step-N, and remove older ones as --keep says.
+
+    The result is the policy, unless another form of it is given; the place in the logs is their end, unless the state is older.
+    """
     target, temporary = run.checkpoints / f"step-{step}", run.checkpoints / f".step-{step}.part"
     with writing(target):
         for log in LOGS:  # lines up to here must not be lost where the checkpoint is not
@@ -137,18 +153,16 @@ def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, res
             save_role(temporary, result or state.policy, tokenizer)
             tensors, numbers = state.pack()
             save_file(tensors, temporary / "state.safetensors")
-            write_json(temporary / "state.json", {"step": step, **numbers})
-            write_json(temporary / "context.json", {**context(), "logs": log_sizes(run.folder), "held_out": run.held_out})
+            write_json(temporary / "state.json", {"step": step, **numbers, "keys": state.keys})
+            write_json(temporary / "context.json", {**context(), **(place or run.place())})
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
             write_json(temporary / "manifest.json", {str(p.relative_to(temporary)): _sha256(p) for p in files})
             for path in [*temporary.rglob("*"), temporary]:
                 flush(path)
-            aside = run.checkpoints / f".step-{step}.old.part"
-            if target.exists():  # damaged, or from before a way back
-                os.replace(target, aside)
+            if target.exists():  # damaged: a run goes on from its newest whole one
+                remove(target)
             os.replace(temporary, target)
             flush(run.checkpoints)
-            shutil.rmtree(aside, ignore_errors=True)
         except (OSError, SafetensorError):
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -159,7 +173,15 @@ def save_checkpoint(run: Run, step: int, state: State, tokenizer: Tokenizer, res
     best = best_step(run.folder, run.config.keep_best if run.config.keep_best != "auto" else BEST.get(run.verb, "none"))
     for old in kept[: -run.config.keep]:
         if old != best:
-            shutil.rmtree(run.checkpoints / f"step-{old}", ignore_errors=True)
+            remove(run.checkpoints / f"step-{old}")
+
+
+def remove(place: Path) -> None:
+    """A checkpoint goes as a whole, whatever happens while its files are deleted."""
+    aside = place.with_name(f".{place.name}.old.part")
+    with suppress(OSError):  # one too many is no reason to stop
+        os.replace(place, aside)
+        shutil.rmtree(aside)
 
 
 def context() -> dict[str, Any]:
@@ -171,28 +193,33 @@ def log_sizes(folder: Path) -> dict[str, int]:
     return {log: (folder / log).stat().st_size if (folder / log).exists() else 0 for log in LOGS}
 
 
-def cut_logs(folder: Path, step: int) -> tuple[int, dict[str, float]]:
+def cut_logs(folder: Path, step: int) -> dict[str, Any]:
     """Cut the logs back to what they were at a checkpoint, so that a resumed run's equal an uninterrupted one's.
 
-    Returns the step and the figures of the last evaluation that is in them.
+    Returns the checkpoint's context: the last evaluation that is in the logs, and the seconds that were spent.
     """
     then = folder / "checkpoints" / f"step-{step}" / "context.json"
-    known = json.loads(then.read_text()) if step and then.exists() else {}
+    known: dict[str, Any] = json.loads(then.read_text()) if step and then.exists() else {}
     sizes = known.get("logs", {})
     for log in LOGS:
         path, size = folder / log, sizes.get(log, 0)
         if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
-    for leftover in [*folder.glob(".*.part"), *folder.glob("checkpoints/.step-*.part")]:
+    clear_partial(folder)
+    clear_partial(folder / "checkpoints")
+    return known
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write."""
+    for leftover in folder.glob(".*.part"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    evaluated: tuple[int, dict[str, float]] = tuple(known.get("held_out", (0, {})))
-    return evaluated
 
 
 def restore(run: Run, state: State) -> None:
     """Bring roles, optimizers, generators, cursors and numbers to the newest valid checkpoint of a resumed run."""
-    state.note = run.note
-    state.numbers["max_tokens"] = run.config.max_tokens
+    state.note, state.keys = run.note, state.fingerprints()
+    state.numbers |= dict.fromkeys(TOKENS, run.config.max_tokens)
     if run.step == 0:
         return
     folder = run.checkpoints / f"step-{run.step}"
@@ -202,13 +229,19 @@ def restore(run: Run, state: State) -> None:
         raise UserError(
             f"--resume: the weights of {base.name} are not those that the run was started with (their SHA-256 differs)"
         )
+    then = json.loads((folder / "context.json").read_text())
+    changed = [f"{key} {then.get(key)} -> {now}" for key, now in context().items() if then.get(key) != now]
+    numbers = json.loads((folder / "state.json").read_text())
+    found = numbers.get("keys", state.keys)
+    if found["adapters"] != state.keys["adapters"] or (found["data"] != state.keys["data"] and not changed):
+        what = "data" if found["adapters"] == state.keys["adapters"] else "SFT run or the reward model"
+        raise UserError(f"--resume: the {what} is not what the run was started with, so it cannot go on as the same run")
     try:
-        state.unpack(load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text()))
+        state.unpack(load_file(folder / "state.safetensors"), numbers)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: written by another version of punster; it cannot be resumed exactly ({error})") from None
-    state.numbers["max_tokens"] = min(state.numbers["max_tokens"], run.config.max_tokens)
-    then = json.loads((folder / "context.json").read_text())
-    if changed := [f"{key} {then.get(key)} -> {now}" for key, now in context().items() if then.get(key) != now]:
+    state.numbers |= {key: min(state.numbers[key], run.config.max_tokens) for key in TOKENS}
+    if changed:
         print(f"note: numbers may differ in their last bits from an uninterrupted run ({', '.join(changed)})", file=sys.stderr)
     run.note("resumed", step=run.step, changed=changed)
 

@@ -12,7 +12,7 @@ from punster.config import DistillConfig
 from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
-from punster.train.run import seeded
+from punster.train.run import check_name, seeded
 from punster.train.setup import check_model, check_prompts, load_prompts, open_policy_role, open_reward_model
 from punster.train.sft import sft
 
@@ -21,8 +21,7 @@ def distill(config: DistillConfig) -> Path | None:
     """Returns the run folder (None for a dry run)."""
     if not config.actor or not config.reward_model:
         raise UserError("distill needs a run to sample from (-a) and a reward-model run (-c)")
-    if not config.name or ((Path(config.out) / config.name).exists() and not config.resume):
-        raise UserError("distill needs a new name for the run: -n NAME")
+    started = check_name(config, "distill")
     policy, tokenizer = open_policy_role(config.actor, config)
     check_model(config, config.actor, policy)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
@@ -44,4 +43,4 @@ def distill(config: DistillConfig) -> Path | None:
                     rows.append({"prompt": prompt, "completion": text, "completion_ids": ids_kept})
     if not rows:
         raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
-    return sft(replace(config, pretrained=config.actor), rows, "distill")
+    return sft(replace(config, pretrained=config.actor), rows, "distill", started=started)

@@ -27,7 +27,7 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
-from punster.rollout.sampler import Decoding, generate
+from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.held_out import held_out_prompts, sample_table
 from punster.train.judged import pair_batches
 from punster.train.plan import announce
@@ -35,6 +35,7 @@ from punster.train.run import (
     Cursor,
     Run,
     State,
+    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
@@ -63,21 +64,21 @@ def dpo(
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
+    started = check_name(config, "dpo")
     reference, tokenizer = open_policy_role(config.actor, config)
     check_model(config, config.actor, reference)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
     prompts = sampling_prompts(config) if config.online or config.pairs == "sampled" else []
-    if config.dry_run or not config.name:
+    if config.dry_run:
         kind, embedded = (
             ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
         )
         each = 1 if config.online else config.pairs_per_prompt
         count = len(prompts) * each or len(load_rows(rows if rows is not None else config.data, kind, embedded, config.columns))
         stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * count)
-        if announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in):
-            return None
-    announce(config, "dpo", policy, 1, [])
+        announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in)
+        return None
     examples, labels = load_examples(config, rows, reference, judge, tokenizer)
     unit = 1 if labels is not None else 2  # rows of KTO are single texts
     count = len(prompts) if config.online else len(examples) // unit
@@ -91,13 +92,19 @@ def dpo(
         {"data": cursor.generator, "sampling": sampling},
         {"data": cursor},
         numbers={"loss": 0.0},
+        fixed=[judge],
     )
     shown = held_out_prompts(None if config.prompts == "embedded" else load_prompts(config.prompts), config.eval_prompts)
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
-    with Run(config, "dpo", steps) as run:
+    state.given = prompt_ids if config.online else examples
+
+    def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
+        trunk = Trunk.shared([policy], examples, tokens)
+        return trunk, response_log_probs(reference, examples, trunk, tokens)
+
+    with Run(config, "dpo", steps, started) as run:
         restore(run, state)
-        trunk = Trunk.shared([policy], examples, config.max_tokens)
-        ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
+        trunk, ref_sums = within_memory(state, partial(prepared, examples), "trunk_tokens")
 
         def evaluated(step: int) -> dict[str, float]:
             score = None if judge is None else lambda asked, texts, closed: score_examples(judge, closed)
@@ -108,10 +115,11 @@ def dpo(
             units = cursor.next(config.batch_size)
             if config.online:
                 assert judge is not None
-                examples, worth = sampled_pairs(policy, judge, [prompt_ids[u] for u in units], config, tokenizer, sampling)
+                asked = [prompt_ids[u] for u in units]
+                sample = partial(sampled_pairs, policy, judge, asked, config, tokenizer, sampling)
+                examples, worth = within_memory(state, sample)
                 units = list(range(len(examples) // 2))
-                trunk = Trunk.shared([policy], examples, config.max_tokens)
-                ref_sums = response_log_probs(reference, examples, trunk, config.max_tokens)
+                trunk, ref_sums = within_memory(state, partial(prepared, examples))
             metrics = within_memory(state, partial(train_step, config, policy, examples, labels, units, trunk, ref_sums))
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
@@ -157,7 +165,9 @@ def load_examples(
     if config.pairs == "sampled":
         assert judge is not None
         ids = check_prompts(tokenizer, reference.model, sampling_prompts(config), config.max_new_tokens)
-        examples, _ = sampled_pairs(reference, judge, ids, config, tokenizer, seeded(config.seed, "pairs"))
+        drawing = seeded(config.seed, "pairs")
+        early = State(reference, {}, {"pairs": drawing}, numbers={"max_tokens": config.max_tokens})  # the run's own comes later
+        examples, _ = within_memory(early, partial(sampled_pairs, reference, judge, ids, config, tokenizer, drawing))
         if config.loss_type == "kto":
             return examples, torch.arange(len(examples)) % 2 == 0
         return examples, None
@@ -208,6 +218,7 @@ def sampled_pairs(
     config: DpoConfig,
     tokenizer: Tokenizer,
     generator: torch.Generator,
+    max_tokens: int = 0,
 ) -> tuple[list[Example], list[float]]:
     """Best (even places) and worst (odd) of several samples to each prompt, by reward less the missing-EOS penalty.
 
@@ -216,8 +227,9 @@ def sampled_pairs(
     worth more than its worst one gives no pair. Also what every sample is worth.
     """
     decoding = Decoding(config.max_new_tokens, config.temperature)
-    rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples)
-    scores = score_examples(judge, rollout.closed)
+    share = (max_tokens or config.max_tokens) / config.max_tokens  # below 1 where memory has run out
+    rollout = generate(policy, prompts, decoding, tokenizer.eos_id, generator, config.samples, rows_at_once(share))
+    scores = score_examples(judge, rollout.closed, max_tokens=round(4096 * share))
     penalty = config.missing_eos_penalty
     worth = [score - penalty * (not done) for score, done in zip(scores, rollout.finished, strict=True)]
     groups = [range(start, start + config.samples) for start in range(0, len(worth), config.samples)]

@@ -16,7 +16,7 @@ from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import compare_policies
-from punster.rollout.sampler import Decoding, generate
+from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train import held_out
 from punster.train.run import Run
 from punster.train.setup import (
@@ -188,9 +188,10 @@ def collect(
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     depths = Trunk.depths(roles) if setup.cache_trunk else set()
     max_tokens = max_tokens or setup.max_tokens
+    share = max_tokens / setup.max_tokens  # below 1 where memory has run out
     rollout = generate(
         policy, [setup.prompt_ids[row] for row in prompt_rows], setup.decoding, setup.tokenizer.eos_id, sampling, samples,
-        keep=depths,
+        rows_at_once(share), keep=depths,
     )  # fmt: skip
     examples = rollout.examples
     prompts = [setup.prompts[row] for row in prompt_rows for _ in range(samples)]

@@ -36,6 +36,7 @@ from punster.train.run import (
     Cursor,
     Run,
     State,
+    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
@@ -52,6 +53,7 @@ def grpo(
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    started = check_name(config, "grpo")
     setup = open_policy(config, prompts, reward)
     policy, tokenizer = setup.policy, setup.tokenizer
     steps = config.steps or 1
@@ -61,8 +63,11 @@ def grpo(
     cursor = Cursor(filter_prompts(setup, config), seeded(config.seed, "data"))
     sampling, shuffling = seeded(config.seed, "sampling"), seeded(config.seed, "minibatches")
     generators = {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling}
-    state = State(policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0})
-    with Run(config, "grpo", steps) as run:
+    state = State(
+        policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0}, fixed=[setup.reward.model],
+        given=setup.prompt_ids,
+    )  # fmt: skip
+    with Run(config, "grpo", steps, started) as run:
         restore(run, state)
         guard = Guard(run, state, tokenizer, config.max_kl)
         for step in range(run.step + 1, steps + 1):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import shutil
 from typing import Any
 
 from torch import Tensor
 
 from punster.errors import Aborted
 from punster.model.tokenizer import Tokenizer
-from punster.train.run import Run, State, save_checkpoint, steps_of
+from punster.train.checkpoint import damage, remove, steps_of
+from punster.train.run import Run, State, save_checkpoint
 
-Packed = tuple[dict[str, Tensor], dict[str, Any]]
+Packed = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # a state's tensors and numbers, and the place in the logs
 
 
 class Guard:
@@ -30,7 +30,7 @@ class Guard:
     def begin(self, step: int) -> None:
         """Before anything of this step is done."""
         tensors, numbers = self.state.pack()
-        self.began = step - 1, ({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+        self.began = step - 1, ({name: tensor.clone() for name, tensor in tensors.items()}, numbers, self.run.place())
 
     def check_rollout(self, kl: Tensor, mask: Tensor) -> None:
         """kl, mask (B, R): exact KL of the rollout's tokens. Raises Aborted if a response has more than max_kl on average."""
@@ -47,11 +47,12 @@ class Guard:
 
     def abort(self, step: int, packed: Packed, reason: str) -> None:
         """Restore a state, make it the run's newest checkpoint and its result, and stop."""
-        seen, run = self.began[0] + 1, self.run
-        self.state.unpack(*packed)
+        seen, run, (tensors, numbers, place) = self.began[0] + 1, self.run, packed
+        self.state.unpack(tensors, numbers)
+        if damage(run.checkpoints / f"step-{step}"):  # or not there
+            save_checkpoint(run, step, self.state, self.tokenizer, place=place)
         for later in [n for n in steps_of(run.folder) if n > step]:
-            shutil.rmtree(run.checkpoints / f"step-{later}")
-        save_checkpoint(run, step, self.state, self.tokenizer)
+            remove(run.checkpoints / f"step-{later}")
         run.finish({"steps": step, "aborted": reason, "aborted_at": seen})
         raise Aborted(
             f"STOPPED at step {seen} of {run.steps}: {reason}. {run.folder} is back at step {step}, its last good one. "

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from punster.train.checkpoint import State
 
 T = TypeVar("T")
+TOKENS = ("max_tokens", "trunk_tokens")  # in a micro-batch: of training; of what is computed once, before it
 SMALLEST = 64  # tokens in a micro-batch below which there is no point in trying
 MEMORY_ERRORS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory", "cannot allocate memory")
 
@@ -86,19 +87,23 @@ def total_steps(config: TrainConfig, rows: int, epochs: float) -> int:
     return config.steps or max(1, math.ceil(rows * epochs / config.batch_size))
 
 
-def within_memory(state: State, attempt: Callable[[int], T]) -> T:
-    """attempt(max_tokens); whenever memory runs out, once more from where it began with half the tokens in a micro-batch.
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in MEMORY_ERRORS)
+
+
+def within_memory(state: State, attempt: Callable[[int], T], kind: str = "max_tokens") -> T:
+    """attempt(tokens); whenever memory runs out, once more from where it began with half the tokens in a micro-batch.
 
     It must start without gradients. Those are sums over all micro-batches, so they stay the same but for rounding. The
     smaller number stays, in the checkpoints too.
     """
     drawn = {name: generator.get_state() for name, generator in state.generators.items()}
     while True:
-        tokens: int = state.numbers["max_tokens"]
+        tokens: int = state.numbers[kind]
         try:
             return attempt(tokens)
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in MEMORY_ERRORS):
+            if not out_of_memory(error):
                 raise
             if tokens < 2 * SMALLEST:
                 raise Aborted(f"out of memory even with {tokens} tokens in a micro-batch: a smaller -b may help") from error
@@ -107,6 +112,6 @@ def within_memory(state: State, attempt: Callable[[int], T]) -> T:
             optimizer.zero_grad(set_to_none=True)
         for name, generator in state.generators.items():
             generator.set_state(drawn[name])
-        state.numbers["max_tokens"] = tokens // 2
+        state.numbers[kind] = tokens // 2
         print(f"\nout of memory: going on with micro-batches of {tokens // 2} tokens instead of {tokens}", file=sys.stderr)
-        state.note("out_of_memory", max_tokens=tokens // 2)
+        state.note("out_of_memory", **{kind: tokens // 2})

@@ -25,7 +25,17 @@ from punster.config import (
     TrainConfig,
 )  # fmt: skip
 from punster.errors import UserError, near_matches
-from punster.train.run import changed_settings, claim, config_dict, release, write_json, write_text
+from punster.train.run import (
+    changed_settings,
+    claim,
+    clear_partial,
+    config_dict,
+    crash_report,
+    note,
+    release,
+    write_json,
+    write_text,
+)
 from punster.train.setup import open_base
 
 STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {
@@ -153,7 +163,14 @@ def run_pipeline(config: PipelineConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder)
     try:
+        clear_partial(folder)
+        note(folder, "started", arguments=sys.argv[1:], stages=config.stages)
         return run_stages(config, stages, evaluation, folder)
+    except BaseException as error:
+        note(folder, "stopped", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, Exception) and not isinstance(error, UserError) and not hasattr(error, "__notes__"):  # of no stage
+            crash_report(folder, error, verb="run", config=config_dict(config))
+        raise
     finally:
         release(lock)
 
@@ -162,7 +179,11 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
     """What is left to do of a pipeline, in a folder that is this process's own."""
     from punster.cli import resolve
 
-    say: Callable[[str], None] = (lambda text: None) if config.quiet else (lambda text: print(text, file=sys.stderr))
+    def say(text: str) -> None:
+        note(folder, "stage", text=text.strip())
+        if not config.quiet:
+            print(text, file=sys.stderr)
+
     clock = Clock(config, stages, evaluation, say)
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
     started = time.monotonic()
@@ -171,15 +192,13 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
         _, target, title = STAGES[stage]
         if stage_summary(folder, stage):
             say(f"[{number}/{len(stages) + 1}] {title}: done before")
-            seconds[stage] = {"seconds": stage_summary(folder, stage)["wall_seconds"]}
             clock.skip(stage)
-            continue
-        say(f"[{number}/{len(stages) + 1}] {title}")
-        stage_settings.resume = (folder / stage / "config.yaml").exists()
-        stage_started = time.monotonic()
-        resolve(target)(stage_settings)
-        seconds[stage] = {"seconds": round(time.monotonic() - stage_started, 1)}
-        clock.done(stage, seconds[stage]["seconds"])
+        else:
+            say(f"[{number}/{len(stages) + 1}] {title}")
+            stage_settings.resume = (folder / stage / "config.yaml").exists()
+            resolve(target)(stage_settings)
+            clock.done(stage, stage_summary(folder, stage)["wall_seconds"])
+        seconds[stage] = {"seconds": stage_summary(folder, stage)["wall_seconds"]}  # over all processes that worked on it
     say(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation on held-out prompts, report")
     evaluated = time.monotonic()
     from punster.doctor import machine
@@ -239,7 +258,7 @@ def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
     policies = [stage for stage in config.stages if stage not in ("reward", "gold", "placebo_reward")]
     shared = {
         "models": ["base", *(str(folder / stage) for stage in policies)], "seed": config.seed, "device": config.device,
-        "dtype": config.dtype, "out": str(folder),
+        "dtype": config.dtype, "out": str(folder), "quiet": config.quiet,
     }  # fmt: skip
     settings: EvaluateConfig = typed(EvaluateConfig, "evaluate", {**shared, **section})
     return settings

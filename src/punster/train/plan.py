@@ -10,7 +10,6 @@ import torch
 
 from punster.config import TrainConfig
 from punster.data.batch import Example
-from punster.errors import UserError
 from punster.model.role import Role
 
 
@@ -44,12 +43,7 @@ def training_cost(role: Role, examples: Sequence[Example], passes: float) -> flo
 
 
 def announce(config: TrainConfig, verb: str, role: Role, steps: int, examples: Sequence[Example], extra: float = 0.0) -> bool:
-    """Refuse a taken or missing name; for --dry-run print the plan and return True."""
-    if not config.name:
-        raise UserError(f"punster {verb} needs a name for the run: -n NAME")
-    folder = Path(config.out) / config.name
-    if folder.exists() and not config.resume:
-        raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
+    """For --dry-run print the plan and return True."""
     if not config.dry_run:
         return False
     passes = steps * config.batch_size / max(1, len(examples))
@@ -60,7 +54,7 @@ def announce(config: TrainConfig, verb: str, role: Role, steps: int, examples: S
     stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0
     working = config.max_tokens * role.model.config.d_model * 4 * 40 * (role.last_layer - role.frozen_depth)
     memory = base + trainable * 16 + stored + working + 512 * role.model.config.vocab_size * 12
-    print(f"{verb} {folder}: {steps} steps of {config.batch_size} rows, {len(examples)} rows of data")
+    print(f"{verb} {Path(config.out) / config.name}: {steps} steps of {config.batch_size} rows, {len(examples)} rows of data")
     print(
         f"  model {role.model.name}, layers {role.frozen_depth}..{role.last_layer - 1} trained, {trainable:,} trainable parameters, {role.model.dtype}"
     )

@@ -30,6 +30,7 @@ from punster.train.run import (
     Cursor,
     Run,
     State,
+    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
@@ -47,6 +48,7 @@ def ppo(
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    started = check_name(config, "ppo")
     setup = open_policy(config, prompts, reward)
     policy, tokenizer, steps = setup.policy, setup.tokenizer, config.steps or 1
     critic = make_critic(config, setup)
@@ -62,9 +64,11 @@ def ppo(
         policy, {"policy": (optimizer, names), "critic": (critic_optimizer, critic_names)},
         {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling, "sft": sft_term.cursor.generator},
         {"data": cursor, "sft": sft_term.cursor}, {"critic": critic}, {"beta": config.beta, "episodes": 0, "scale": [0.0, 0.0, 0.0]},
+        [setup.reward.model], setup.prompt_ids,
     )  # fmt: skip
-    with Run(config, "ppo", steps) as run:
+    with Run(config, "ppo", steps, started) as run:
         restore(run, state)
+        within_memory(state, sft_term.prepare, "trunk_tokens")
         beta, scale, guard = (
             state.numbers["beta"],
             RunningScale(*state.numbers["scale"]),
@@ -101,12 +105,11 @@ def ppo(
             for epoch in range(config.epochs):
                 minibatches = exp.groups if epoch == 0 else exp.regroup(config.minibatches, shuffling)
                 for groups in minibatches:
-                    update = partial(train_step, config, exp, groups, policy, critic, advantages, returns, learns)
-                    stats = within_memory(state, update)
+                    own_part = partial(train_step, config, exp, groups, policy, critic, advantages, returns, learns)
+                    sft_part = partial(sft_term.accumulate, sft_term.next(config.minibatches) if learns else [])
+                    stats = within_memory(state, partial(both, own_part, sft_part))
                     if not updates and stats["ratio_gap"] > 1e-5 and state.numbers["max_tokens"] == exp.max_tokens:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
-                    if learns:
-                        stats |= sft_term.accumulate(config.minibatches)
                     guard.check_losses({f"the {key} loss": stats[key] for key in ("policy", "value", "sft") if key in stats})
                     if learns:
                         stats |= optimizer_step(optimizer, config.lr * rate, config.max_grad_norm)
@@ -137,6 +140,11 @@ def ppo(
                 run.raise_if_stopped()
         run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup)})
         return run.folder
+
+
+def both(own: Callable[[int], dict[str, float]], added: Callable[[int], dict[str, float]], max_tokens: int) -> dict[str, float]:
+    """Two losses whose gradients add up to one update's: if memory runs out in the second, the first is done again too."""
+    return own(max_tokens) | added(max_tokens)
 
 
 def train_step(

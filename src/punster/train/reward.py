@@ -42,6 +42,7 @@ from punster.train.run import (
     Cursor,
     Run,
     State,
+    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
@@ -67,6 +68,7 @@ from punster.train.setup import (
 
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
+    started = check_name(config, "reward")
     if config.pretrained:
         sampled_from, tokenizer = open_policy_role(config.pretrained, config)
         check_model(config, config.pretrained, sampled_from)
@@ -101,12 +103,12 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
                     for part, places in (("first", first), ("data", bags[number])) if places}  # fmt: skip
     generators = {name: cursor.generator for name, cursor in cursors.items()}
-    state = State(model, optimizers, generators, cursors)
-    with Run(config, "reward", steps) as run:
+    state = State(model, optimizers, generators, cursors, given=examples)
+    with Run(config, "reward", steps, started) as run:
         restore(run, state)
         used = {text for row in rows_needed(config, len(first), len(given), first_steps, steps) for text in items[row].texts}
-        trunk = Trunk.shared([model], examples, config.max_tokens, used)
-        known = Trunk.shared([model], validation, config.max_tokens)
+        trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
+        known = within_memory(state, lambda tokens: Trunk.shared([model], validation, tokens), "trunk_tokens")
         for step in range(run.step + 1, steps + 1):
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}

@@ -33,10 +33,12 @@ from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import (
     State,
     checkpoint_of,
+    clear_partial,
     context,
     cut_logs,
     damage,
     load_run,
+    log_sizes,
     newest_step,
     restore,
     save_checkpoint,
@@ -58,8 +60,8 @@ from punster.train.optim import (
 
 # A loop imports all it needs from here.
 __all__ = [
-    "Cursor", "Interrupted", "Run", "State", "changed_settings", "checkpoint_of", "claim", "config_dict", "crash_report", "damage",
-    "learning_rate", "load_run", "make_optimizer", "newest_step", "optimizer_step", "release", "restore", "rows_used",
+    "Cursor", "Interrupted", "Run", "State", "changed_settings", "check_name", "checkpoint_of", "claim", "clear_partial", "config_dict",
+    "crash_report", "damage", "learning_rate", "load_run", "make_optimizer", "newest_step", "note", "optimizer_step", "release", "restore", "rows_used",
     "save_checkpoint", "seeded", "steps_of", "total_steps", "within_memory", "write_json", "write_text",
 ]  # fmt: skip
 
@@ -75,11 +77,11 @@ class Interrupted(KeyboardInterrupt):
 class Run:
     """One run's folder, logs and checkpoints."""
 
-    def __init__(self, config: TrainConfig, verb: str, steps: int):
+    def __init__(self, config: TrainConfig, verb: str, steps: int, started: float):
         self.config, self.verb, self.steps = config, verb, steps
         self.folder = Path(config.out) / config.name
         self.checkpoints = self.folder / "checkpoints"
-        self.started = time.monotonic()
+        self.started = started
         self.step = 0
         self.held_out: tuple[int, dict[str, float]] = (0, {})  # step and figures of the last evaluation on held-out prompts
         self._signal = 0
@@ -91,7 +93,12 @@ class Run:
                 raise UserError(f"--resume with other settings than the run was started with ({changed})")
             self._lock = claim(self.folder)
             self.step = newest_step(self.folder) or 0
-            self.held_out = cut_logs(self.folder, self.step)
+            then = cut_logs(self.folder, self.step)
+            evaluated, figures = then.get("held_out", self.held_out)
+            self.held_out = evaluated, figures
+            self.started -= then.get("seconds", 0.0)
+            if self.step < steps:  # of an end that this run has yet to come to
+                (self.folder / "summary.json").unlink(missing_ok=True)
         else:
             self._create()
             self._lock = claim(self.folder)
@@ -99,9 +106,6 @@ class Run:
 
     def _create(self) -> None:
         """The folder appears with its settings in it, or not at all."""
-        taken = f"run {self.folder} exists already: choose another name (-n), or go on with --resume"
-        if self.folder.exists():
-            raise UserError(taken)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".part", dir=self.folder.parent))
         (fresh / "checkpoints").mkdir()
@@ -112,7 +116,8 @@ class Run:
             fresh.rename(self.folder)
         except OSError:
             shutil.rmtree(fresh)
-            raise UserError(taken) from None
+            check_name(self.config, self.verb)  # taken meanwhile
+            raise
 
     # ---- while training -----------------------------------------------------------------------------------------
     def __enter__(self) -> Run:
@@ -152,6 +157,8 @@ class Run:
             self.note("failed", step=self.step, error=f"{type(error).__name__}: {error}")
             crash_report(self.folder, error, verb=self.verb, config=config_dict(self.config), metrics=self._last)
         release(self._lock)
+        if error is None and self._signal:  # it came after the last step
+            raise Interrupted(f"interrupted; {self.folder} is finished", self._signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
@@ -160,10 +167,11 @@ class Run:
         os.write(2, b"\nfinishing this step and writing a checkpoint (once more to stop at once)\n")
 
     def note(self, event: str, **values: Any) -> None:
-        """One line of run.log: what happened when. It is never worth failing for."""
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
-        with suppress(OSError), (self.folder / "run.log").open("a", encoding="utf-8") as handle:
-            handle.write(json_line(redact(line)))
+        note(self.folder, event, **values)
+
+    def place(self) -> dict[str, Any]:
+        """Where the logs and the clock are now."""
+        return {"logs": log_sizes(self.folder), "held_out": self.held_out, "seconds": time.monotonic() - self.started}
 
     def log(self, step: int, metrics: dict[str, float], note: str = "") -> None:
         """One line of metrics.jsonl; TensorBoard and the progress bar show the same."""
@@ -226,6 +234,25 @@ class Run:
             write_json(self.folder / "summary.json", {**summary, "wall_seconds": round(time.monotonic() - self.started, 1)})
 
 
+def check_name(config: TrainConfig, verb: str) -> float:
+    """Refuse a missing or taken name before anything is loaded; returns the time at which the work began."""
+    folder = Path(config.out) / config.name
+    if not config.name:
+        raise UserError(f"punster {verb} needs a name for the run: -n NAME")
+    if folder.exists() and not config.resume:
+        raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
+    if config.resume and not (folder / "config.yaml").exists():
+        raise UserError(f"--resume: there is no run {folder}")
+    return time.monotonic()
+
+
+def note(folder: Path, event: str, **values: Any) -> None:
+    """One line of a folder's run.log: what happened when. It is never worth failing for."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
+    with suppress(OSError), (folder / "run.log").open("a", encoding="utf-8") as handle:
+        handle.write(json_line(redact(line)))
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -259,9 +286,9 @@ def release(lock: FileLock) -> None:
 
 def crash_report(folder: Path, error: BaseException, **known: Any) -> Path | None:
     """Write crash.json: what a bug report needs, without secrets. None where it cannot be written."""
-    from punster.doctor import machine
+    from punster.doctor import machine, versions
 
-    report = {"time": datetime.now(UTC).isoformat(), "arguments": sys.argv[1:], "machine": machine(), **known,
+    report = {"time": datetime.now(UTC).isoformat(), "arguments": sys.argv[1:], "machine": machine(), "versions": versions(), **known,
               "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exception(error)}  # fmt: skip
     with suppress(OSError):
         write_json(folder / "crash.json", redact(report))
@@ -273,8 +300,6 @@ def crash_report(folder: Path, error: BaseException, **known: Any) -> Path | Non
 def changed_settings(folder: Path, config: TrainConfig) -> str:
     """How a run's saved settings differ from these, as text; what does not change the result is left aside."""
     path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(f"--resume: there is no run {folder}")
     try:
         saved = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:

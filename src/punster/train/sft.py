@@ -24,6 +24,7 @@ from punster.train.run import (
     Cursor,
     Run,
     State,
+    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
@@ -39,9 +40,10 @@ from punster.train.setup import check_model, encode, encode_fitting, extend, loa
 
 def sft(
     config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft",
-    callback: Callable[[int, dict[str, float]], None] | None = None,
+    callback: Callable[[int, dict[str, float]], None] | None = None, started: float | None = None,
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
+    started = check_name(config, verb) if started is None else started
     if config.pretrained:
         start, tokenizer = open_policy_role(config.pretrained, config)
         check_model(config, config.pretrained, start)
@@ -65,12 +67,12 @@ def sft(
         return None
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(len(examples), seeded(config.seed, "data"))
-    state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor})
-    with Run(config, verb, steps) as run:
+    state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor}, given=examples)
+    with Run(config, verb, steps, started) as run:
         restore(run, state)
         used = rows_used(len(examples), config.seed, steps * config.batch_size)
-        trunk = Trunk.shared([policy], examples, config.max_tokens, used)
-        held_out_trunk = Trunk.shared([policy], validation, config.max_tokens)
+        trunk = within_memory(state, lambda tokens: Trunk.shared([policy], examples, tokens, used), "trunk_tokens")
+        held_out_trunk = within_memory(state, lambda tokens: Trunk.shared([policy], validation, tokens), "trunk_tokens")
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
             step_loss = partial(accumulate_nll, policy, trunk, examples, rows_now)

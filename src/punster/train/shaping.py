@@ -64,13 +64,19 @@ class SftTerm:
             for i, row in enumerate(rows, 1)
         ]
         self.cursor = Cursor(max(1, len(rows)), seeded(config.seed, "sft"))
-        self.trunk = Trunk.shared([setup.policy], self.examples, config.max_tokens) if setup.cache_trunk else Trunk({})
+        self.cache_trunk, self.trunk = setup.cache_trunk, Trunk({})
 
-    def accumulate(self, minibatches: int) -> dict[str, float]:
-        """Add the gradient over as many rows as a minibatch has responses; the loss per token, before its coefficient."""
-        coefficient = self.config.sft_coef
-        if not coefficient:
+    def prepare(self, max_tokens: int) -> None:
+        if self.cache_trunk:
+            self.trunk = Trunk.shared([self.policy], self.examples, max_tokens)
+
+    def next(self, minibatches: int) -> list[int]:
+        """As many rows as a minibatch has responses; none without a coefficient."""
+        return self.cursor.next(max(1, self.config.batch_size // minibatches)) if self.config.sft_coef else []
+
+    def accumulate(self, rows: list[int], max_tokens: int) -> dict[str, float]:
+        """Add the gradient over these rows; the loss per token, before its coefficient."""
+        if not rows:
             return {}
-        rows = self.cursor.next(max(1, self.config.batch_size // minibatches))
-        loss, _ = accumulate_nll(self.policy, self.trunk, self.examples, rows, self.config.max_tokens, coefficient)
-        return {"sft": loss / coefficient}
+        loss, _ = accumulate_nll(self.policy, self.trunk, self.examples, rows, max_tokens, self.config.sft_coef)
+        return {"sft": loss / self.config.sft_coef}
