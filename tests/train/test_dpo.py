@@ -138,8 +138,8 @@ def test_pairs_of_known_scores(config: Config, sft_run: str, monkeypatch: pytest
     rows = [Example((prompt,), (prompt, k)) for prompt in (5, 6, 7) for k in range(4)]
     finished = [True, True, True, False] + [False] * 4 + [True, False, False, False]
     scores = [0.1, 0.9, 0.5, 0.8, 9.0, 8.0, 7.0, 6.0, 0.0, 3.0, -2.0, 0.5]
-    monkeypatch.setattr(dpo_module, "generate", lambda *_: Rollout(rows, [], finished))
-    monkeypatch.setattr(dpo_module, "score_examples", lambda judge, examples: scores)
+    monkeypatch.setattr(dpo_module, "generate", lambda *_, **__: Rollout(rows, [], finished))
+    monkeypatch.setattr(dpo_module, "score_examples", lambda *_, **__: scores)
     policy, tokenizer = open_role(sft_run, config())
 
     def pairs(**settings: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
