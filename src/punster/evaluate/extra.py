@@ -41,12 +41,11 @@ class Extra:
         return cls(base, tokenizer, training, open_estimator(base, tokenizer), seed, human, Trunk.compute(base, human, [depth]))
 
     def of_texts(self, by_prompt: Sequence[Sequence[str]]) -> dict[str, Any]:
-        """success_rate (null without labels), and what describe_texts counts; every prompt has equally many texts."""
-        texts = [text for group in by_prompt for text in group]
-        x = features(self.base, self.tokenizer, texts) if self.estimator else None
+        """success_rate of the first text to each prompt (null without labels), and what describe_texts counts."""
+        x = features(self.base, self.tokenizer, [group[0] for group in by_prompt]) if self.estimator else None
         found = describe_texts(by_prompt, self.training)
         found = {key: None if value is not None and not math.isfinite(value) else value for key, value in found.items()}
-        return {"success_rate": success_rate(self.estimator, x, len(by_prompt[0]), self.seed), **found}
+        return {"success_rate": success_rate(self.estimator, x, self.seed), **found}
 
     def of_model(self, role: Role, free_running: Sequence[Tensor]) -> dict[str, float]:
         """Perplexity on the corpus's plain test sentences (forgetting), on its test puns under their prompts, and the gap to own samples.
