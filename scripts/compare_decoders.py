@@ -2,7 +2,8 @@
 
     python scripts/compare_decoders.py [--model M] [--prompts 24] [--tokens 96]
 
-Each text continues the first words of a plain sentence of the embedded corpus, as a document, without its end token.
+Each text continues the first words of a plain sentence of the embedded corpus, as a document, without its end token. People's texts are
+such sentences in a row: for their repetition; their perplexity is that of a text whose sentences have nothing to do with each other.
 """
 
 from __future__ import annotations
@@ -31,22 +32,24 @@ def main() -> None:
     role, tokenizer = loaded.role, loaded.tokenizer
     start = document_start(tokenizer)
     prompts = [[start, *tokenizer.text_ids(" ".join(r["plain"].split()[:5]))] for r in corpus.part("test")[: options.prompts]]
-    kinds: dict[str, Decoding | int] = {
-        "greedy": Decoding(options.tokens, temperature=0), "beam 8": 8, "top-k 40": Decoding(options.tokens, top_k=40),
+    kinds: dict[str, Decoding | int | None] = {
+        "people": None, "greedy": Decoding(options.tokens, temperature=0), "beam 8": 8, "top-k 40": Decoding(options.tokens, top_k=40),
         "nucleus .95": Decoding(options.tokens, top_p=0.95), "min-p .05": Decoding(options.tokens, min_p=0.05),
         "sampling": Decoding(options.tokens),
     }  # fmt: skip
-    people = [Example((start,), tuple(tokenizer.text_ids(r["plain"]))) for r in corpus.part("test")]
-    print(f"people's plain sentences: perplexity {d.perplexity(example_log_probs(role, people)):.1f}")
+    written = tokenizer.text_ids(" ".join(r["plain"] for r in corpus.part("test")))
     print(
         "| decoder | perplexity | looping % | onset | seq-rep-4 | self-BLEU-4 | Zipf | distinct-2 |\n|---|---|---|---|---|---|---|---|"
     )
     for name, kind in kinds.items():
-        if isinstance(kind, int):
+        before = prompts if kind else [[start]] * min(len(prompts), len(written) // options.tokens)
+        if kind is None:
+            ids = [tuple(written[i * options.tokens :][: options.tokens]) for i in range(len(before))]
+        elif isinstance(kind, int):
             ids = [tuple(beam_search(role, p, -1, kind, options.tokens)[0]) for p in prompts]
         else:
             ids = [e.response for e in generate(role, prompts, kind, -1, seeded(1, name), 1).examples]
-        logs = example_log_probs(role, [Example(tuple(p), r) for p, r in zip(prompts, ids, strict=True)])
+        logs = example_log_probs(role, [Example(tuple(p), r) for p, r in zip(before, ids, strict=True)])
         texts = [tokenizer.decode(r) for r in ids]
         onsets = [o for r in ids if (o := d.loop_onset(r)) is not None]
         onset = f"{torch.tensor(onsets).double().mean():.0f}" if onsets else "–"

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from punster.algorithms.bestofn import selection_weights
 from punster.data import corpus
-from punster.evaluate.compare import by_prompt, exact_kl
+from punster.evaluate.compare import by_prompt, exact_kl, shared_depths
 from punster.evaluate.overoptimisation import split_at, summary_of
 from punster.model.role import score_examples
 from punster.model.saved import load_role
@@ -54,10 +54,11 @@ def main() -> None:
                 folder, device=reference.model.device, dtype=reference.model.dtype, base=reference.model, tokenizer=tokenizer
             )[0]
         count = options.samples if folder else max(options.samples, options.best_of)
-        rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(1, "over-optimisation"), count)
-        scores = [score_examples(model, rollout.closed) for model in (proxy, gold)]
+        keep = shared_depths(role, reference) | {proxy.first_layer, gold.first_layer}
+        rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(1, "over-optimisation"), count, keep=keep)
+        scores = [score_examples(model, rollout.closed, rollout.trunk) for model in (proxy, gold)]
         means = [sum(values) / len(values) for values in scores]
-        kl = exact_kl(role, reference, rollout.examples, 1.0) if folder else 0.0
+        kl = exact_kl(role, reference, rollout, 1.0) if folder else 0.0
         length = sum(len(example.response) for example in rollout.examples) / len(rollout.examples)
         step = int(folder.name.removeprefix("step-")) if folder else 0
         rows.append({"step": step, "kl": kl, "proxy": means[0], "gold": means[1], "length": length})

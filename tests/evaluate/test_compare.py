@@ -1,17 +1,25 @@
-"""punster evaluate with a judge, on tiny models, from the command line to summary.json and the table."""
+"""punster evaluate with a judge, and without, on tiny models, from the command line to summary.json and the table."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_judge import FakeJudge, by
 
 from punster.cli import main
+from punster.config import EvaluateConfig
+from punster.data import corpus
+from punster.evaluate.compare import exact_kl, picked, shared_depths
+from punster.model.role import score_examples
+from punster.rollout.sampler import Decoding, generate
+from punster.train.setup import open_policy_role, open_reward_model
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,38 @@ def test_what_was_found_without_the_judge_stays_when_the_judge_fails(
     assert "key was not accepted" in error and "Traceback" not in error
     summary = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert "judge" not in summary and set(summary["models"]) == {"base", "sft", "more", "best_of_2"}
+
+
+def test_texts_of_a_file_stand_beside_the_models(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "others.jsonl"
+    rows = [{"prompt": p, "completion": f"{word} rose twice"} for p in corpus.prompts("test")[:6] for word in ("dough", "fares")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["evaluate", str(file), *command(runs, "--out", str(tmp_path / "e"))[1:]]
+    assert main(asked) == 0
+    entry = json.loads((tmp_path / "e" / "summary.json").read_text())["models"]["others"]
+    assert (entry["length"], entry["exact_kl"], entry["unique_share"]) == (3, None, 1)
+    assert 0 <= entry["win_rate_vs_sft"]["mean"] <= 1
+    assert "perplexity_plain" not in entry
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert main(asked) == 2
+    assert "fewer than 2 completions" in capsys.readouterr().err
+
+
+def test_states_kept_while_sampling_change_no_figure(runs: Path) -> None:
+    where = EvaluateConfig()
+    reference, tokenizer = open_policy_role(str(runs / "sft"), where)
+    role = open_policy_role(str(runs / "more"), where, tokenizer)[0]
+    gold = open_reward_model(str(runs / "gold"), where, reference, tokenizer)
+    prompts = [tokenizer.prompt_ids(prompt) for prompt in corpus.prompts("test")[:4]]
+    keep = {gold.first_layer, *shared_depths(role, reference)}
+    rollout = generate(role, prompts, Decoding(8), tokenizer.eos_id, torch.Generator().manual_seed(1), 2, keep=keep)
+    assert rollout.trunk is not None
+    assert score_examples(gold, rollout.closed, rollout.trunk) == pytest.approx(score_examples(gold, rollout.closed), abs=1e-4)
+    rows = picked(rollout, [1, 4, 7])
+    assert rows.examples == [rollout.examples[i] for i in (1, 4, 7)]
+    kl = exact_kl(role, reference, rows, 1.0)
+    assert kl > 1e-4
+    assert kl == pytest.approx(exact_kl(role, reference, replace(rows, trunk=None), 1.0), rel=1e-3)
 
 
 def test_nothing_is_called_or_imported_without_a_judge(runs: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from punster.api import load
 from punster.data.leakage import words
 from punster.data.pool import Pool
 from punster.evaluate import success
 from punster.evaluate.success import Labelled
-from punster.model.load import load_model
+from punster.model.load import DEFAULT_MODEL, load_model
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
 
@@ -47,12 +48,12 @@ def test_an_odd_generator_widens_the_interval() -> None:
     wide = success.fit_estimator(x, rows)
     assert set(wide.errors) == {"a", "b", "odd"}  # people are no generator
     assert wide.errors["odd"] < -0.15
-    one, two = (success.success_rate(e, x[:400], per_prompt=4) for e in (narrow, wide))
+    one, two = (success.success_rate(e, x[:400]) for e in (narrow, wide))
     assert one is not None
     assert two is not None
     assert two["high"] - two["mean"] > one["high"] - one["mean"] + 0.1
     assert 0 <= two["low"] <= two["mean"] <= two["high"] <= 1
-    assert success.success_rate(None, x, 4) is None
+    assert success.success_rate(None, x) is None
 
 
 def test_features_do_not_depend_on_the_batch(tiny_llama: Path) -> None:
@@ -69,6 +70,18 @@ def test_no_data_no_estimate(tiny_llama: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PUNSTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
     assert success.open_estimator(role, tokenizer) is None
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_default_model_are_those_of_a_fit(punster_data: Path) -> None:
+    loaded = load(DEFAULT_MODEL)
+    role = Role(loaded.role.model)
+    rows = success.labelled(Pool(punster_data))
+    x = success.features(role, loaded.tokenizer, [row.text for row in rows])
+    known, fresh = success.open_estimator(role, loaded.tokenizer), success.fit_estimator(x, rows)
+    assert known is not None
+    torch.testing.assert_close(known.probabilities(x), fresh.probabilities(x), rtol=0, atol=0.01)
+    assert known.errors == pytest.approx(fresh.errors, abs=0.01)
 
 
 @pytest.mark.slow

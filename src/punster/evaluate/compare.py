@@ -17,7 +17,8 @@ import torch
 from punster.algorithms.bestofn import best_of_win_share, kl_bound, selection_weights
 from punster.config import EvaluateConfig
 from punster.data import corpus
-from punster.data.batch import Example, token_batches
+from punster.data.batch import Example, prefix_batches
+from punster.data.schema import read_rows
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
 from punster.evaluate.metrics import copy_rate, distinct_n, words
@@ -74,27 +75,32 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     reference_label = label_of(reference_path)
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = training_texts(reference_path)
-    extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed)
+    extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
+    judges = [gold, *([open_proxy(config, reference, tokenizer)] if config.best_of else [])]
     decoding = Decoding(config.max_new_tokens, config.temperature)
     pool = max(config.samples, config.pool or 2 * config.best_of)
     results: dict[str, Any] = {}
     sampled: dict[str, Sampled] = {}
-    proxy_scores: list[list[float]] = []
     for label in shown_progress(order, "evaluate " + ", ".join(order), config.quiet, len(order)):
-        role = reference if label == reference_label else opened(label, paths[label], reference, config, tokenizer)
-        count = pool if label == reference_label else config.samples
-        rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(config.seed, f"evaluate/{label}"), count)
-        scores = by_prompt(score_examples(gold, rollout.closed), count)
-        if label == reference_label and config.best_of:
-            proxy_scores = by_prompt(proxy_of(config, rollout, reference, tokenizer), count)
-            pool_rollout = rollout
-        kl = 0.0
-        if label != reference_label:
-            kl = exact_kl(role, reference, first_of(rollout.examples, count), config.temperature)
-        shown = Rollout(first_of(rollout.examples, count, config.samples), [], first_of(rollout.finished, count, config.samples))
-        sampled[label] = sample_of(label, shown, scores, tokenizer, config.samples)
+        is_reference, role = label == reference_label, None
+        count, readers = (pool, judges) if is_reference else (config.samples, judges[:1])
+        if is_reference or not paths[label].endswith(".jsonl"):
+            role = reference if is_reference else opened(label, paths[label], reference, config, tokenizer)
+            keep = {judge.first_layer for judge in readers} | (set() if is_reference else shared_depths(role, reference))
+            stream = seeded(config.seed, f"evaluate/{label}")
+            rollout = generate(role, ids, decoding, tokenizer.eos_id, stream, count, keep=keep)
+        else:
+            rollout = written(paths[label], texts, ids, count, tokenizer)
+        scores = [by_prompt(score_examples(judge, rollout.closed, rollout.trunk), count) for judge in readers]
+        kl = 0.0 if is_reference else None
+        if is_reference:
+            pool_rollout, pool_scores = replace(rollout, trunk=None), scores
+        elif role is not None:
+            kl = exact_kl(role, reference, picked(rollout, range(0, len(rollout.examples), count)), config.temperature)
+        shown = picked(rollout, [i for i in range(len(rollout.examples)) if i % count < config.samples])
+        sampled[label] = sample_of(label, shown, scores[0], tokenizer, config.samples)
         results[label] = describe(sampled[label], training, config) | {"exact_kl": kl}
-        results[label] |= extra.of_texts(sampled[label].texts) | extra.of_model(role, rollout.log_probs)
+        results[label] |= extra.of_texts(sampled[label].texts) | (extra.of_model(role, rollout.log_probs) if role else {})
     for label in order:
         results[label] |= against_reference(sampled[label], sampled[reference_label], config)
     for label, rating in ratings(sampled, config).items():
@@ -103,11 +109,10 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
     if config.best_of:
         name = f"best_of_{config.best_of}"
-        results[name], sampled[name] = best_of_row(
-            config, pool_rollout, proxy_scores, sampled[reference_label].gold, tokenizer, training
-        )
+        gold_scores, proxy_scores = pool_scores
+        results[name], sampled[name] = best_of_row(config, pool_rollout, proxy_scores, gold_scores, tokenizer, training)
         results[name] |= extra.of_texts(sampled[name].texts)
-        summary["best_of_n"] = best_of_curve(proxy_scores, sampled[reference_label].gold)
+        summary["best_of_n"] = best_of_curve(proxy_scores, gold_scores)
     save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])
     if client is not None:
         from punster.evaluate.judge import judge_texts
@@ -139,7 +144,19 @@ def sibling(models: Sequence[str], name: str) -> str | None:
 
 
 def label_of(path: str) -> str:
-    return Path(path).name
+    return Path(path).name.removesuffix(".jsonl")
+
+
+def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer) -> Rollout:
+    """Texts of a file (rows of prompt and completion) as if a model had written them."""
+    given: dict[str, list[str]] = {}
+    for row in read_rows(path, "sft"):
+        given.setdefault(str(row["prompt"]), []).append(row["completion"])
+    if missing := [prompt for prompt in prompts if len(given.get(str(prompt), [])) < count]:
+        raise UserError(f"{path}: fewer than {count} completions to the prompt {missing[0]!r}")
+    texts = [(tuple(own), text) for own, prompt in zip(ids, prompts, strict=True) for text in given[str(prompt)][:count]]
+    examples = [Example(own, tuple(tokenizer.response_ids(text))) for own, text in texts]
+    return Rollout(examples, [], [True] * len(examples), tokenizer.eos_id)
 
 
 def opened(label: str, path: str, reference: Role, config: EvaluateConfig, tokenizer: Tokenizer) -> Role:
@@ -168,24 +185,30 @@ def by_prompt(values: Sequence[Any], count: int) -> list[list[Any]]:
     return [list(values[i : i + count]) for i in range(0, len(values), count)]
 
 
-def first_of(values: Sequence[Any], count: int, take: int = 1) -> list[Any]:
-    """The first `take` of every `count` values."""
-    return [value for i, value in enumerate(values) if i % count < take]
+def picked(rollout: Rollout, rows: Sequence[int]) -> Rollout:
+    """Some of the responses, without the sampler's log-probs."""
+    some = lambda values: [values[row] for row in rows]
+    trunk = rollout.trunk and Trunk({key: some(states) for key, states in rollout.trunk.rows.items()})
+    return replace(rollout, examples=some(rollout.examples), log_probs=[], finished=some(rollout.finished), trunk=trunk)
 
 
-def proxy_of(config: EvaluateConfig, rollout: Rollout, reference: Role, tokenizer: Tokenizer) -> list[float]:
+def open_proxy(config: EvaluateConfig, reference: Role, tokenizer: Tokenizer) -> Role:
     path = config.proxy or sibling(config.models, "reward")
     if path is None:
         raise UserError("--best-of needs the reward model that selects: --proxy RUN")
-    return score_examples(open_reward_model(path, config, reference, tokenizer), rollout.closed)
+    return open_reward_model(path, config, reference, tokenizer)
+
+
+def shared_depths(role: Role, reference: Role) -> set[int]:
+    """Depths at which states kept while `role` sampled save work in `exact_kl`: its own last, and where it leaves the reference."""
+    return {role.last_layer - 1, role.first_layer, reference.first_layer, *(adapter.first_layer for adapter in role.adapters)}
 
 
 @torch.no_grad()
-def exact_kl(role: Role, reference: Role, examples: Sequence[Example], temperature: float, max_tokens: int = 2048) -> float:
+def exact_kl(role: Role, reference: Role, rollout: Rollout, temperature: float) -> float:
     """KL(role || reference) in nats a response: full-vocabulary KL summed over each response's tokens, averaged."""
-    trunk = Trunk.compute(reference, examples, [min(role.first_layer, reference.first_layer)], max_tokens)
-    total = 0.0
-    for rows in token_batches([example.length for example in examples], max_tokens):
+    examples, trunk, total = rollout.examples, rollout.trunk or Trunk({}), 0.0
+    for rows in prefix_batches(examples, 2048):
         batch = trunk.collate(examples, rows, reference.model.device)
         compared = compare_policies(
             role.response_hidden(batch), role.model.head, reference.response_hidden(batch),
@@ -251,9 +274,8 @@ def best_of_row(
         for start in range(0, size - n + 1, n):
             best = max(range(start, start + n), key=lambda i: proxy_row[i])
             chosen.append(row * size + best)
-    picked = Rollout([pool.examples[i] for i in chosen], [], [pool.finished[i] for i in chosen])
     blocks = size // n
-    sampled = sample_of(f"best_of_{n}", picked, expected, tokenizer, blocks)
+    sampled = sample_of(f"best_of_{n}", picked(pool, chosen), expected, tokenizer, blocks)
     row_of = describe(sampled, training, config)
     row_of |= {"win_rate_vs_sft": bootstrap(shares, config.seed), "exact_kl": None, "kl_bound": kl_bound(n)}
     scores = by_prompt([gold[i // size][i % size] for i in chosen], blocks)

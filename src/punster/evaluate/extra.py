@@ -13,7 +13,7 @@ from punster.data import corpus
 from punster.data.batch import Example
 from punster.evaluate.degeneration import describe_texts, exposure_gap, perplexity
 from punster.evaluate.success import Estimator, features, open_estimator, success_rate
-from punster.model.role import Role
+from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start, example_log_probs
 
@@ -27,31 +27,33 @@ class Extra:
     training: Sequence[str] | None
     estimator: Estimator | None
     seed: int
+    human: list[Example]  # the corpus's plain test sentences as documents, then as many puns under their prompts
+    trunk: Trunk  # their states
 
     @classmethod
-    def open(cls, base: Role, tokenizer: Tokenizer, training: Sequence[str] | None, seed: int) -> Extra:
-        return cls(base, tokenizer, training, open_estimator(base, tokenizer), seed)
+    def open(cls, base: Role, tokenizer: Tokenizer, training: Sequence[str] | None, seed: int, depth: int = 0) -> Extra:
+        """depth: where the models that are compared leave the base."""
+        start, records = document_start(tokenizer), corpus.part("test")
+        most = base.model.config.max_positions // 2  # of a prompt and of a response: longer ones are cut
+        text_ids, prompt_ids, response_ids = tokenizer.text_ids, tokenizer.prompt_ids, tokenizer.response_ids
+        human = [Example((start,), tuple(text_ids(r["plain"])[:most])) for r in records]
+        human += [Example(tuple(prompt_ids(r["prompt"])[-most:]), tuple(response_ids(r["pun"])[:most])) for r in records]
+        return cls(base, tokenizer, training, open_estimator(base, tokenizer), seed, human, Trunk.compute(base, human, [depth]))
 
     def of_texts(self, by_prompt: Sequence[Sequence[str]]) -> dict[str, Any]:
-        """success_rate (null without labels), and what describe_texts counts; every prompt has equally many texts."""
-        texts = [text for group in by_prompt for text in group]
-        x = features(self.base, self.tokenizer, texts) if self.estimator else None
+        """success_rate of the first text to each prompt (null without labels), and what describe_texts counts."""
+        x = features(self.base, self.tokenizer, [group[0] for group in by_prompt]) if self.estimator else None
         found = describe_texts(by_prompt, self.training)
         found = {key: None if value is not None and not math.isfinite(value) else value for key, value in found.items()}
-        return {"success_rate": success_rate(self.estimator, x, len(by_prompt[0]), self.seed), **found}
+        return {"success_rate": success_rate(self.estimator, x, self.seed), **found}
 
     def of_model(self, role: Role, free_running: Sequence[Tensor]) -> dict[str, float]:
         """Perplexity on the corpus's plain test sentences (forgetting), on its test puns under their prompts, and the gap to own samples.
 
         free_running: the log-probs of the model's own samples, as the sampler gave them.
         """
-        start, records = document_start(self.tokenizer), corpus.part("test")
-        most = role.model.config.max_positions // 2  # of a prompt and of a response: longer ones are cut
-        text_ids, prompt_ids, response_ids = self.tokenizer.text_ids, self.tokenizer.prompt_ids, self.tokenizer.response_ids
-        plain = [Example((start,), tuple(text_ids(r["plain"])[:most])) for r in records]
-        puns = [Example(tuple(prompt_ids(r["prompt"])[-most:]), tuple(response_ids(r["pun"])[:most])) for r in records]
-        human = example_log_probs(role, puns)
+        logs, half = example_log_probs(role, self.human, self.trunk), len(self.human) // 2
+        plain, puns = logs[:half], logs[half:]
         return {
-            "perplexity_plain": perplexity(example_log_probs(role, plain)), "perplexity_puns": perplexity(human),
-            "exposure_gap": exposure_gap(human, free_running),
+            "perplexity_plain": perplexity(plain), "perplexity_puns": perplexity(puns), "exposure_gap": exposure_gap(puns, free_running),
         }  # fmt: skip

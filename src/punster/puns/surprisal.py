@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from punster.data.batch import Example, collate, prefix_batches
-from punster.model.role import Role
+from punster.data.batch import Example, prefix_batches
+from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs
 
@@ -63,11 +63,11 @@ def document_start(tokenizer: Tokenizer) -> int:
 
 
 @torch.no_grad()
-def example_log_probs(role: Role, examples: Sequence[Example], max_tokens: int = 4096) -> list[Tensor]:
+def example_log_probs(role: Role, examples: Sequence[Example], trunk: Trunk | None = None) -> list[Tensor]:
     """Log-prob of every response token under a role, one (length,) tensor an example."""
     found: list[Tensor] = [torch.empty(0)] * len(examples)
-    for rows in prefix_batches(examples, max_tokens):
-        batch = collate([examples[row] for row in rows], device=role.model.device)
+    for rows in prefix_batches(examples, 4096):
+        batch = (trunk or Trunk({})).collate(examples, rows, role.model.device)
         logs = token_log_probs(role.response_hidden(batch), role.model.head, batch.targets())
         for row, part in zip(rows, logs.cpu().split(batch.response_lengths.tolist()), strict=True):
             found[row] = part

@@ -9,7 +9,7 @@ import torch
 
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.evaluate.compare import exact_kl
+from punster.evaluate.compare import exact_kl, shared_depths
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -41,7 +41,9 @@ def sample_table(
     kept = [(p, ids) for p in prompts if 0 < len(ids := tokenizer.prompt_ids(p)) <= room]
     if not kept:
         return {}
-    rollout = generate(policy, [ids for _, ids in kept], decoding, tokenizer.eos_id, seeded(run.config.seed, "evaluation"))
+    keep = shared_depths(policy, reference) if reference else ()
+    stream = seeded(run.config.seed, "evaluation")
+    rollout = generate(policy, [ids for _, ids in kept], decoding, tokenizer.eos_id, stream, keep=keep)
     texts = [tokenizer.decode(example.response) for example in rollout.examples]
     asked = [prompt for prompt, _ in kept]
     count = len(texts)
@@ -55,7 +57,7 @@ def sample_table(
         scores = [round(float(value), 4) for value in score(asked, texts, rollout.closed)]
         found["eval/score"] = sum(value for value in scores if value is not None) / count
     if reference is not None:
-        found["eval/exact_kl"] = exact_kl(policy, reference, rollout.examples, decoding.temperature)
+        found["eval/exact_kl"] = exact_kl(policy, reference, rollout, decoding.temperature)
     if training is not None:
         found["eval/copy_rate"] = copy_rate(texts, training)
     given = list(zip(asked, texts, scores, strict=True))
