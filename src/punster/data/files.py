@@ -63,7 +63,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     from punster.data.sources.reading import Skips, table
 
     skips = Skips()
-    for place, cells in table(path, (), skips):
+    for place, cells in table(path, skips):
         yield str(place), {name: _cell(name, value) for name, value in cells.items()}
     if skips.entries:
         place, reason = skips.entries[0]
