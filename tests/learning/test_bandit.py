@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from punster.algorithms.kl import kl_loss
-from punster.config import GrpoConfig, KlPenalty, PpoConfig, Variant
+from punster.config import GrpoConfig, PpoConfig
+from punster.config.train import KlPenalty, Variant
 from punster.model.role import Role
 from punster.train import setup
 from punster.train.grpo import grpo

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import punster.train.dpo as dpo_module
-from punster.config import DpoConfig, DpoLoss, RewardConfig, SftConfig
+from punster.config import DpoConfig, RewardConfig, SftConfig
+from punster.config.train import DpoLoss
 from punster.data.batch import Example, collate
 from punster.errors import UserError
 from punster.model.role import Trunk, score_examples

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import punster.train.ppo as ppo_module
-from punster.config import DpoConfig, GrpoConfig, KlPenalty, PpoConfig
+from punster.config import DpoConfig, GrpoConfig, PpoConfig
+from punster.config.train import KlPenalty
 from punster.errors import UserError
 from punster.model.role import Trunk
 from punster.train import setup as loading
