@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -125,3 +126,15 @@ def renamed(row: Any, columns: Sequence[str], place: str) -> Any:
             raise UserError(f"{place}: no column {column!r} (found: {', '.join(map(str, row))})")
         found[field] = _cell(field, row[column]) if isinstance(row[column], str) else row[column]
     return found
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write under a temporary name and rename: the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            for line in lines:
+                handle.write(line + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
