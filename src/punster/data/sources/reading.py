@@ -77,9 +77,8 @@ def need(record: Any, name: str, kind: type = str) -> Any:
     value = record.get(name)
     if value is None:
         raise BadRecord(f"field {name!r} is missing or null")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind:
         raise BadRecord(f"field {name!r} is not {kind.__name__}")
     if isinstance(value, str) and not value.strip():
         raise BadRecord(f"field {name!r} is empty")
@@ -103,29 +102,21 @@ def choice(text: str, known: dict[str, Any], name: str) -> Any:
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, a .gz decompressed."""
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, a .gz decompressed."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; 'punster data list' says where each source comes from")
-    if path.suffix != ".gz":
-        return path.read_bytes()
-    parts, size = [], 0
+    content = bytearray()
     try:
-        with gzip.open(path) as handle:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
             while part := handle.read(1 << 20):
-                parts.append(part)
-                if (size := size + len(part)) > MAX_BYTES:
+                content += part
+                if path.suffix == ".gz" and len(content) > MAX_BYTES:
                     raise UserError(f"{path}: more than {MAX_BYTES} bytes after decompression; refused")
-    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
-        line = 1 + sum(part.count(b"\n") for part in parts)
-        raise UserError(f"{path}, line {line}: damaged or truncated gzip ({error}); fetch the file again") from None
-    return b"".join(parts)
-
-
-def read_text(path: Path) -> str:
-    content = read_bytes(path)
-    try:
         return content.decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        line = 1 + content.count(b"\n")
+        raise UserError(f"{path}, line {line}: damaged or truncated gzip ({error}); fetch the file again") from None
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None

@@ -13,20 +13,7 @@ from typing import Any
 from punster.data.prompts import request, topic_of, topic_of_context
 from punster.data.schema import Row, explicit
 from punster.data.sources.catalog import Source
-from punster.data.sources.reading import (
-    MAX_TEXT,
-    BadRecord,
-    Located,
-    Place,
-    Skips,
-    choice,
-    each,
-    json_items,
-    lines,
-    need,
-    number,
-    table,
-)
+from punster.data.sources.reading import MAX_TEXT, BadRecord, Place, Skips, choice, each, json_items, lines, need, number, table
 from punster.data.sources.wording import clean, detokenise, filled, restored
 
 Records = Callable[[Path, Skips], Iterable[tuple[Place, Any]]]
@@ -35,7 +22,7 @@ RATERS = ("gemini", "openai", "anthropic", "claudecode")
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-def read(source: Source, folder: Path, skips: Skips) -> Located:
+def read(source: Source, folder: Path, skips: Skips) -> Iterator[tuple[Place, Row]]:
     """The rows of all files of a source."""
     records, convert = FORMS[source.name]
     for name in source.files:
