@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from punster.config.shared import CONFIG_VERSION, check_shared, check_version, opt, require
-from punster.model.load import DEFAULT_MODEL
+from punster.config.shared import RunConfig, check_shared, opt, require
 
 
 @dataclass
@@ -60,16 +59,9 @@ class EvaluateConfig:
 
 
 @dataclass
-class PipelineConfig:
+class PipelineConfig(RunConfig):
     """punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report. Sections override a verb's defaults."""
 
-    name: str = opt("", "name of the run; its folder is OUT/NAME (default: the recipe's name)", short="-n")
-    out: str = opt("runs", "folder that holds the runs")
-    model: str = opt(DEFAULT_MODEL, "base model: built-in name, hub id, folder, or .gguf file")
-    prompt_format: str = opt("auto", "auto, chat, or a text containing {prompt}")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    dtype: str = opt("auto", "auto, fp32, bf16")
-    seed: int = opt(1, "seed of all stages")
     scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test", above=0, high=100)
     stages: list[str] = opt(["sft", "reward", "gold", "ppo", "grpo", "dpo"], "stages to run, in this order")
     sft: dict[str, Any] = opt({}, "settings of the SFT stage")
@@ -81,14 +73,9 @@ class PipelineConfig:
     placebo_reward: dict[str, Any] = opt({}, "settings of the reward model with shuffled labels")
     placebo: dict[str, Any] = opt({}, "settings of PPO against the placebo reward model")
     evaluate: dict[str, Any] = opt({}, "settings of the evaluation")
-    resume: bool = opt(False, "keep finished stages and go on with the first unfinished one")
-    dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
-    quiet: bool = opt(False, "print nothing but errors")
-    config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
 
     def __post_init__(self) -> None:
-        check_version(self.config_version)
-        check_shared(self)
+        super().__post_init__()
         needs = {"sft": [], "reward": ["sft"], "gold": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
                  "dpo": ["sft", "reward"], "placebo_reward": ["sft"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
         for place, stage in enumerate(self.stages):

@@ -62,12 +62,30 @@ def check_version(found: Any, place: str = "this configuration") -> None:
 
 
 @dataclass
-class TrainConfig:
-    """What every training verb shares."""
+class RunConfig:
+    """What every run has, of one verb or of a pipeline."""
 
-    name: str = opt("", "name of the run; its folder is OUT/NAME", short="-n")
+    name: str = opt("", "name of the run; its folder is OUT/NAME (punster run: default is the recipe's name)", short="-n")
     out: str = opt("runs", "folder that holds the runs")
     model: str = opt(DEFAULT_MODEL, "base model: built-in name, hub id, folder, or .gguf file")
+    prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
+    dtype: str = opt("auto", "type of the frozen weights: auto (bf16 where the CPU or GPU is fast at it), fp32, bf16")
+    seed: int = opt(1, "seed of all named generators (data, sampling, init), of all stages in a pipeline")
+    resume: bool = opt(False, "go on with the run of this name: from its newest checkpoint, or with its first unfinished stage")
+    dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
+    quiet: bool = opt(False, "print nothing but errors")
+    config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
+
+    def __post_init__(self) -> None:
+        check_version(self.config_version)
+        check_shared(self)
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """What every training verb shares."""
+
     batch_size: int = opt(16, "rows (prompts for ppo and grpo: responses) in one optimizer step or rollout", short="-b", low=1)
     steps: int | None = opt(None, "optimizer steps, or rollouts for ppo and grpo (default: as many as the epochs need)", low=1)
     lr: float = opt(1e-4, "learning rate; linear to 0 after warm-up", above=0)
@@ -81,26 +99,15 @@ class TrainConfig:
         "auto",
         "how many of the uppermost layers are adapted: a number, a share below 1, all, or auto (sft: a third, else a fifth)",
     )
-    prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    dtype: str = opt("auto", "type of the frozen weights: auto (bf16 where the CPU or GPU is fast at it), fp32, bf16")
     max_tokens: int = opt(2048, "padded tokens in one micro-batch; changes memory and speed, not the result", low=64)
-    seed: int = opt(1, "seed of all named generators (data, sampling, init)")
     save_every: int = opt(0, "steps between checkpoints (0: only at the end and when interrupted)", low=0)
     keep: int = opt(2, "newest checkpoints that are kept", low=1)
-    keep_best: str = opt(
-        "auto", "metric by which the best checkpoint is kept too, with - if lower is better: auto, none, -eval_loss"
-    )
+    keep_best: str = opt("auto", "metric by which the best checkpoint is kept too, - if lower is better: auto, none, -eval_loss")
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)", low=0)
     eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation (0: none)", low=0)
-    resume: bool = opt(False, "go on from the newest checkpoint of the run of this name")
-    dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
-    quiet: bool = opt(False, "print nothing but errors")
-    config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
 
     def __post_init__(self) -> None:
-        check_version(self.config_version)
-        check_shared(self)
+        super().__post_init__()
         top = self.top_layers = str(self.top_layers)  # YAML may say 8
         good = re.fullmatch(r"auto|all|0*[1-9]\d*|0?\.\d*[1-9]\d*", top)
         require(bool(good), f"--top-layers must be a number of layers, a share below 1, all or auto, got {top!r}")

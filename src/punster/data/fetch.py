@@ -26,10 +26,8 @@ def fetch_source(
 ) -> Path:
     """The folder of a source under `cache`, downloaded where it is not there yet, with the sources that it needs beside it."""
     if source.by_hand:
-        raise UserError(
-            f"{source.name} cannot be downloaded as it is: {source.by_hand}. It comes from {source.home}; "
-            f"then: punster data prepare {source.name} --from DIR --out DIR"
-        )
+        then = f"It comes from {source.home}; then: punster data prepare {source.name} --from DIR --out DIR"
+        raise UserError(f"{source.name} cannot be downloaded as it is: {source.by_hand}. {then}")
     for name in source.needs:
         fetch_source(SOURCES[name], cache, base, say, pause)
     folder = cache / source.name
@@ -82,9 +80,8 @@ def download(url: str, target: Path, sha256: str = "", attempts: int = 6, pause:
             raise UserError(f"{url}: its SHA-256 is {found}, expected {sha256}; the file was changed, nothing is used of it")
         os.replace(part, target)
         return found
-    raise UserError(
-        f"{url}: {attempts} attempts failed ({reason}); run the command again to go on where it stopped, or use --from"
-    )
+    way_out = "run the command again to go on where it stopped, or use --from"
+    raise UserError(f"{url}: {attempts} attempts failed ({reason}); {way_out}")
 
 
 def _more(url: str, part: Path, timeout: float) -> None:

@@ -121,13 +121,11 @@ def _checked(content: Any, kind: type, where: str) -> Row:
     return content
 
 
-_BOOL = "true or false", lambda value: isinstance(value, bool)
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("text", lambda value: isinstance(value, str)),
     float: ("a number", lambda value: type(value) in (int, float) and abs(value) < 1e9),  # nor infinite, nor "not a number"
     int: ("a whole number", lambda value: type(value) is int),
-    bool: _BOOL,
-    bool | None: _BOOL,
+    **dict.fromkeys((bool, bool | None), ("true or false", lambda value: isinstance(value, bool))),
     list[str]: ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)),
 }
 
@@ -152,9 +150,8 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
         kept = without_repeats([texts_of(row)[0] for row in rows], recipe.repeats) if recipe.repeats else range(len(rows))
         statement["repeats_dropped"] = len(rows) - len(kept)
         rows = [rows[place] for place in kept]
-    avoid = (
-        frozenset(topic_key(row["topic"]) for row in pool.held_out_prompts) if pool and recipe.split == "train" else frozenset()
-    )
+    held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
+    avoid = frozenset(topic_key(row["topic"]) for row in held_out)
     if recipe.kind in ("sft", "prompt"):
         rows = with_prompts(rows, avoid)
     else:
@@ -201,8 +198,7 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     statement["available"] = len(made)
     if part.limit and len(made) > part.limit:
         made = draw.sample(made, part.limit)
-    whole, rest = divmod(part.weight, 1)
-    made = made * int(whole) + draw.sample(made, round(rest * len(made)))
+    made = made * int(part.weight) + draw.sample(made, round(part.weight % 1 * len(made)))
     if part.margin:
         made = [{**row, "margin": round(part.margin * row["gap"], 4)} if "gap" in row else row for row in made]
     return made, {**statement, "dropped": dict(dropped), "weight": part.weight, "taken": len(made)}
@@ -255,15 +251,13 @@ def told(statement: Row) -> list[str]:
     found = [f"{statement['rows']} rows ({statement['kind']}, {statement['split']}), of which:"]
     for part in statement["parts"]:
         dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
-        found.append(
-            f"  {part['part']}{' ' + part['use'] if part['use'] else ''}: {part['taken']} taken of {part['available']} made of "
-            f"{part['read']} read, weight {part['weight']:g}{'; dropped: ' + dropped if dropped else ''} [{part['licence']}]"
-        )
+        origin = f"{part['taken']} taken of {part['available']} made of {part['read']} read, weight {part['weight']:g}"
+        dropped = f"; dropped: {dropped}" if dropped else ""
+        found.append(f"  {' '.join(filter(None, (part['part'], part['use'])))}: {origin}{dropped} [{part['licence']}]")
     if statement.get("repeats_dropped"):
         found.append(f"  repeats dropped: {statement['repeats_dropped']}")
-    found.append(
-        f"  compared with {statement['evaluation_texts']} evaluation texts; prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}"
-    )
+    share = f"prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}"
+    found.append(f"  compared with {statement['evaluation_texts']} evaluation texts; {share}")
     if statement["not_open"]:
         found.append(f"  NOT cleared for commercial use: {'; '.join(statement['not_open'])}")
     return found

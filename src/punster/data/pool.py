@@ -69,9 +69,8 @@ class Pool:
     @cached_property
     def held_out_semeval(self) -> Index:
         if not self.has(TEXTS_OF_SPLIT):
-            raise UserError(
-                f"{self.folder}: {TEXTS_OF_SPLIT} is needed beside the other sources, for its held-out texts must be known"
-            )
+            need = f"{TEXTS_OF_SPLIT} is needed beside the other sources, for its held-out texts must be known"
+            raise UserError(f"{self.folder}: {need}")
         return Index([words(row["text"]) for row in self.rows(TEXTS_OF_SPLIT, "val")])
 
     @cached_property

@@ -17,13 +17,9 @@ from punster.errors import UserError
 Row = dict[str, Any]
 
 FIELDS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt",),
-    "sft": ("prompt", "completion"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "unpaired": ("prompt", "completion", "label"),
-    "text": ("text",),
-    "group": ("prompt", "completions", "scores"),
-}
+    "prompt": ("prompt",), "sft": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected"), "text": ("text",),
+    "unpaired": ("prompt", "completion", "label"), "group": ("prompt", "completions", "scores"),
+}  # fmt: skip
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -46,14 +42,8 @@ def some(rows: list[Row], path: str | Path) -> list[Row]:
 
 def kind_of(row: Any) -> str:
     """The schema that a row's fields suggest."""
-    telling = {
-        "chosen": "preference",
-        "completions": "group",
-        "label": "unpaired",
-        "completion": "sft",
-        "text": "text",
-        "messages": "sft",
-    }
+    telling = {"chosen": "preference", "completions": "group", "label": "unpaired", "completion": "sft", "text": "text",
+               "messages": "sft"}  # fmt: skip
     return next((kind for field, kind in telling.items() if isinstance(row, dict) and field in row), "prompt")
 
 

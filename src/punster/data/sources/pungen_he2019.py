@@ -94,14 +94,9 @@ def _analysis(path: Path, tie: Tie, skips: Skips) -> Located:
             raise BadRecord("expected sentence, pair of words, type and score with tabs between")
         own, other = cells[1].split("-", 1)
         pun_word, alternative = (own, other) if cells[2] in WITH_PUN_WORD else (other, own)
-        entry = {
-            "text": clean(detokenise(cells[0])),
-            "system": cells[2],
-            "rating": round(number(cells[3], "score"), 4),
-            "raters": 5,
-        }
+        entry: Row = {"text": clean(detokenise(cells[0])), "system": cells[2], "rating": round(number(cells[3], "score"), 4)}
         pair = "-".join(sorted(cells[1].split("-")))
-        entry |= {"pair": cells[1], "pun_word": pun_word, "alternative_word": alternative}
+        entry |= {"raters": 5, "pair": cells[1], "pun_word": pun_word, "alternative_word": alternative}
         groups.setdefault(pair, []).append(entry)
         first.setdefault(pair, located[0])
         return ()

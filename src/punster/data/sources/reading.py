@@ -137,10 +137,8 @@ def table(path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = 
         if header:
             names = [name.strip() for name in next(reader, [])]
             if missing := [name for name in columns if name not in names]:
-                found = ", ".join(names)[:200] or "nothing"
-                raise UserError(
-                    f"{path}, line 1: column {missing[0]!r} is missing (found: {found}; expected: {', '.join(columns)})"
-                )
+                found = f"(found: {', '.join(names)[:200] or 'nothing'}; expected: {', '.join(columns)})"
+                raise UserError(f"{path}, line 1: column {missing[0]!r} is missing {found}")
         for cells in reader:
             place = Place(str(path), reader.line_num)
             if len(cells) == len(names):
