@@ -295,7 +295,7 @@ def score_verb(rest: list[str]) -> int:
     o = parsed_values(parser, rest, ("model", "file", "out", "device", "dtype"))
     from punster.api import GENERIC_PROMPT, load
     from punster.data.schema import read_texts
-    from punster.train.run import write_text
+    from punster.train.checkpoint import write_text
 
     rows = read_texts(o["file"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"])
