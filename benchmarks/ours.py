@@ -29,8 +29,9 @@ from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate
 from punster.train import dpo, reward, sft
 from punster.train.grpo import grpo
+from punster.train.optim import Cursor, make_optimizer, optimizer_step, seeded
 from punster.train.ppo import ppo
-from punster.train.run import Cursor, Run, make_optimizer, optimizer_step, seeded
+from punster.train.run import Run
 from punster.train.setup import extend, open_base, open_policy_role
 
 DATA = json.loads(prepare.DATA.read_text())

@@ -110,7 +110,7 @@ def read_data() -> dict[str, Any]:
 def data(tokenizer: Any) -> dict[str, Any]:
     """Prompts, those of about PROMPT tokens first; pairs, and the order in which a punster run of seed 1 takes them."""
     from punster.data import corpus
-    from punster.train.run import Cursor, seeded
+    from punster.train.optim import Cursor, seeded
 
     def text(prompt: str) -> str:
         return str(tokenizer.hf.decode(tokenizer.prompt_ids(prompt)))

@@ -19,7 +19,7 @@ from punster.evaluate import degeneration as d
 from punster.puns.surprisal import document_start, example_log_probs
 from punster.rollout.sampler import Decoding, generate
 from punster.rollout.search import beam_search
-from punster.train.run import seeded
+from punster.train.optim import seeded
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from punster.evaluate.overoptimisation import split_at, summary_of
 from punster.model.role import score_examples
 from punster.model.saved import load_role
 from punster.rollout.sampler import Decoding, generate
-from punster.train.run import seeded, write_json
+from punster.train.checkpoint import write_json
+from punster.train.optim import seeded
 from punster.train.setup import check_prompts, open_policy_role, open_reward_model
 
 

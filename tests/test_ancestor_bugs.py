@@ -19,7 +19,7 @@ from punster.config import PpoConfig, SftConfig
 from punster.model.load import expected_shapes, load_model
 from punster.model.role import Role
 from punster.model.transformer import ModelConfig
-from punster.train.run import make_optimizer
+from punster.train.optim import make_optimizer
 from punster.train.setup import extend
 from punster.train.sft import sft
 

@@ -38,7 +38,7 @@ class Model:
     ) -> list[str]:  # fmt: skip
         """k texts; with best_of and a judge, each is the best of so many samples. `distinct` draws again for repeats."""
         from punster.rollout.sampler import Decoding, generate
-        from punster.train.run import seeded
+        from punster.train.optim import seeded
         from punster.train.setup import check_prompts
 
         if self.role.head is not None:

@@ -295,7 +295,7 @@ def score_verb(rest: list[str]) -> int:
     o = parsed_values(parser, rest, ("model", "file", "out", "device", "dtype"))
     from punster.api import GENERIC_PROMPT, load
     from punster.data.schema import read_texts
-    from punster.train.run import write_text
+    from punster.train.checkpoint import write_text
 
     rows = read_texts(o["file"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"])
@@ -359,15 +359,9 @@ def export_verb(rest: list[str]) -> int:
 
 
 def data_verb(rest: list[str]) -> int:
-    from punster.data import verbs
+    from punster.data.verbs import data
 
-    actions = {"list": verbs.list_verb, "prepare": verbs.prepare_verb, "check": verbs.check_verb, "mix": verbs.mix_verb}
-    if not rest or rest[0] in ("-h", "--help"):
-        print(verbs.USAGE)
-        return 0
-    if rest[0] not in actions:
-        raise UserError(f"unknown action {rest[0]!r}.{near_matches(rest[0], actions)} One of {', '.join(actions)}")
-    return actions[rest[0]](rest[1:])
+    return data(rest)
 
 
 def doctor_verb(rest: list[str]) -> int:

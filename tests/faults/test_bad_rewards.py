@@ -14,8 +14,8 @@ import pytest
 from punster.cli import main
 from punster.errors import UserError
 from punster.rewards import call_reward
+from punster.train.checkpoint import newest_step
 from punster.train.ppo import ppo
-from punster.train.run import newest_step
 
 FAULTS = {
     "raises": ("raise KeyError('taste')", "raised KeyError"),

@@ -18,7 +18,7 @@ from punster.cli import main, parse
 from punster.errors import UserError
 from punster.model.lora import Adapter
 from punster.model.saved import load_role, save_role
-from punster.train.run import load_run
+from punster.train.checkpoint import load_run
 
 VERBS = {
     "sft": config.SftConfig, "reward": config.RewardConfig, "ppo": config.PpoConfig, "grpo": config.GrpoConfig, "dpo": config.DpoConfig,

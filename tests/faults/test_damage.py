@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from punster.cli import main
 from punster.errors import UserError
 from punster.train import setup
-from punster.train.run import damage, load_run, newest_step
+from punster.train.checkpoint import damage, load_run, newest_step
 
 
 def truncated(content: bytes, draw: random.Random) -> bytes:

@@ -20,7 +20,8 @@ import pytest
 from punster.cli import main
 from punster.errors import Aborted, UserError
 from punster.train import checkpoint
-from punster.train.run import Interrupted, damage, newest_step
+from punster.train.checkpoint import damage, newest_step
+from punster.train.run import Interrupted
 
 STAGES = ("sft", "reward", "ppo", "grpo", "dpo")
 NOBODY = 65534
@@ -290,7 +291,7 @@ def test_interrupted_in_a_thread_is_left_to_the_caller(jobs: Any, tmp_path: Path
 
 # ---- checkpoints that are kept ------------------------------------------------------------------------------------
 def test_the_best_checkpoint_is_kept(jobs: Any, tmp_path: Path, reader: Any) -> None:
-    from punster.train.run import load_run
+    from punster.train.checkpoint import load_run
 
     config, train = jobs(tmp_path, save_every=1, keep=1)["sft"]
     run = train(replace(config, name="run", steps=5, keep_best="lr"))

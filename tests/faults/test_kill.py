@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from punster.train.run import damage, newest_step
+from punster.train.checkpoint import damage, newest_step
 
 STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "run")
 TRIALS = 20

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from punster.errors import Aborted
-from punster.train.run import optimizer_step, within_memory
+from punster.train.optim import optimizer_step, within_memory
 from punster.train.sft import sft
 
 STAGES = ("sft", "reward", "ppo", "grpo", "dpo")
@@ -122,9 +122,8 @@ def test_memory_that_never_suffices_is_one_message(jobs: Any, tmp_path: Path, mo
 
 def test_a_real_lack_of_memory(jobs: Any, child: Any, reader: Any, tmp_path: Path, make: Any, tiny_llama: Path) -> None:
     """An address space (RLIMIT_AS) in which the whole batch does not fit, but parts of it do."""
-    from punster.train.checkpoint import State
+    from punster.train.checkpoint import State, load_run
     from punster.train.optim import make_optimizer
-    from punster.train.run import load_run
 
     run = sft(make(jobs(tmp_path)["sft"][0].__class__, name="small", out=str(tmp_path), model=str(tiny_llama), steps=1))
     assert run is not None

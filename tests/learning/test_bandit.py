@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from punster.algorithms.kl import kl_loss
-from punster.config import GrpoConfig, KlPenalty, PpoConfig, Variant
+from punster.config import GrpoConfig, PpoConfig
+from punster.config.train import KlPenalty, Variant
 from punster.model.role import Role
 from punster.train import setup
+from punster.train.checkpoint import load_run
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
-from punster.train.run import load_run
 from punster.train.setup import open_base
 
 WORDS = ("ask", "a", "b", "c", "d")

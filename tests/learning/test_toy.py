@@ -19,12 +19,12 @@ from punster.data import corpus
 from punster.data.batch import Example
 from punster.model.role import Trunk, score_examples
 from punster.train import setup
+from punster.train.checkpoint import load_run
 from punster.train.dpo import dpo, response_log_probs, unpaired
 from punster.train.grpo import grpo
 from punster.train.judged import encode_items
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.run import load_run
 from punster.train.sft import sft
 
 WORDS = ("abc", "xyz")  # the wanted class of letters, and the other one

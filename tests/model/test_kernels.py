@@ -20,7 +20,7 @@ from punster.model.role import Role
 from punster.model.transformer import Decoder
 from punster.rollout import logprobs
 from punster.rollout.sampler import Decoding, generate
-from punster.train.run import seeded
+from punster.train.optim import seeded
 
 needs_kernels = pytest.mark.skipif(
     kernels.library() is None, reason="no AVX512_BF16 (or AMX), or no C compiler: plain PyTorch is used"

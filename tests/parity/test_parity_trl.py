@@ -18,7 +18,8 @@ from torch import Tensor
 from punster.algorithms.advantages import gae, group_advantages, masked_mean, masked_whiten, shaped_rewards
 from punster.algorithms.kl import kl_estimate, kl_loss
 from punster.algorithms.losses import bradley_terry, clipped_policy_loss, clipped_value_loss, kto_loss, preference_loss
-from punster.config import GrpoConfig, Variant
+from punster.config import GrpoConfig
+from punster.config.train import Variant
 from punster.train.grpo import token_weights
 
 FOLDER = Path(__file__).parent / "fixtures"

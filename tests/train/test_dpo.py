@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import punster.train.dpo as dpo_module
-from punster.config import DpoConfig, DpoLoss, RewardConfig, SftConfig
+from punster.config import DpoConfig, RewardConfig, SftConfig
+from punster.config.train import DpoLoss
 from punster.data.batch import Example, collate
 from punster.errors import UserError
 from punster.model.role import Trunk, score_examples
 from punster.rollout.sampler import Rollout
+from punster.train.checkpoint import load_run
 from punster.train.dpo import dpo, encode_given, response_log_probs, sampled_pairs, summed, unpaired
 from punster.train.judged import encode_items
+from punster.train.optim import seeded
 from punster.train.reward import train_reward
-from punster.train.run import load_run, seeded
 from punster.train.setup import open_role
 from punster.train.sft import sft
 

@@ -15,9 +15,9 @@ from punster.algorithms.losses import clipped_policy_loss, clipped_value_loss
 from punster.cli import main
 from punster.config import GrpoConfig, PpoConfig
 from punster.errors import Aborted
+from punster.train.checkpoint import load_run
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
-from punster.train.run import load_run
 
 Make = Callable[..., Any]
 Config = Callable[..., Any]

@@ -22,9 +22,10 @@ from punster.errors import UserError
 from punster.model.export import export
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples, scores_and_spreads
+from punster.train.checkpoint import load_run
 from punster.train.judged import balanced, calibration, encode_items, item_loss, neutral, reliability, shuffled
+from punster.train.optim import seeded
 from punster.train.reward import bag, train_reward
-from punster.train.run import load_run, seeded
 
 Make = Callable[..., Any]
 PAIR = {"prompt": "pun: sea", "chosen": "the tide was tied!", "rejected": "a fact.", "margin": 0.5}

@@ -20,11 +20,12 @@ from punster.data.batch import Example
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.role import score_examples
+from punster.train.checkpoint import load_run
 from punster.train.critic import calibrate, make_critic
 from punster.train.experience import collect, open_policy, partition
+from punster.train.optim import seeded
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.run import load_run, seeded
 from punster.train.setup import encode
 from punster.train.sft import sft
 

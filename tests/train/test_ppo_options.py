@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import punster.train.ppo as ppo_module
-from punster.config import DpoConfig, GrpoConfig, KlPenalty, PpoConfig
+from punster.config import DpoConfig, GrpoConfig, PpoConfig
+from punster.config.train import KlPenalty
 from punster.errors import UserError
 from punster.model.role import Trunk
 from punster.train import setup as loading
+from punster.train.checkpoint import load_run
 from punster.train.critic import make_critic
 from punster.train.dpo import dpo
 from punster.train.experience import open_policy
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
-from punster.train.run import load_run
 from punster.train.setup import open_base, own_copy
 from punster.train.sft import held_out_loss
 from punster.train.shaping import SftTerm, filter_prompts, reference_scores

@@ -18,11 +18,12 @@ import pytest
 from punster.cli import main
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.errors import UserError
+from punster.train.checkpoint import damage, newest_step
 from punster.train.dpo import dpo
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.run import Interrupted, damage, newest_step
+from punster.train.run import Interrupted
 from punster.train.sft import sft
 
 Make = Callable[..., Any]

@@ -19,9 +19,10 @@ from punster.errors import UserError
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, score_examples
 from punster.rollout.sampler import Decoding, generate
+from punster.train.checkpoint import load_run
 from punster.train.judged import balanced, encode_items, shuffled, swapped
+from punster.train.optim import seeded
 from punster.train.reward import train_reward
-from punster.train.run import load_run, seeded
 
 Make = Callable[..., Any]
 PAIRS = [{"prompt": f"pun: {i}", "chosen": f"the tide {i}!", "rejected": f"a fact {i}."} for i in range(8)]

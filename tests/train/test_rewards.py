@@ -11,7 +11,7 @@ import pytest
 from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rewards import Reward, call_reward, load_function
-from punster.train.run import load_run
+from punster.train.checkpoint import load_run
 from punster.train.setup import encode
 
 SOURCE = '''

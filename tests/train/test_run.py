@@ -17,12 +17,13 @@ from punster.config import DistillConfig, DpoConfig, GrpoConfig, PpoConfig, Rewa
 from punster.errors import UserError
 from punster.model.lora import Adapter
 from punster.model.role import Role
+from punster.train.checkpoint import damage, load_run
 from punster.train.distill import distill
 from punster.train.dpo import dpo
 from punster.train.grpo import grpo
+from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.run import Cursor, damage, learning_rate, load_run, make_optimizer, optimizer_step, seeded, total_steps
 from punster.train.sft import sft
 
 Make = Callable[..., Any]

@@ -20,7 +20,7 @@ from punster.model.load import load_model
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs
-from punster.train.run import load_run
+from punster.train.checkpoint import load_run
 from punster.train.setup import encode, extend
 from punster.train.sft import held_out_loss, sft
 

@@ -6,27 +6,26 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from punster.config.shared import CONFIG_VERSION, check_shared, check_version, opt, require
-from punster.model.load import DEFAULT_MODEL
+from punster.config.shared import RunConfig, check_shared, opt, require
 
 
 @dataclass
 class EvaluateConfig:
     """Compare runs on held-out prompts, by a yardstick that no training used."""
 
-    models: list[str] = opt(factory=list, help="runs, or 'base' for the plain base model")
+    models: list[str] = opt([], "runs, or 'base' for the plain base model")
     gold: str | None = opt(
-        None, "reward-model run that is the yardstick (default: the runs' own gold, if they lie in one pipeline)"
+        None, "reward-model run that is the yardstick (default: the gold of the pipeline that the runs lie in)"
     )
     proxy: str | None = opt(None, "reward-model run that selects best-of-n (default: the pipeline's reward run)")
     reference: str | None = opt(None, "run that the others are compared with (default: the run named sft)")
     prompts: str = opt("embedded", "embedded (the test part), or a file with prompts")
-    samples: int = opt(4, "responses to each prompt")
-    best_of: int = opt(0, "also report best-of-n of the reference, chosen by the proxy")
-    pool: int = opt(0, "samples a prompt of the reference from which best-of-n is estimated (default: twice n)")
-    limit: int = opt(0, "use only the first so many prompts (0: all)")
-    max_new_tokens: int = opt(40, "longest response")
-    temperature: float = opt(1.0, "sampling temperature; evaluation is untruncated")
+    samples: int = opt(4, "responses to each prompt", low=1)
+    best_of: int = opt(0, "also report best-of-n of the reference, chosen by the proxy", low=0)
+    pool: int = opt(0, "samples a prompt of the reference from which best-of-n is estimated (default: twice n)", low=0)
+    limit: int = opt(0, "use only the first so many prompts (0: all)", low=0)
+    max_new_tokens: int = opt(40, "longest response", low=1)
+    temperature: float = opt(1.0, "sampling temperature; evaluation is untruncated", above=0)
     seed: int = opt(1, "seed of the sampling and of the bootstrap")
     device: str = opt("auto", "auto, cpu, cuda, mps")
     dtype: str = opt("auto", "auto, fp32, bf16")
@@ -39,13 +38,13 @@ class EvaluateConfig:
     )
     judge_model: str = opt("", "name of the judging model at that endpoint")
     judge_pairs: Literal["reference", "all"] = opt("reference", "compare each model with the reference, or every two models")
-    judge_budget: int = opt(2000, "at most so many calls that are not answered from the cache")
-    judge_workers: int = opt(8, "calls at once")
-    judge_rate: int = opt(0, "calls started a minute (0: no limit)")
-    judge_timeout: float = opt(60.0, "seconds to wait for an answer before trying again")
-    judge_tokens: int = opt(40, "longest answer in tokens; models that think first need hundreds")
+    judge_budget: int = opt(2000, "at most so many calls that are not answered from the cache", above=0)
+    judge_workers: int = opt(8, "calls at once", above=0)
+    judge_rate: int = opt(0, "calls started a minute (0: no limit)", low=0)
+    judge_timeout: float = opt(60.0, "seconds to wait for an answer before trying again", above=0)
+    judge_tokens: int = opt(40, "longest answer in tokens; models that think first need hundreds", above=0)
     judge_cache: str | None = opt(None, "SQLite file that keeps every answer (default: judge.sqlite in the cache folder)")
-    calibrate: int = opt(0, "first let the judge label so many texts that people have labelled (PUNSTER_DATA): Cohen's kappa")
+    calibrate: int = opt(0, "first let the judge label so many texts that people labelled (PUNSTER_DATA): Cohen's kappa", low=0)
 
     def __post_init__(self) -> None:
         check_shared(self)
@@ -54,65 +53,35 @@ class EvaluateConfig:
             require(bool(fine), f"--judge must be openai or a URL such as http://127.0.0.1:8000/v1, got {self.judge!r}")
             require(bool(self.judge_model), "--judge needs --judge-model NAME")
         require(self.judge is not None or not (self.judge_model or self.calibrate), "--judge-model and --calibrate need --judge")
-        counts = {
-            "budget": self.judge_budget,
-            "workers": self.judge_workers,
-            "timeout": self.judge_timeout,
-            "tokens": self.judge_tokens,
-        }
-        for flag, value in counts.items():
-            require(value > 0, f"--judge-{flag} must be above 0, got {value}")
-        require(self.judge_rate >= 0, f"--judge-rate must be >= 0, got {self.judge_rate}")
         require(self.calibrate == 0 or self.calibrate >= 10, f"--calibrate must be at least 10, got {self.calibrate}")
-        require(self.samples >= 1, f"--samples must be at least 1, got {self.samples}")
-        require(self.limit >= 0, f"--limit must be >= 0, got {self.limit}")
-        require(self.temperature > 0, f"--temperature must be > 0 in evaluation, got {self.temperature}")
         require(self.best_of == 0 or self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
         require(self.pool == 0 or self.pool > self.best_of, f"--pool must be more than --best-of, got {self.pool}")
-        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
 
 
 @dataclass
-class PipelineConfig:
+class PipelineConfig(RunConfig):
     """punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report. Sections override a verb's defaults."""
 
-    name: str = opt("", "name of the run; its folder is OUT/NAME (default: the recipe's name)", short="-n")
-    out: str = opt("runs", "folder that holds the runs")
-    model: str = opt(DEFAULT_MODEL, "base model: built-in name, hub id, folder, or .gguf file")
-    prompt_format: str = opt("auto", "auto, chat, or a text containing {prompt}")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    dtype: str = opt("auto", "auto, fp32, bf16")
-    seed: int = opt(1, "seed of all stages")
-    scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test")
-    stages: list[str] = opt(factory=lambda: ["sft", "reward", "gold", "ppo", "grpo", "dpo"], help="stages to run, in this order")
-    sft: dict[str, Any] = opt(factory=dict, help="settings of the SFT stage")
-    reward: dict[str, Any] = opt(factory=dict, help="settings of the reward model that is trained against")
-    gold: dict[str, Any] = opt(factory=dict, help="settings of the yardstick reward model")
-    ppo: dict[str, Any] = opt(factory=dict, help="settings of PPO")
-    grpo: dict[str, Any] = opt(factory=dict, help="settings of GRPO")
-    dpo: dict[str, Any] = opt(factory=dict, help="settings of DPO")
-    placebo_reward: dict[str, Any] = opt(factory=dict, help="settings of the reward model with shuffled labels")
-    placebo: dict[str, Any] = opt(factory=dict, help="settings of PPO against the placebo reward model")
-    evaluate: dict[str, Any] = opt(factory=dict, help="settings of the evaluation")
-    resume: bool = opt(False, "keep finished stages and go on with the first unfinished one")
-    dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
-    quiet: bool = opt(False, "print nothing but errors")
-    config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
+    scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test", above=0, high=100)
+    stages: list[str] = opt(["sft", "reward", "gold", "ppo", "grpo", "dpo"], "stages to run, in this order")
+    sft: dict[str, Any] = opt({}, "settings of the SFT stage")
+    reward: dict[str, Any] = opt({}, "settings of the reward model that is trained against")
+    gold: dict[str, Any] = opt({}, "settings of the yardstick reward model")
+    ppo: dict[str, Any] = opt({}, "settings of PPO")
+    grpo: dict[str, Any] = opt({}, "settings of GRPO")
+    dpo: dict[str, Any] = opt({}, "settings of DPO")
+    placebo_reward: dict[str, Any] = opt({}, "settings of the reward model with shuffled labels")
+    placebo: dict[str, Any] = opt({}, "settings of PPO against the placebo reward model")
+    evaluate: dict[str, Any] = opt({}, "settings of the evaluation")
 
     def __post_init__(self) -> None:
-        check_version(self.config_version)
-        check_shared(self)
-        known = ("sft", "reward", "gold", "ppo", "grpo", "dpo", "placebo_reward", "placebo")
-        for stage in self.stages:
-            require(stage in known, f"--stages: unknown stage {stage!r}: {', '.join(known)}")
-        needs = {"reward": ["sft"], "gold": ["sft"], "placebo_reward": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
-                 "dpo": ["sft", "reward"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
+        super().__post_init__()
+        needs = {"sft": [], "reward": ["sft"], "gold": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
+                 "dpo": ["sft", "reward"], "placebo_reward": ["sft"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
         for place, stage in enumerate(self.stages):
-            for needed in needs.get(stage, []):
+            require(stage in needs, f"--stages: unknown stage {stage!r}: {', '.join(needs)}")
+            for needed in needs[stage]:
                 require(needed in self.stages[:place], f"--stages: {stage} needs {needed} before it")
         for needed in ("sft", "gold"):
             require(needed in self.stages, f"--stages: the evaluation needs {needed}")
         require("reward" in self.stages or not self.evaluate.get("best_of"), "--stages: best-of-n needs reward")
-        require(0 < self.scale <= 100, f"--scale must lie in (0, 100], got {self.scale}")
-        require(not self.name or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", self.name)),
-                f"run name {self.name!r}: use letters, digits, '.', '_', '+' and '-' only, at most 100")  # fmt: skip

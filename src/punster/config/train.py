@@ -18,17 +18,13 @@ class SftConfig(TrainConfig):
     """Supervised fine-tuning on prompts and completions; loss on the completion and its EOS only."""
 
     data: list[str] = opt(
-        factory=lambda: ["embedded"],
-        help="embedded, puns (public sources), a mixture.yaml, a file or folder (JSONL, JSON, CSV, Parquet), a hub data set",
+        ["embedded"],
+        "embedded, puns (public sources), a mixture.yaml, a file or folder (JSONL, JSON, CSV, Parquet), a hub data set",
     )
-    columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
+    columns: list[str] = opt([], COLUMNS_HELP)
     pretrained: str | None = opt(None, "start from the adapter of this run", short="-p")
-    epochs: float = opt(3.0, "passes over the data")
-    lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
+    epochs: float = opt(3.0, "passes over the data", above=0)
+    lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up", above=0)
 
 
 @dataclass
@@ -36,58 +32,49 @@ class RewardConfig(TrainConfig):
     """A Bradley-Terry reward model on preference pairs, normalised on samples of the SFT model."""
 
     data: list[str] = opt(
-        factory=lambda: ["embedded"],
-        help="embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt and chosen, rejected "
+        ["embedded"],
+        "embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt and chosen, rejected "
         "(pairs), completions, scores (ranked groups) or completion, label (is it a pun)",
     )
-    pretrain: list[str] = opt(factory=list, help="data that is passed once before the other, as --data: votes, ratings")
-    eval_data: list[str] = opt(factory=list, help="pairs held out for the summary's calibration and reliability, as --data")
-    columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
+    pretrain: list[str] = opt([], "data that is passed once before the other, as --data: votes, ratings")
+    eval_data: list[str] = opt([], "pairs held out for the summary's calibration and reliability, as --data")
+    columns: list[str] = opt([], COLUMNS_HELP)
     negatives: list[str] = opt(
-        factory=lambda: ["literal", "off_topic"],
-        help="embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, template, sampled)",
+        ["literal", "off_topic"],
+        "embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, template, sampled)",
     )
-    rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)")
-    sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)")
+    rows_per_kind: int = opt(0, "embedded data: at most so many pairs of each kind, taken in a seeded order (0: all)", low=0)
+    sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)", low=0)
     split: Literal["train", "gold"] = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
-    depth: float = opt(0.667, "layers that run before the head reads: a number, a share below 1, or 0 for all")
+    depth: float = opt(0.667, "layers that run before the head reads: a number, a share below 1, or 0 for all", low=0)
     pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
-    epochs: float = opt(1.0, "passes over the pairs")
-    lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up")
-    neutral: float = opt(0.0, "share of the prompts that are replaced by 'make a pun', so that the score hangs on the text")
+    epochs: float = opt(1.0, "passes over the pairs", above=0)
+    lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up", above=0)
+    neutral: float = opt(0.0, "share of the prompts replaced by 'make a pun', so that the score hangs on the text", low=0, high=1)
     balance: bool = opt(False, "pairs of a source: as many with the longer text right as with the shorter, in buckets of length")
-    pun_head: float = opt(0.5, "labelled texts: weight of the auxiliary head 'is it a pun'")
-    funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'")
+    pun_head: float = opt(0.5, "labelled texts: weight of the auxiliary head 'is it a pun'", low=0)
+    funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'", low=0)
     members: int = opt(
-        1, "ensemble: so many adapters and heads on the one base, each of its own seed and four fifths of the data"
+        1, "ensemble: adapters and heads on the one base, each of own seed and four fifths of the data", low=1, high=16
     )
     combine: Literal["mean", "min", "cautious"] = opt(
-        "mean", "ensemble: the mean, the minimum, or the mean less --caution x the members' standard deviation"
+        "mean", "ensemble: mean, minimum, or mean less --caution x standard deviation"
     )
-    caution: float = opt(1.0, "ensemble: multiple of the spread that 'cautious' takes off")
-    center_rewards: float = opt(0.01, "coefficient of mean((r_w + r_l)^2), as TRL has it")
-    l2_rewards: float = opt(0.0, "coefficient of mean(r_w^2 + r_l^2), as ChatGLM-RLHF has it")
+    caution: float = opt(1.0, "ensemble: multiple of the spread that 'cautious' takes off", low=0)
+    center_rewards: float = opt(0.01, "coefficient of mean((r_w + r_l)^2), as TRL has it", low=0)
+    l2_rewards: float = opt(0.0, "coefficient of mean(r_w^2 + r_l^2), as ChatGLM-RLHF has it", low=0)
     shuffle_labels: bool = opt(False, "placebo: which text of a pair is preferred is drawn at random")
-    normalise_samples: int = opt(128, "SFT samples on which gain and offset are set (0: none)")
-    test_limit: int = opt(60, "test records on which each kind of pair is judged for the summary")
+    normalise_samples: int = opt(128, "SFT samples on which gain and offset are set (0: none)", low=0)
+    test_limit: int = opt(60, "test records on which each kind of pair is judged for the summary", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
         whole = self.depth < 1 or float(self.depth).is_integer()
-        require(self.depth >= 0 and whole, f"--depth must be a number of layers, a share below 1, or 0, got {self.depth}")
-        counts = {"rows-per-kind": self.rows_per_kind, "sampled-rows": self.sampled_rows, "test-limit": self.test_limit}
-        for flag, count in counts.items():
-            require(count >= 0, f"--{flag} must be >= 0, got {count}")
+        require(whole, f"--depth must be a number of layers, a share below 1, or 0, got {self.depth}")
         require(self.normalise_samples == 0 or self.normalise_samples >= 2, "--normalise-samples must be 0 or at least 2")
-        require(0 <= self.neutral <= 1, f"--neutral must lie in [0, 1], got {self.neutral}")
-        require(1 <= self.members <= 16, f"--members must lie in [1, 16], got {self.members}")
         require(self.members == 1 or self.adapter == "lora", "--members: an ensemble needs --adapter lora")
-        weights = {"pun-head": self.pun_head, "funniness-head": self.funniness_head, "center-rewards": self.center_rewards}
-        for flag, weight in {**weights, "l2-rewards": self.l2_rewards, "caution": self.caution}.items():
-            require(weight >= 0, f"--{flag} must be >= 0, got {weight}")
         known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced", "template", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
@@ -101,18 +88,19 @@ class PolicyConfig(TrainConfig):
 
     actor: str = opt("", "SFT run to start from, or 'base' for the plain model; the reference is the same", short="-a")
     reward_model: str | None = opt(None, "reward-model run", short="-c")
-    reward: list[str] = opt(factory=list, help="Python rewards FILE.py:FUNCTION[:WEIGHT], added to the reward model's score")
-    reward_timeout: float = opt(600.0, "seconds that a Python reward may take for one rollout (0: no limit)")
+    reward: list[str] = opt([], "Python rewards FILE.py:FUNCTION[:WEIGHT], added to the reward model's score")
+    reward_timeout: float = opt(600.0, "seconds that a Python reward may take for one rollout (0: no limit)", low=0)
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
     prompts: str = opt("embedded", "embedded, or a file with prompts")
-    max_new_tokens: int = opt(40, "longest response")
-    temperature: float = opt(1.0, "sampling temperature, in all roles")
-    beta: float = opt(0.02, "coefficient of the per-token KL (k1) in the reward")
-    missing_eos_penalty: float = opt(1.0, "taken off the score of a response that does not end")
-    clip: float = opt(0.2, "ratio clip")
-    max_kl: float = opt(100.0, "exact KL in nats a response at which the run goes back to its last good step and stops")
-    filter_std: float = opt(0.0, "prompts are dropped whose --filter-samples responses differ less in reward (0: none)")
-    filter_samples: int = opt(4, "responses of the reference to each prompt by which --filter-std decides")
+    minibatches: int = opt(1, "optimizer steps in one pass", low=1)
+    max_new_tokens: int = opt(40, "longest response", low=1)
+    temperature: float = opt(1.0, "sampling temperature, in all roles", above=0)
+    beta: float = opt(0.02, "coefficient of the per-token KL (k1) in the reward", low=0)
+    missing_eos_penalty: float = opt(1.0, "taken off the score of a response that does not end", low=0)
+    clip: float = opt(0.2, "ratio clip", above=0, below=1)
+    max_kl: float = opt(100.0, "exact KL in nats a response at which the run goes back to its last good step and stops", above=0)
+    filter_std: float = opt(0.0, "prompts are dropped whose --filter-samples responses differ less in reward (0: none)", low=0)
+    filter_samples: int = opt(4, "responses of the reference to each prompt by which --filter-std decides", low=2)
     memory: Literal["trunk", "hydra", "lora", "separate"] = opt(
         "trunk",
         "copies of the base: one, its lower layers run once (trunk); one (hydra); two, policy and reference on one and critic "
@@ -121,73 +109,57 @@ class PolicyConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.strategy == "naive", f"-s {self.strategy}: only the strategy naive (one process) is implemented")
-        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
-        require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
-        require(self.beta >= 0, f"--beta must be >= 0, got {self.beta}")
-        require(0 < self.clip < 1, f"--clip must lie in (0, 1), got {self.clip}")
-        require(self.max_kl > 0, f"--max-kl must be > 0, got {self.max_kl}")
-        require(self.filter_std >= 0, f"--filter-std must be >= 0, got {self.filter_std}")
-        require(self.filter_samples >= 2, f"--filter-samples must be at least 2, got {self.filter_samples}")
-        require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
+        require(self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
 
 
 @dataclass
 class PpoConfig(PolicyConfig):
     """Proximal policy optimisation with a per-token critic that starts from the reward model."""
 
-    batch_size: int = opt(64, "responses in one rollout", short="-b")
-    steps: int | None = opt(20, "rollouts")
-    lr: float = opt(3e-4, "learning rate of the policy; linear to 0 after warm-up")
+    batch_size: int = opt(64, "responses in one rollout, at least 2 (advantages are whitened over them)", short="-b", low=2)
+    steps: int | None = opt(20, "rollouts", low=1)
+    lr: float = opt(3e-4, "learning rate of the policy; linear to 0 after warm-up", above=0)
     kl_penalty: KlPenalty = opt(
-        "k1", "KL in the reward: k1, clamped, k2 (squared), k3 (Bregman), js, none, exact (full vocabulary)"
+        "k1", "KL in the reward: k1, clamped, k2 (squared), k3 (Bregman), js, none, exact (whole vocabulary)"
     )
     critic: Literal["separate", "joined"] = opt(
         "separate", "the critic's adapter: its own, or the policy's (Hydra's joined form)"
     )
-    critic_lr: float = opt(3e-4, "learning rate of the critic")
-    critic_warmup: int = opt(1, "first rollouts in which only the critic learns")
-    epochs: int = opt(4, "passes over each rollout")
-    minibatches: int = opt(1, "optimizer steps in one pass")
-    gamma: float = opt(1.0, "discount")
-    lam: float = opt(0.95, "GAE lambda")
-    value_clip: float = opt(0.2, "value clip")
-    value_coef: float = opt(0.1, "weight of the value loss (for a separate critic it matters through clipping only)")
+    critic_lr: float = opt(3e-4, "learning rate of the critic", above=0)
+    critic_warmup: int = opt(1, "first rollouts in which only the critic learns", low=0)
+    epochs: int = opt(4, "passes over each rollout", low=1)
+    gamma: float = opt(1.0, "discount", low=0, high=1)
+    lam: float = opt(0.95, "GAE lambda", low=0, high=1)
+    value_clip: float = opt(0.2, "value clip", above=0)
+    value_coef: float = opt(0.1, "weight of the value loss (for a separate critic it matters through clipping only)", low=0)
     whiten_rewards: bool = opt(False, "divide the tokens' rewards by their standard deviation in each rollout; the mean stays")
     scale_rewards: bool = opt(False, "divide scores by their standard deviation over all rollouts so far")
-    clip_rewards: float | None = opt(None, "cut scores to this range on both sides of 0, after scaling")
+    clip_rewards: float | None = opt(None, "cut scores to this range on both sides of 0, after scaling", above=0)
     reference_baseline: bool = opt(False, "subtract the score of one fixed response of the reference to each prompt")
-    sft_coef: float = opt(0.0, "weight of an SFT loss mixed into every update, against forgetting")
-    sft_data: list[str] = opt(factory=lambda: ["embedded"], help="rows with prompt and completion for --sft-coef")
-    target_kl: float | None = opt(None, "adaptive coefficient: sequence KL in nats to steer at (default: fixed beta)")
-    kl_horizon: int = opt(10_000, "adaptive coefficient: its horizon in responses")
-    stop_kl: float = opt(0.1, "a pass ends early once approx_kl exceeds this")
+    sft_coef: float = opt(0.0, "weight of an SFT loss mixed into every update, against forgetting", low=0)
+    sft_data: list[str] = opt(["embedded"], "rows with prompt and completion for --sft-coef")
+    target_kl: float | None = opt(None, "adaptive coefficient: sequence KL in nats to steer at (default: fixed beta)", above=0)
+    kl_horizon: int = opt(10_000, "adaptive coefficient: its horizon in responses", low=1)
+    stop_kl: float = opt(0.1, "a pass ends early once approx_kl exceeds this", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
-        require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
-        require(self.critic_lr > 0, f"--critic-lr must be > 0, got {self.critic_lr}")
-        require(self.clip_rewards is None or self.clip_rewards > 0, f"--clip-rewards must be > 0, got {self.clip_rewards}")
         require(self.critic == "separate" or self.adapter == "lora", "--critic joined needs --adapter lora")
-        require(self.sft_coef >= 0, f"--sft-coef must be >= 0, got {self.sft_coef}")
         require(self.target_kl is None or self.beta > 0, "--target-kl steers beta by factors: it needs --beta above 0")
-        require(self.batch_size >= 2, "-b / batch-size must be at least 2 for ppo: advantages are whitened over the rollout")
 
 
 @dataclass
 class GrpoConfig(PolicyConfig):
     """Group-relative policy optimisation and its kin: no critic, several samples a prompt."""
 
-    batch_size: int = opt(64, "responses in one rollout (a multiple of samples)", short="-b")
-    steps: int | None = opt(20, "rollouts")
-    lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up")
+    batch_size: int = opt(64, "responses in one rollout (a multiple of samples)", short="-b", low=1)
+    steps: int | None = opt(20, "rollouts", low=1)
+    lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up", above=0)
     variant: Variant = opt("grpo", "grpo, dr_grpo, dapo, rloo or reinforce++")
-    samples: int = opt(8, "responses to one prompt")
-    epochs: int = opt(2, "passes over each rollout")
-    minibatches: int = opt(1, "optimizer steps in one pass")
-    clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)")
-    beta: float = opt(0.02, "coefficient of the KL (where it acts: --kl-in)")
+    samples: int = opt(8, "responses to one prompt", low=2)
+    epochs: int = opt(2, "passes over each rollout", low=1)
+    clip_high: float | None = opt(None, "upper ratio clip (default: clip; dapo: .28)", above=0)
+    beta: float = opt(0.02, "coefficient of the KL (where it acts: --kl-in)", low=0)
     kl_in: Literal["auto", "reward", "loss", "corrected"] = opt(
         "auto",
         "k1 in the reward, k3 in the loss, or k3 times the ratio in the loss (corrected, as TRL has it); auto: as published, the "
@@ -196,10 +168,7 @@ class GrpoConfig(PolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
-        require(1 <= self.minibatches <= self.batch_size, f"--minibatches must lie in [1, batch size], got {self.minibatches}")
         require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
-        require(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
         high = self.clip_high if self.clip_high is not None else self.clip
         require(high >= self.clip, f"--clip-high {high} lies below --clip {self.clip}")
 
@@ -215,56 +184,43 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation and its family, on given pairs, on-policy pairs, or online."""
 
     actor: str = opt("", "SFT run to start from; the reference is this run", short="-a")
-    reward_model: str | None = opt(
-        None, "reward-model run that ranks sampled responses (needed for --pairs sampled and --online)", short="-c"
-    )
+    reward_model: str | None = opt(None, "reward-model run that ranks samples (for --pairs sampled and --online)", short="-c")
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
     data: list[str] = opt(
-        factory=lambda: ["embedded"],
-        help="embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
+        ["embedded"],
+        "embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
     )
-    columns: list[str] = opt(factory=list, help=COLUMNS_HELP)
+    columns: list[str] = opt([], COLUMNS_HELP)
     max_length: int = opt(
         0, "given rows longer than this lose the beginning of their prompt, never EOS; where a response alone is longer the row is "
-        "left out (0: rows beyond the model's context are an error)",
-    )  # fmt: skip
+        "left out (0: rows beyond the model's context are an error)", low=0)  # fmt: skip
     prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
-    samples: int = opt(8, "sampled pairs: responses drawn for each prompt")
-    pairs_per_prompt: int = opt(1, "sampled pairs: best against worst, second best against second worst, and so on")
-    missing_eos_penalty: float = opt(1.0, "sampled pairs: taken off the score of a response that does not end")
-    prompt_limit: int = opt(0, "sampled pairs: number of prompts used (0: all)")
+    samples: int = opt(8, "sampled pairs: responses drawn for each prompt", low=2)
+    pairs_per_prompt: int = opt(1, "sampled pairs: best against worst, second best against second worst, and so on", low=1)
+    missing_eos_penalty: float = opt(1.0, "sampled pairs: taken off the score of a response that does not end", low=0)
+    prompt_limit: int = opt(0, "sampled pairs: number of prompts used (0: all)", low=0)
     online: bool = opt(False, "sample from the current policy at every step, rank by the reward model, and learn")
     loss_type: DpoLoss = opt("sigmoid", "sigmoid, ipo, hinge, robust, kto, orpo or simpo")
-    label_smoothing: float = opt(0.0, "share of wrong labels assumed (sigmoid: conservative DPO; robust)")
-    beta: float = opt(0.1, "strength of the tie to the reference")
-    simpo_gamma: float = opt(0.5, "SimPO's target margin")
-    sft_coef: float = opt(0.0, "weight of an SFT term on the chosen responses")
-    max_new_tokens: int = opt(40, "longest sampled response")
-    temperature: float = opt(1.0, "temperature of sampled pairs")
-    epochs: float = opt(1.0, "passes over the pairs")
-    lr: float = opt(1e-4, "learning rate; linear to 0 after warm-up")
+    label_smoothing: float = opt(0.0, "share of wrong labels assumed (sigmoid: conservative DPO; robust)", low=0, below=0.5)
+    beta: float = opt(0.1, "strength of the tie to the reference", above=0)
+    simpo_gamma: float = opt(0.5, "SimPO's target margin", low=0)
+    sft_coef: float = opt(0.0, "weight of an SFT term on the chosen responses", low=0)
+    max_new_tokens: int = opt(40, "longest sampled response", low=1)
+    temperature: float = opt(1.0, "temperature of sampled pairs", above=0)
+    epochs: float = opt(1.0, "passes over the pairs", above=0)
+    lr: float = opt(1e-4, "learning rate; linear to 0 after warm-up", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.strategy == "naive", f"-s {self.strategy}: only the strategy naive (one process) is implemented")
-        require(0 <= self.label_smoothing < 0.5, f"--label-smoothing must lie in [0, .5), got {self.label_smoothing}")
-        require(self.beta > 0, f"--beta must be > 0, got {self.beta}")
-        require(self.epochs > 0, f"--epochs must be > 0, got {self.epochs}")
-        require(self.samples >= 2, f"--samples must be at least 2, got {self.samples}")
-        most = self.samples // 2
-        require(
-            1 <= self.pairs_per_prompt <= most, f"--pairs-per-prompt must lie in [1, samples / 2], got {self.pairs_per_prompt}"
-        )
-        require(self.missing_eos_penalty >= 0, f"--missing-eos-penalty must be >= 0, got {self.missing_eos_penalty}")
-        require(self.temperature > 0, f"--temperature must be > 0 in training, got {self.temperature}")
+        fine = self.pairs_per_prompt <= self.samples // 2
+        require(fine, f"--pairs-per-prompt must lie in [1, samples / 2], got {self.pairs_per_prompt}")
         require(self.max_length == 0 or self.max_length >= 2, f"--max-length must be 0 or at least 2, got {self.max_length}")
-        require(self.prompt_limit >= 0, f"--prompt-limit must be >= 0, got {self.prompt_limit}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
         smooth = self.loss_type in ("sigmoid", "robust") or self.label_smoothing == 0
         require(smooth, f"--label-smoothing belongs to sigmoid and robust; --loss-type is {self.loss_type}")
-        needs = self.online or self.pairs == "sampled"
-        require(not needs or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
+        fine = self.reward_model is not None or not (self.online or self.pairs == "sampled")
+        require(fine, "--online and --pairs sampled need a reward model (-c)")
         require(not (self.online and self.loss_type == "kto"), "--online makes pairs; kto does not use pairs")
 
 
@@ -274,11 +230,7 @@ class DistillConfig(SftConfig):
 
     actor: str = opt("", "SFT run to sample from and to continue", short="-a")
     reward_model: str = opt("", "reward-model run that chooses", short="-c")
-    best_of: int = opt(8, "samples for each prompt")
+    best_of: int = opt(8, "samples for each prompt", low=2)
     prompts: str = opt("embedded", "embedded, or a file with prompts")
-    max_new_tokens: int = opt(40, "longest response")
-    epochs: float = opt(2.0, "passes over the chosen samples")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
+    max_new_tokens: int = opt(40, "longest response", low=1)
+    epochs: float = opt(2.0, "passes over the chosen samples", above=0)

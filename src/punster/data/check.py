@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from punster.data import corpus
-from punster.data.files import located_rows
+from punster.data.files import json_row, located_rows
 from punster.data.leakage import Index, words
 from punster.data.pool import Pool, data_folder
-from punster.data.schema import Row, check_row, kind_of, texts_of
+from punster.data.schema import check_row, kind_of, texts_of
 from punster.errors import UserError
 
 SHOWN = 20  # problems, duplicates and leaks that are printed
@@ -79,9 +78,9 @@ def _rows(path: Path, found: Findings) -> Iterator[tuple[str, Any]]:
         return
     for place, line in lines(path):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            found.problems.append(f"{place}: not JSON ({error})")
+            row = json_row(line, str(place))
+        except UserError as error:
+            found.problems.append(str(error))
             continue
         yield str(place), row
 
@@ -99,19 +98,19 @@ def held_out_texts() -> tuple[Index, str]:
 
 def told(found: Findings) -> list[str]:
     """The findings in lines for people."""
-    counts: Row = {"problems": found.problems, "duplicates": found.duplicates, "suspected leakage": found.leaks}
-    lines = [f"rows: {found.kinds.total()} ({', '.join(f'{n} {kind}' for kind, n in found.kinds.most_common()) or 'none'})"]
-    lines.append(f"sources: {', '.join(f'{name} {n}' for name, n in found.sources.most_common()) or 'none'}")
+    counts = {"problems": found.problems, "duplicates": found.duplicates, "suspected leakage": found.leaks}
+    lines = [
+        f"rows: {found.kinds.total()} ({', '.join(f'{n} {kind}' for kind, n in found.kinds.most_common()) or 'none'})",
+        f"sources: {', '.join(f'{name} {n}' for name, n in found.sources.most_common()) or 'none'}",
+    ]
     if found.lengths:
-        lines.append(
-            f"words a text: median {statistics.median(found.lengths):g}, longest {max(found.lengths)}; prompts: {len(found.prompts)}"
-        )
+        middle, longest = statistics.median(found.lengths), max(found.lengths)
+        lines.append(f"words a text: median {middle:g}, longest {longest}; prompts: {len(found.prompts)}")
     if found.longer_wins:
         lines.append(f"the longer text is the chosen one in {statistics.fmean(found.longer_wins):.1%} of the pairs (ties half)")
     lines.append(found.compared)
     for name, entries in counts.items():
-        lines.append(f"{name}: {len(entries)}")
-        lines += [f"  {entry}" for entry in entries[:SHOWN]] + (
-            [f"  ... and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
-        )
+        lines += [f"{name}: {len(entries)}", *(f"  {entry}" for entry in entries[:SHOWN])]
+        if len(entries) > SHOWN:
+            lines.append(f"  ... and {len(entries) - SHOWN} more")
     return lines

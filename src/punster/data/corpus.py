@@ -58,23 +58,19 @@ def preference_rows(negatives: Iterable[str], split: str = "train", seed: int = 
     """One pair for each record and kind of negative; off-topic partners are a seeded derangement of the same part."""
     chosen = part(split)
     shift = 1 + int(torch.randint(len(chosen) - 1, (1,), generator=torch.Generator().manual_seed(seed))) if len(chosen) > 1 else 0
-    rows = []
-    for kind in negatives:
-        for index, record in enumerate(chosen):
-            if kind == "off_topic":
-                rejected = chosen[(index + shift) % len(chosen)]["pun"]
-            elif kind == "homophone":
-                rejected = homophone_sentence(record, index, chosen)
-            elif kind == "garbled":
-                rejected = garbled(record["pun"], chosen[(index + shift) % len(chosen)]["pun"], index)
-            elif kind == "spliced":
-                rejected = spliced(record["pun"], chosen[(index + shift) % len(chosen)]["pun"], index)
-            else:
-                rejected = record[kind]
-            rows.append(
-                {"prompt": record["prompt"], "chosen": record["pun"], "rejected": rejected, "kind": kind, "id": record["id"]}
-            )
-    return rows
+
+    def rejected(kind: str, index: int) -> str:
+        record, other = chosen[index], chosen[(index + shift) % len(chosen)]["pun"]
+        if kind in ("garbled", "spliced"):
+            return (garbled if kind == "garbled" else spliced)(record["pun"], other, index)
+        if kind == "homophone":
+            return homophone_sentence(record, index, chosen)
+        return other if kind == "off_topic" else record[kind]
+
+    return [
+        {"prompt": r["prompt"], "chosen": r["pun"], "rejected": rejected(kind, index), "kind": kind, "id": r["id"]}
+        for kind in negatives for index, r in enumerate(chosen)
+    ]  # fmt: skip
 
 
 def garbled(text: str, other: str, index: int) -> str:
@@ -137,6 +133,4 @@ def homophone_sentence(record: dict[str, str], index: int, others: list[dict[str
 
 
 def _cased(word: str, like: str) -> str:
-    if like[:1].isupper() and like[1:].islower():
-        return word[:1].upper() + word[1:]
-    return word
+    return word[:1].upper() + word[1:] if like[:1].isupper() and like[1:].islower() else word

@@ -10,15 +10,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from punster.data.files import write_lines
 from punster.data.sources import SOURCES, Source
 from punster.errors import UserError
 
 BASE = "https://raw.githubusercontent.com"
 RECORD = "fetched.json"  # in each source's folder: file -> {url, sha256, bytes}
-FINAL = range(400, 500)  # refusals that asking again does not change, but for:
-AGAIN = (408, 425, 429)
 
 
 def fetch_source(
@@ -26,10 +26,8 @@ def fetch_source(
 ) -> Path:
     """The folder of a source under `cache`, downloaded where it is not there yet, with the sources that it needs beside it."""
     if source.by_hand:
-        raise UserError(
-            f"{source.name} cannot be downloaded as it is: {source.by_hand}. It comes from {source.home}; "
-            f"then: punster data prepare {source.name} --from DIR --out DIR"
-        )
+        then = f"It comes from {source.home}; then: punster data prepare {source.name} --from DIR --out DIR"
+        raise UserError(f"{source.name} cannot be downloaded as it is: {source.by_hand}. {then}")
     for name in source.needs:
         fetch_source(SOURCES[name], cache, base, say, pause)
     folder = cache / source.name
@@ -46,22 +44,15 @@ def fetch_source(
             say(f"{source.name}: {url}")
         found = download(url, target, expected, pause=pause)
         record[name] = {"url": url, "sha256": found, "bytes": target.stat().st_size}
-        _write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_lines(folder / RECORD, [json.dumps(record, indent=1)])
     return folder
 
 
 def _record(folder: Path) -> dict[str, dict[str, object]]:
-    try:
+    with suppress(OSError, ValueError, AttributeError):
         content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {name: entry for name, entry in content.items() if isinstance(entry, dict)} if isinstance(content, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        return {name: entry for name, entry in content.items() if isinstance(entry, dict)}
+    return {}
 
 
 def download(url: str, target: Path, sha256: str = "", attempts: int = 6, pause: float = 1.0, timeout: float = 30.0) -> str:
@@ -77,7 +68,7 @@ def download(url: str, target: Path, sha256: str = "", attempts: int = 6, pause:
             reason = f"HTTP {error.code}"
             if error.code == 416:  # more than there is: begin again
                 part.unlink(missing_ok=True)
-            elif error.code in FINAL and error.code not in AGAIN:
+            elif 400 <= error.code < 500 and error.code not in (408, 425, 429):  # asking again does not change it
                 raise UserError(f"{url}: {reason}; the public copy is gone or moved, use a local copy with --from") from None
             continue
         except (OSError, http.client.HTTPException) as error:
@@ -89,9 +80,8 @@ def download(url: str, target: Path, sha256: str = "", attempts: int = 6, pause:
             raise UserError(f"{url}: its SHA-256 is {found}, expected {sha256}; the file was changed, nothing is used of it")
         os.replace(part, target)
         return found
-    raise UserError(
-        f"{url}: {attempts} attempts failed ({reason}); run the command again to go on where it stopped, or use --from"
-    )
+    way_out = "run the command again to go on where it stopped, or use --from"
+    raise UserError(f"{url}: {attempts} attempts failed ({reason}); {way_out}")
 
 
 def _more(url: str, part: Path, timeout: float) -> None:

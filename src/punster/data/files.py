@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,15 +36,10 @@ def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     from punster.data.sources.reading import json_values, lines, read_text
 
-    if path.suffix == ".jsonl":
-        for place, line in lines(path):
-            yield str(place), _json(line, str(place))
-    elif path.suffix == ".json":
-        if read_text(path).lstrip()[:1] == "[":
-            yield from ((str(place), value) for place, value in json_values(path))
-        else:  # one object a line is also called .json
-            for place, line in lines(path):
-                yield str(place), _json(line, str(place))
+    if path.suffix == ".json" and read_text(path).lstrip()[:1] == "[":
+        yield from ((str(place), value) for place, value in json_values(path))
+    elif path.suffix in (".json", ".jsonl"):  # one object a line is also called .json
+        yield from ((str(place), json_row(line, str(place))) for place, line in lines(path))
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     elif path.suffix == ".parquet":
@@ -52,7 +48,7 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
-def _json(line: str, place: str) -> Any:
+def json_row(line: str, place: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -63,7 +59,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     from punster.data.sources.reading import Skips, table
 
     skips = Skips()
-    for place, cells in table(path, (), skips):
+    for place, cells in table(path, skips):
         yield str(place), {name: _cell(name, value) for name, value in cells.items()}
     if skips.entries:
         place, reason = skips.entries[0]
@@ -86,12 +82,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        batches = parquet.ParquetFile(path).iter_batches()
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as parquet ({reason})") from None
@@ -125,3 +119,15 @@ def renamed(row: Any, columns: Sequence[str], place: str) -> Any:
             raise UserError(f"{place}: no column {column!r} (found: {', '.join(map(str, row))})")
         found[field] = _cell(field, row[column]) if isinstance(row[column], str) else row[column]
     return found
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write under a temporary name and rename: the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            for line in lines:
+                handle.write(line + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

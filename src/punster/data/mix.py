@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
 
 from punster.data import corpus
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation
-from punster.data.prompts import pun_word_share, retopic, with_prompts
+from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
+from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches
 
 
@@ -55,27 +58,24 @@ DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
 # ---- the recipe ---------------------------------------------------------------------------------------------------
-def recipe_path(name: str) -> Path:
-    """A file, or the name of a recipe that comes with the package."""
+def built_in() -> dict[str, Path]:
+    """The recipes that come with the package."""
     from punster.train.pipeline import recipe_folder
 
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        return path
-    folder = recipe_folder() / "data"
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in known:
+    return {file.stem: file for file in sorted((recipe_folder() / "data").glob("*.yaml"))}
+
+
+def recipe_path(name: str) -> Path:
+    if not name.endswith((".yaml", ".yml")):
+        if name in (known := built_in()):
+            return known[name]
         raise UserError(f"unknown mixture {name!r}.{near_matches(name, known)} Known: {', '.join(known)}; or a .yaml file")
-    return folder / f"{name}.yaml"
+    if not Path(name).is_file():
+        raise UserError(f"{name}: no such file")
+    return Path(name)
 
 
 def load_mixture(name: str) -> Recipe:
-    import yaml
-
-    from punster.data.sources.reading import read_text
-
     path = recipe_path(name)
     try:
         content = yaml.safe_load(read_text(path))
@@ -88,11 +88,9 @@ def load_mixture(name: str) -> Recipe:
         raise UserError(f"{path}: 'parts' must be a list of sources or files")
     if not 0 <= recipe.repeats <= 1:
         raise UserError(f"{path}: repeats must lie in [0, 1], found {recipe.repeats}")
-    recipe.parts = [
-        Ingredient(**_checked(part, Ingredient, f"{path}, part {number}")) for number, part in enumerate(recipe.parts, 1)
-    ]
-    for number, part in enumerate(recipe.parts, 1):
-        where = f"{path}, part {number}"
+    for number, given in enumerate(recipe.parts):
+        where = f"{path}, part {number + 1}"
+        part = recipe.parts[number] = Ingredient(**_checked(given, Ingredient, where))
         if bool(part.source) == bool(part.file):
             raise UserError(f"{where}: give either a source or a file")
         if part.source and part.source != "embedded" and find_source(part.source).tie == "none" and recipe.split == "train":
@@ -108,36 +106,28 @@ def load_mixture(name: str) -> Recipe:
 
 def _checked(content: Any, kind: type, where: str) -> Row:
     """The keys of a mapping, known and of the type that the dataclass says."""
-    import typing
-
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a mapping with keys such as {', '.join(f.name for f in fields(kind)[:4])}")
-    hints = typing.get_type_hints(kind)
+    hints = get_type_hints(kind)
     for key, value in content.items():
         if key not in hints:
             raise UserError(f"{where}: unknown key {key!r}.{near_matches(str(key), hints)}")
-        choices = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
+        choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
         if choices and value not in choices:
             raise UserError(f"{where}: {key} must be one of {', '.join(filter(None, choices))}, found {value!r}")
-        if (expected := _EXPECTED.get(hints[key])) and not _fits(value, hints[key]):
+        expected, fits = _KINDS.get(hints[key], ("", None))
+        if fits and not fits(value):
             raise UserError(f"{where}: {key} must be {expected}, found {value!r}")
     return content
 
 
-_EXPECTED: dict[Any, str] = {
-    str: "text", float: "a number", int: "a whole number", bool: "true or false", bool | None: "true or false",
-    list[str]: "a list of texts",
-}  # fmt: skip
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is float:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
-        )  # nor infinite, nor "not a number"
-    if hint == list[str]:
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    return type(value) is (bool if hint == bool | None else hint)
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("text", lambda value: isinstance(value, str)),
+    float: ("a number", lambda value: type(value) in (int, float) and abs(value) < 1e9),  # nor infinite, nor "not a number"
+    int: ("a whole number", lambda value: type(value) is int),
+    **dict.fromkeys((bool, bool | None), ("true or false", lambda value: isinstance(value, bool))),
+    list[str]: ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)),
+}
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
@@ -152,13 +142,16 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     rows: list[Row] = []
     statements = []
     for number, part in enumerate(recipe.parts):
-        taken, statement = _part(part, recipe, pool, guard, random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}"))
+        taken, said = _part(part, recipe, pool, guard, random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}"))
         rows += taken
-        statements.append(statement)
-    statement = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
+        statements.append(said)
+    statement: Row = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
     if recipe.kind == "sft":
-        rows, statement["repeats_dropped"] = _without_repeats(rows, recipe.repeats)
-    avoid = frozenset(_topic_key(row) for row in pool.held_out_prompts) if pool and recipe.split == "train" else frozenset()
+        kept = without_repeats([texts_of(row)[0] for row in rows], recipe.repeats) if recipe.repeats else range(len(rows))
+        statement["repeats_dropped"] = len(rows) - len(kept)
+        rows = [rows[place] for place in kept]
+    held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
+    avoid = frozenset(topic_key(row["topic"]) for row in held_out)
     if recipe.kind in ("sft", "prompt"):
         rows = with_prompts(rows, avoid)
     else:
@@ -167,30 +160,15 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
         rows = pool.held_out_prompts if pool and recipe.split == "val" else list({row["prompt"]: row for row in rows}.values())
         rows = [{k: v for k, v in row.items() if k != "completion"} for row in rows]
     random.Random(recipe.seed).shuffle(rows)
-    statement["pun_word_in_prompt"] = round(pun_word_share(rows), 4)
-    statement["evaluation_texts"] = len(guard.sets) if guard else 0
-    statement["rows"] = len(rows)
-    statement["by_source"] = dict(Counter(row.get("source", "own") for row in rows).most_common())
-    statement["not_open"] = sorted({p["licence"] for p in statements if not p["open"] and p["taken"]})
+    statement |= {"pun_word_in_prompt": round(pun_word_share(rows), 4), "evaluation_texts": len(guard.sets) if guard else 0,
+                  "rows": len(rows), "by_source": dict(Counter(row.get("source", "own") for row in rows).most_common()),
+                  "not_open": sorted({p["licence"] for p in statements if not p["open"] and p["taken"]})}  # fmt: skip
     if not rows:
         raise UserError("the mixture is empty: " + "; ".join(f"{p['part']}: {p['read']} rows read" for p in statements))
     if say:
         for line in told(statement):
             say(line)
     return rows, statement
-
-
-def _topic_key(row: Row) -> str:
-    from punster.data.prompts import topic_key
-
-    return topic_key(row["topic"])
-
-
-def _without_repeats(rows: list[Row], threshold: float) -> tuple[list[Row], int]:
-    if not threshold:
-        return rows, 0
-    kept = without_repeats([texts_of(row)[0] for row in rows], threshold)
-    return [rows[i] for i in kept], len(rows) - len(kept)
 
 
 def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random) -> tuple[list[Row], Row]:
@@ -201,7 +179,9 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     dropped: Counter[str] = Counter()
     kept = []
     for row in rows:
-        reason = offensive(row, rude) if not part.max_words or _longest(row) <= part.max_words else "too long"
+        reason = offensive(row, rude)
+        if part.max_words and any(len(text.split()) > part.max_words for text in texts_of(row)):
+            reason = "too long"
         if pool and row.get("semeval_id") in pool.flagged:
             reason = "called offensive by annotators"
         if not reason and guard and kind_of(row) != "group" and any(map(guard.has_near, texts_of(row))):
@@ -218,15 +198,10 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     statement["available"] = len(made)
     if part.limit and len(made) > part.limit:
         made = draw.sample(made, part.limit)
-    whole, rest = divmod(part.weight, 1)
-    made = made * int(whole) + draw.sample(made, round(rest * len(made)))
+    made = made * int(part.weight) + draw.sample(made, round(part.weight % 1 * len(made)))
     if part.margin:
         made = [{**row, "margin": round(part.margin * row["gap"], 4)} if "gap" in row else row for row in made]
     return made, {**statement, "dropped": dict(dropped), "weight": part.weight, "taken": len(made)}
-
-
-def _longest(row: Row) -> int:
-    return max((len(text.split()) for text in texts_of(row)), default=0)
 
 
 def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[list[Row], str, bool, bool]:
@@ -236,9 +211,11 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         return [{"source": part.file, **row} for row in rows], "your own", True, False
     if part.source == "embedded":
         if part.use == "templates":  # here rather than by --negatives: short templates are near to held-out puns on the same ones
-            return list(corpus.template_rows("train" if recipe.split == "train" else "test")), "MIT", True, False
-        split = "train" if recipe.split == "train" else "val"
-        rows = corpus.groups(split) if recipe.kind == "preference" else [{**r, "is_pun": True} for r in corpus.sft_rows(split)]
+            rows = list(corpus.template_rows("train" if recipe.split == "train" else "test"))
+        elif recipe.kind == "preference":
+            rows = corpus.groups(recipe.split)
+        else:
+            rows = [{**row, "is_pun": True} for row in corpus.sft_rows(recipe.split)]
         return rows, "MIT", True, False
     assert pool is not None
     source = SOURCES[part.source]
@@ -274,15 +251,13 @@ def told(statement: Row) -> list[str]:
     found = [f"{statement['rows']} rows ({statement['kind']}, {statement['split']}), of which:"]
     for part in statement["parts"]:
         dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
-        found.append(
-            f"  {part['part']}{' ' + part['use'] if part['use'] else ''}: {part['taken']} taken of {part['available']} made of "
-            f"{part['read']} read, weight {part['weight']:g}{'; dropped: ' + dropped if dropped else ''} [{part['licence']}]"
-        )
+        origin = f"{part['taken']} taken of {part['available']} made of {part['read']} read, weight {part['weight']:g}"
+        dropped = f"; dropped: {dropped}" if dropped else ""
+        found.append(f"  {' '.join(filter(None, (part['part'], part['use'])))}: {origin}{dropped} [{part['licence']}]")
     if statement.get("repeats_dropped"):
         found.append(f"  repeats dropped: {statement['repeats_dropped']}")
-    found.append(
-        f"  compared with {statement['evaluation_texts']} evaluation texts; prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}"
-    )
+    share = f"prompts with the pun word in them: {statement['pun_word_in_prompt']:.1%}"
+    found.append(f"  compared with {statement['evaluation_texts']} evaluation texts; {share}")
     if statement["not_open"]:
         found.append(f"  NOT cleared for commercial use: {'; '.join(statement['not_open'])}")
     return found
@@ -290,9 +265,7 @@ def told(statement: Row) -> list[str]:
 
 def is_mixture(name: str) -> bool:
     """A YAML file, or the name of a mixture that comes with the package (unless a file is called so)."""
-    from punster.train.pipeline import recipe_folder
-
-    return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and (recipe_folder() / "data" / f"{name}.yaml").is_file())
+    return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and name in built_in())
 
 
 def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:

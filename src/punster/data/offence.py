@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 from punster.data.schema import Row, texts_of
@@ -12,17 +11,11 @@ RATING = 1.0  # mean offence from 0 to 5 (HaHackathon)
 
 
 @cache
-def _check() -> Callable[[str], bool]:
-    from pyobscenity import check
-
-    found: Callable[[str], bool] = check
-    return found
-
-
-@cache
 def is_profane(text: str) -> bool:
     """Does the text contain a profane word, also in disguise (letters replaced, spaced out)?"""
-    return bool(_check()(text))
+    from pyobscenity import check
+
+    return bool(check(text))
 
 
 def offensive(row: Row, word_list: bool) -> str | None:

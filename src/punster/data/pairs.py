@@ -36,9 +36,8 @@ def from_group(group: Row, gap: float, cap: int, draw: random.Random) -> list[Ro
         both = min(len(longer), len(shorter), (cap + 1) // 2)
         rest = sides[0] + longer[both:] + shorter[both:]
         fine = [*(pair for two in zip(longer[:both], shorter[:both], strict=True) for pair in two), *rest][:cap]
-    shared: Row = {
-        name: group[name] for name in ("prompt", "topic", "pun_word", "alternative_word", "source", "licence") if name in group
-    }
+    names = ("prompt", "topic", "pun_word", "alternative_word", "source", "licence")
+    shared: Row = {name: group[name] for name in names if name in group}
     return [
         {**shared, "chosen": texts[a], "rejected": texts[b], "gap": round(scores[a] - scores[b], 4), "group": group["id"],
          "id": f"{group['id']}/{a}-{b}"}

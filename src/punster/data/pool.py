@@ -40,28 +40,26 @@ def embedded_evaluation() -> Index:
 
 
 class Pool:
-    """Rows of the sources under one folder, read once. `left_out` counts rows that belong to neither part."""
+    """Rows of the sources under one folder, read once."""
 
     def __init__(self, folder: Path, own: dict[str, Path] | None = None) -> None:
         self.folder = folder
         self.own = own or {}
         self.skips: dict[str, Skips] = {}
-        self.left_out: Counter[str] = Counter()
         self._rows: dict[str, list[tuple[Row, Part | None]]] = {}
 
     def has(self, name: str) -> bool:
         folder = self.own.get(name, self.folder / name)
         return all((folder / file).is_file() for file in SOURCES[name].files)
 
-    def located(self, name: str) -> list[tuple[Row, Part | None]]:
-        """All rows of a source, each with its part."""
+    def located(self, name: str, guarded: bool = True) -> list[tuple[Row, Part | None]]:
+        """All rows of a source, each with its part; not guarded: with none, where it cannot be known."""
         if name not in self._rows:
             source, skips = SOURCES[name], self.skips.setdefault(name, Skips())
             folder = self.own.get(name) or own_folder(source, self.folder)
             rows = list(read_source(source, folder, skips))
-            known = (self.held_out_semeval, self.unnamed_semeval) if source.tie == "text" else None
-            parts = assign(rows, source, known)
-            self.left_out[name] = sum(part is None for part in parts)
+            known = (self.held_out_semeval, self.unnamed_semeval) if source.tie == "text" and guarded else None
+            parts = assign(rows, source, known) if guarded else [None] * len(rows)
             self._rows[name] = list(zip(rows, parts, strict=True))
         return self._rows[name]
 
@@ -71,9 +69,8 @@ class Pool:
     @cached_property
     def held_out_semeval(self) -> Index:
         if not self.has(TEXTS_OF_SPLIT):
-            raise UserError(
-                f"{self.folder}: {TEXTS_OF_SPLIT} is needed beside the other sources, for its held-out texts must be known"
-            )
+            need = f"{TEXTS_OF_SPLIT} is needed beside the other sources, for its held-out texts must be known"
+            raise UserError(f"{self.folder}: {need}")
         return Index([words(row["text"]) for row in self.rows(TEXTS_OF_SPLIT, "val")])
 
     @cached_property

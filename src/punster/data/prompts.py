@@ -123,14 +123,12 @@ def with_prompts(rows: Sequence[Row], avoid: frozenset[str] = frozenset(), share
 def held_out_prompts(rows: Sequence[Row], count: int = 10_000) -> list[Row]:
     """One prompt for each topic that the held-out rows give, nouns only; at most one a row until all rows had their turn."""
     chosen: dict[str, Row] = {}
-    options = [
-        [t for t in topics_in(str(row.get("completion") or row["text"]), row.get("pun_word")) if t.isascii()] for row in rows
-    ]
+    texts = [str(row.get("completion") or row["text"]) for row in rows]
+    options = [[topic for topic in topics_in(text, row.get("pun_word")) if topic.isascii()] for text, row in zip(texts, rows)]
     for turn in range(3):
         for row, topics in zip(rows, options, strict=True):
-            if turn < len(topics) and len(chosen) < count and noun_rank(topics[turn]) is not None:
+            if turn < len(topics) and len(chosen) < count:
                 topic = topics[turn]
-                chosen.setdefault(
-                    topic_key(topic), {"prompt": request(topic), "topic": topic, "id": row["id"], "source": row["source"]}
-                )
+                found = {"prompt": request(topic), "topic": topic, "id": row["id"], "source": row["source"]}
+                chosen.setdefault(topic_key(topic), found)
     return list(chosen.values())

@@ -8,6 +8,7 @@ the assistant's text is taken. Chat rows may leave the prompt implicit, as TRL's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,9 @@ from punster.errors import UserError
 Row = dict[str, Any]
 
 FIELDS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt",),
-    "sft": ("prompt", "completion"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "unpaired": ("prompt", "completion", "label"),
-    "text": ("text",),
-    "group": ("prompt", "completions", "scores"),
-}
+    "prompt": ("prompt",), "sft": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected"), "text": ("text",),
+    "unpaired": ("prompt", "completion", "label"), "group": ("prompt", "completions", "scores"),
+}  # fmt: skip
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -34,7 +31,10 @@ def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[
     """
     from punster.data.files import located_rows, renamed
 
-    rows = [check_row(renamed(row, columns, place), kind, place) for place, row in located_rows(path)]
+    return some([check_row(renamed(row, columns, place), kind, place) for place, row in located_rows(path)], path)
+
+
+def some(rows: list[Row], path: str | Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: no rows in this file")
     return rows
@@ -42,16 +42,9 @@ def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[
 
 def kind_of(row: Any) -> str:
     """The schema that a row's fields suggest."""
-    for kind, field in (
-        ("preference", "chosen"),
-        ("group", "completions"),
-        ("unpaired", "label"),
-        ("sft", "completion"),
-        ("text", "text"),
-    ):
-        if isinstance(row, dict) and field in row:
-            return kind
-    return "sft" if isinstance(row, dict) and "messages" in row else "prompt"
+    telling = {"chosen": "preference", "completions": "group", "label": "unpaired", "completion": "sft", "text": "text",
+               "messages": "sft"}  # fmt: skip
+    return next((kind for field, kind in telling.items() if isinstance(row, dict) and field in row), "prompt")
 
 
 def texts_of(row: Row) -> list[str]:
@@ -66,9 +59,8 @@ def explicit(row: Row, kind: str) -> Row:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if kind == "preference" and "prompt" not in row and _is_chat(chosen) and _is_chat(rejected):
         assert isinstance(chosen, list) and isinstance(rejected, list)
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
+        turns = zip(chosen[:-1], rejected[:-1], strict=False)
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], turns)))
         return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     return row
 
@@ -136,13 +128,9 @@ def _prompt(value: Any, where: str) -> Any:
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    if (
-        isinstance(value, Sequence)
-        and len(value) == 1
-        and isinstance(value[0], dict)
-        and isinstance(value[0].get("content"), str)
-    ):
-        return str(value[0]["content"])
+    message = value[0] if isinstance(value, Sequence) and len(value) == 1 else None
+    if isinstance(message, dict) and isinstance(content := message.get("content"), str):
+        return content
     raise UserError(f"{where}: expected text or one chat message, found {str(value)[:80]!r}")
 
 
@@ -150,12 +138,10 @@ def read_texts(path: str | Path) -> list[Row]:
     """Rows to be scored: {"text"} or {"prompt", "completion"}; always with "completion"."""
     from punster.data.files import located_rows
 
-    rows = []
-    for place, row in located_rows(path):
-        if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
-            rows.append({"completion": _text(row["text"], f"{place}, field 'text'")})
-        else:
-            rows.append(check_row(row, "sft", place))
-    if not rows:
-        raise UserError(f"{path}: no rows in this file")
-    return rows
+    return some([_scored(row, place) for place, row in located_rows(path)], path)
+
+
+def _scored(row: Any, place: str) -> Row:
+    if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
+        return {"completion": _text(row["text"], f"{place}, field 'text'")}
+    return check_row(row, "sft", place)

@@ -59,7 +59,7 @@ def code(text: str) -> str:
 
 def write_card(folder: Path) -> Path:
     """Write folder/README.md."""
-    from punster.train.run import write_text
+    from punster.train.checkpoint import write_text
 
     run = read_run(Path(folder))
     path = Path(folder) / "README.md"

@@ -28,7 +28,8 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
-from punster.train.run import seeded, write_json, write_text
+from punster.train.checkpoint import write_json, write_text
+from punster.train.optim import seeded
 from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
 
 

@@ -233,7 +233,7 @@ def write_page(
     import jinja2
     from markupsafe import Markup
 
-    from punster.train.run import write_text
+    from punster.train.checkpoint import write_text
 
     frontier = frontier_figure(run)
     models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)

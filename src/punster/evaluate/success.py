@@ -143,7 +143,7 @@ def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
         rows = labelled(Pool(data_folder()))
     except UserError:
         return None
-    from punster.train.run import write_json
+    from punster.train.checkpoint import write_json
 
     found = fit_estimator(features(role, tokenizer, [row.text for row in rows]), rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from punster.config import DistillConfig
 from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
-from punster.train.run import check_name, seeded
+from punster.train.optim import seeded
+from punster.train.run import check_name
 from punster.train.setup import check_model, check_prompts, load_prompts, open_policy_role, open_reward_model
 from punster.train.sft import sft
 

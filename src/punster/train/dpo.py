@@ -28,23 +28,12 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
+from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.held_out import held_out_prompts, sample_table
 from punster.train.judged import pair_batches
+from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce
-from punster.train.run import (
-    Cursor,
-    Run,
-    State,
-    check_name,
-    learning_rate,
-    make_optimizer,
-    optimizer_step,
-    restore,
-    save_checkpoint,
-    seeded,
-    total_steps,
-    within_memory,
-)  # fmt: skip
+from punster.train.run import Run, check_name
 from punster.train.setup import (
     check_model,
     check_prompts,

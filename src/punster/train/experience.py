@@ -19,15 +19,7 @@ from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train import held_out
 from punster.train.run import Run
-from punster.train.setup import (
-    check_model,
-    check_prompts,
-    extend,
-    load_prompts,
-    open_policy_role,
-    open_reward_model,
-    own_copy,
-)  # fmt: skip
+from punster.train.setup import check_model, check_prompts, extend, load_prompts, open_policy_role, open_reward_model, own_copy
 
 
 @dataclass

@@ -29,22 +29,12 @@ from punster.config import GrpoConfig
 from punster.model.role import Role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
+from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.experience import Experience, collect, open_policy, sample_table
 from punster.train.guard import Guard
+from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, within_memory
 from punster.train.plan import announce
-from punster.train.run import (
-    Cursor,
-    Run,
-    State,
-    check_name,
-    learning_rate,
-    make_optimizer,
-    optimizer_step,
-    restore,
-    save_checkpoint,
-    seeded,
-    within_memory,
-)  # fmt: skip
+from punster.train.run import Run, check_name
 from punster.train.shaping import filter_prompts
 
 

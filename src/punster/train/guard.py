@@ -9,8 +9,8 @@ from torch import Tensor
 
 from punster.errors import Aborted
 from punster.model.tokenizer import Tokenizer
-from punster.train.checkpoint import damage, remove, steps_of
-from punster.train.run import Run, State, save_checkpoint
+from punster.train.checkpoint import State, damage, remove, save_checkpoint, steps_of
+from punster.train.run import Run
 
 Packed = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # a state's tensors and numbers, and the place in the logs
 

@@ -14,7 +14,8 @@ from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.sampler import Decoding, generate
-from punster.train.run import Run, seeded
+from punster.train.optim import seeded
+from punster.train.run import Run
 
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 

@@ -20,7 +20,7 @@ from punster.data.schema import Row
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
-from punster.train.run import seeded
+from punster.train.optim import seeded
 from punster.train.setup import encode
 
 SIDES = ("chosen", "rejected")

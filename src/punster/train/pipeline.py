@@ -14,28 +14,10 @@ from typing import Any
 
 import yaml
 
-from punster.config import (
-    DpoConfig,
-    EvaluateConfig,
-    GrpoConfig,
-    PipelineConfig,
-    PpoConfig,
-    RewardConfig,
-    SftConfig,
-    TrainConfig,
-)  # fmt: skip
+from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.errors import UserError, near_matches
-from punster.train.run import (
-    changed_settings,
-    claim,
-    clear_partial,
-    config_dict,
-    crash_report,
-    note,
-    release,
-    write_json,
-    write_text,
-)
+from punster.train.checkpoint import clear_partial, write_json, write_text
+from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release
 from punster.train.setup import open_base
 
 STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {

@@ -24,6 +24,7 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
+from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.held_out import pair_table
 from punster.train.judged import (
     SIDES,
@@ -37,22 +38,18 @@ from punster.train.judged import (
     reliability,
     shuffled,
 )
-from punster.train.plan import announce
-from punster.train.run import (
+from punster.train.optim import (
     Cursor,
-    Run,
-    State,
-    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
-    restore,
     rows_used,
-    save_checkpoint,
     seeded,
     total_steps,
     within_memory,
-)  # fmt: skip
+)
+from punster.train.plan import announce
+from punster.train.run import Run, check_name
 from punster.train.setup import (
     check_model,
     encode_fitting,

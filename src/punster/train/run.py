@@ -30,40 +30,7 @@ from filelock import FileLock, Timeout
 from punster.config import TrainConfig
 from punster.errors import UserError
 from punster.safe import json_line, redact, scrub
-from punster.train.checkpoint import (
-    State,
-    checkpoint_of,
-    clear_partial,
-    context,
-    cut_logs,
-    damage,
-    load_run,
-    log_sizes,
-    newest_step,
-    restore,
-    save_checkpoint,
-    steps_of,
-    write_json,
-    write_text,
-    writing,
-)
-from punster.train.optim import (
-    Cursor,
-    learning_rate,
-    make_optimizer,
-    optimizer_step,
-    rows_used,
-    seeded,
-    total_steps,
-    within_memory,
-)
-
-# A loop imports all it needs from here.
-__all__ = [
-    "Cursor", "Interrupted", "Run", "State", "changed_settings", "check_name", "checkpoint_of", "claim", "clear_partial", "config_dict",
-    "crash_report", "damage", "learning_rate", "load_run", "make_optimizer", "newest_step", "note", "optimizer_step", "release", "restore", "rows_used",
-    "save_checkpoint", "seeded", "steps_of", "total_steps", "within_memory", "write_json", "write_text",
-]  # fmt: skip
+from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, write_json, write_text, writing
 
 
 class Interrupted(KeyboardInterrupt):

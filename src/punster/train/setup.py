@@ -22,7 +22,7 @@ from punster.model.lora import Adapter
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
-from punster.train.run import seeded
+from punster.train.optim import seeded
 
 _BASES: dict[tuple[str, torch.dtype, str], Decoder] = {}
 

@@ -18,23 +18,20 @@ from punster.data.schema import Row
 from punster.model.role import Role, Trunk
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding
+from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.held_out import held_out_prompts, sample_table
-from punster.train.plan import announce
-from punster.train.run import (
+from punster.train.optim import (
     Cursor,
-    Run,
-    State,
-    check_name,
     learning_rate,
     make_optimizer,
     optimizer_step,
-    restore,
     rows_used,
-    save_checkpoint,
     seeded,
     total_steps,
     within_memory,
-)  # fmt: skip
+)
+from punster.train.plan import announce
+from punster.train.run import Run, check_name
 from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
 

@@ -13,7 +13,7 @@ from punster.errors import UserError
 from punster.model.role import Trunk
 from punster.rollout.sampler import generate
 from punster.train.experience import Setup
-from punster.train.run import Cursor, seeded
+from punster.train.optim import Cursor, seeded
 from punster.train.setup import encode, load_rows
 from punster.train.sft import accumulate_nll
 

@@ -1,15 +1,15 @@
-"""Public pun and humour sources, one file each: read(folder, skips) yields (place, row); here they are checked and named."""
+"""Public pun and humour sources, whose rows are checked and named here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 from punster.data.schema import Row, check_row, kind_of
 from punster.data.sources.catalog import SOURCES, Source
-from punster.data.sources.reading import Located, Place, Skips
+from punster.data.sources.reading import Place, Skips
 from punster.errors import UserError, near_matches
 
 __all__ = ["SOURCES", "Place", "Skips", "Source", "find_source", "own_folder", "read_source"]
@@ -35,9 +35,11 @@ def own_folder(source: Source, folder: Path) -> Path:
 
 def read_source(source: Source, folder: Path, skips: Skips) -> Iterator[Row]:
     """All rows of a source's own folder with source, id and licence, each valid and each id once for its kind of row."""
-    read: Callable[[Path, Skips], Located] = import_module(f"punster.data.sources.{source.name}").read
+    from punster.data.sources import simple
+
+    own = None if source.name in simple.FORMS else import_module(f"punster.data.sources.{source.name}")
     seen: set[tuple[str, str]] = set()
-    for place, row in read(folder, skips):
+    for place, row in own.read(folder, skips) if own else simple.read(source, folder, skips):
         row = {**row, "source": source.name, "licence": source.licence}
         kind = kind_of(row)
         if (kind, row["id"]) in seen:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from itertools import chain
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,13 @@ RATING = "Funniness (1-5)"  # 0: not a joke
 def read(folder: Path, skips: Skips) -> Located:
     """text rows (the text is SemEval's): rating (mean of 0 to 5), rating_z, raters, joke_rate, offensive (votes), keywords."""
     texts = {row["id"]: row for _, row in semeval2017_task7.read(folder.parent / "semeval2017_task7", Skips())}
-    records = list(chain.from_iterable(json_values(folder / name) for name in FILES))
-    norms = annotator_norms(record for _, record in records)
+    records = [item for name in FILES for item in json_values(folder / name)]
+    given: dict[str, list[float]] = {}
+    for _, record in records:
+        with suppress(BadRecord):  # counted when the record itself is converted
+            for person, rating in _ratings(record):
+                given.setdefault(person, []).append(rating)
+    norms = {person: (statistics.fmean(values), statistics.pstdev(values) or 1.0) for person, values in given.items()}
     yield from each(records, _row, skips, texts, norms)
 
 
@@ -35,31 +39,17 @@ def _ratings(record: Any) -> list[tuple[str, float]]:
     return [(str(person), float(rating)) for person, rating in zip(people, ratings, strict=True)]
 
 
-def annotator_norms(records: Iterable[Any]) -> dict[str, tuple[float, float]]:
-    """Annotator -> (mean, standard deviation) of all the ratings that this person gave."""
-    given: dict[str, list[float]] = {}
-    for record in records:
-        try:
-            for person, rating in _ratings(record):
-                given.setdefault(person, []).append(rating)
-        except BadRecord:
-            continue  # logged when the record itself is converted
-    return {person: (statistics.fmean(values), statistics.pstdev(values) or 1.0) for person, values in given.items()}
-
-
 def _row(record: Any, texts: dict[str, Row], norms: dict[str, tuple[float, float]]) -> list[Row]:
     key = need(record, "ID")
     if key not in texts:
         raise BadRecord("its text is not in the SemEval files")
     ratings = _ratings(record)
     z = [(rating - norms[person][0]) / norms[person][1] for person, rating in ratings]
-    known = {
-        name: value for name, value in texts[key].items() if name in ("text", "is_pun", "kind", "pun_word", "alternative_word")
-    }
-    jokes = [vote for vote in record.get("Is a Joke?") or [] if vote in (0, 1)]
-    row = {"id": key, "semeval_id": key, **known, "rating": statistics.fmean(rating for _, rating in ratings)}
+    known = ("text", "is_pun", "kind", "pun_word", "alternative_word")
+    row: Row = {"id": key, "semeval_id": key, **{name: value for name, value in texts[key].items() if name in known}}
+    row["rating"] = statistics.fmean(rating for _, rating in ratings)
     row |= {"rating_z": round(statistics.fmean(z), 4), "raters": len(ratings)}
-    if jokes:
+    if jokes := [vote for vote in record.get("Is a Joke?") or [] if vote in (0, 1)]:
         row["joke_rate"] = statistics.fmean(jokes)
     row["offensive"] = sum(str(vote) == "1" for vote in need(record, "Offensive/Inappropriate?", list))
     lists = [words for words in need(record, "Joke keywords", list) if isinstance(words, list)]

@@ -11,6 +11,7 @@ from punster.data.schema import Row
 from punster.data.sources.reading import BadRecord, Located, Skips, by_key, each, json_items, need
 from punster.data.sources.wording import clean, detokenise, swapped
 
+RANGES = {"success": 1, "coherence": 5, "funniness": 5}  # label -> highest, from 0
 RECITED = 0.6  # an output this near to the item's own pun was remembered, not made
 
 
@@ -20,12 +21,13 @@ def read(folder: Path, skips: Skips) -> Located:
     synonyms = by_key(json_items(folder / "synonyms.json"), skips)
     items: dict[str, Any] = {}
     for name in ("hom_dataset.json", "het_dataset.json"):
-        items |= by_key(json_items(folder / name), skips)
-        yield from each(json_items(folder / name), _human, skips)
-        yield from each(json_items(folder / name), _synonyms, skips, synonyms)
-    outputs = folder / "pun_generation.json"
-    yield from each(json_items(outputs), _outputs, skips, items, labels)
-    yield from each(json_items(outputs), _group, skips, items, labels)
+        entries = list(json_items(folder / name))
+        items |= by_key(entries, skips)
+        yield from each(entries, _human, skips)
+        yield from each(entries, _synonyms, skips, synonyms)
+    outputs = list(json_items(folder / "pun_generation.json"))
+    yield from each(outputs, _outputs, skips, items, labels)
+    yield from each(outputs, _group, skips, items, labels)
 
 
 def _human(entry: tuple[str, Any]) -> list[Row]:
@@ -97,7 +99,7 @@ def _outputs(entry: tuple[str, Any], items: dict[str, Any], labels: dict[str, An
         row: Row = {"id": f"{key}/{system}/{method}", "semeval_id": key, "text": clean(text), "system": system, "method": method}
         row |= {"pun_word": need(items.get(key), "pun_word"), "alternative_word": need(items.get(key), "alter_word")}
         if label:
-            row |= {"success": label["success"], "coherence": label["coherence"], "funniness": label["funniness"], "raters": 1}
+            row |= {name: label[name] for name in RANGES} | {"raters": 1}
         rows.append(row)
     return rows
 
@@ -108,9 +110,9 @@ def _label(labels: dict[str, Any], key: str, system: str, method: str) -> Any:
         return None
     label = need(labels[key], "human_text" if system == "human" else f"{system}_text", dict)
     label = label if system == "human" else need(label, method, dict)
-    for name, low, high in (("success", 0, 1), ("coherence", 0, 5), ("funniness", 0, 5)):
-        if not low <= need(label, name, int) <= high:
-            raise BadRecord(f"label {name!r} is not within {low} and {high}")
+    for name, highest in RANGES.items():
+        if not 0 <= need(label, name, int) <= highest:
+            raise BadRecord(f"label {name!r} is not within 0 and {highest}")
     return label
 
 

@@ -12,11 +12,13 @@ import io
 import json
 import re
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 from xml.parsers import expat
 
 from punster.data.schema import Row
@@ -75,9 +77,8 @@ def need(record: Any, name: str, kind: type = str) -> Any:
     value = record.get(name)
     if value is None:
         raise BadRecord(f"field {name!r} is missing or null")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind:
         raise BadRecord(f"field {name!r} is not {kind.__name__}")
     if isinstance(value, str) and not value.strip():
         raise BadRecord(f"field {name!r} is empty")
@@ -101,29 +102,21 @@ def choice(text: str, known: dict[str, Any], name: str) -> Any:
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, a .gz decompressed."""
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, a .gz decompressed."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; 'punster data list' says where each source comes from")
-    if path.suffix != ".gz":
-        return path.read_bytes()
-    parts, size = [], 0
+    content = bytearray()
     try:
-        with gzip.open(path) as handle:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
             while part := handle.read(1 << 20):
-                parts.append(part)
-                if (size := size + len(part)) > MAX_BYTES:
+                content += part
+                if path.suffix == ".gz" and len(content) > MAX_BYTES:
                     raise UserError(f"{path}: more than {MAX_BYTES} bytes after decompression; refused")
-    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
-        line = 1 + sum(part.count(b"\n") for part in parts)
-        raise UserError(f"{path}, line {line}: damaged or truncated gzip ({error}); fetch the file again") from None
-    return b"".join(parts)
-
-
-def read_text(path: Path) -> str:
-    content = read_bytes(path)
-    try:
         return content.decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        line = 1 + content.count(b"\n")
+        raise UserError(f"{path}, line {line}: damaged or truncated gzip ({error}); fetch the file again") from None
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
@@ -136,20 +129,16 @@ def lines(path: Path) -> Iterator[tuple[Place, str]]:
             yield Place(str(path), line_number), line.rstrip("\r")
 
 
-def table(
-    path: Path, columns: Sequence[str], skips: Skips, *, header: bool = True, delimiter: str = ","
-) -> Iterator[tuple[Place, dict[str, str]]]:
+def table(path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = True) -> Iterator[tuple[Place, dict[str, str]]]:
     """Records of a CSV file with at least these columns (without a header: exactly these); other widths are skips."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names = list(columns)
     try:
         if header:
             names = [name.strip() for name in next(reader, [])]
             if missing := [name for name in columns if name not in names]:
-                found = ", ".join(names)[:200] or "nothing"
-                raise UserError(
-                    f"{path}, line 1: column {missing[0]!r} is missing (found: {found}; expected: {', '.join(columns)})"
-                )
+                found = f"(found: {', '.join(names)[:200] or 'nothing'}; expected: {', '.join(columns)})"
+                raise UserError(f"{path}, line 1: column {missing[0]!r} is missing {found}")
         for cells in reader:
             place = Place(str(path), reader.line_num)
             if len(cells) == len(names):
@@ -160,57 +149,42 @@ def table(
         raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from None
 
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+def line_at(content: str) -> Callable[[int], int]:
+    """The line, from 1, of a place in a text."""
+    ends = [match.start() for match in re.finditer("\n", content)]
+    return lambda at: 1 + bisect_left(ends, at)
 
 
 def json_items(path: Path, opening: str = "{") -> Iterator[tuple[Place, tuple[str, Any]]]:
     """(key, value) of a file that is one object, or with opening "[" (number, value) of an array; and the line of each."""
     content = read_text(path)
-    decoder = json.JSONDecoder()
-    at, line, counted = 0, 1, 0
+    line, decode = line_at(content), json.JSONDecoder().raw_decode
 
-    def skip_space(position: int) -> int:
-        match = _SPACE.match(content, position)
-        return match.end() if match else position
+    def skip(at: int) -> int:
+        while content[at] in " \t\r\n,:":
+            at += 1
+        return at
 
-    def decode(position: int) -> tuple[Any, int]:
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+    except (RecursionError, ValueError):
+        pass  # a value is too deep or too long: found again below, with its place
+    at, number = skip(0), 0
+    if content[at] != opening:
+        raise UserError(f"{path}, line {line(at)}: broken JSON (expected {opening}, found {content[at]})")
+    at = skip(at + 1)
+    while content[at] not in "]}":
+        key, start = str(number), at
         try:
-            return decoder.raw_decode(content, position)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+            if opening == "{":
+                key, at = decode(content, at)
+            value, at = decode(content, skip(at))
         except (RecursionError, ValueError) as error:
-            raise UserError(f"{path}, line {1 + content.count(chr(10), 0, position)}: unreadable JSON ({error})") from None
-
-    def expect(position: int, *wanted: str) -> str:
-        found = content[position : position + 1]
-        if found not in wanted or not found:
-            where = 1 + content.count("\n", 0, position)
-            raise UserError(
-                f"{path}, line {where}: broken JSON (expected {' or '.join(wanted)}, found {found or 'the end of the file'})"
-            )
-        return found
-
-    at = skip_space(at)
-    closing = {"[": "]", "{": "}"}[expect(at, opening)]
-    at, index = skip_space(at + 1), 0
-    if content[at : at + 1] != closing:
-        while True:
-            line, counted = line + content.count("\n", counted, at), at
-            key = str(index)
-            if closing == "}":
-                expect(at, '"')
-                key, at = decode(at)
-                at = skip_space(at)
-                expect(at, ":")
-                at = skip_space(at + 1)
-            value, at = decode(at)
-            yield Place(str(path), line), (key, value)
-            at, index = skip_space(at), index + 1
-            if expect(at, ",", closing) == closing:
-                break
-            at = skip_space(at + 1)
-    if (at := skip_space(at + 1)) != len(content):
-        raise UserError(f"{path}, line {1 + content.count(chr(10), 0, at)}: broken JSON (something follows the end)")
+            raise UserError(f"{path}, line {line(at)}: unreadable JSON ({error})") from None
+        yield Place(str(path), line(start)), (key, value)
+        at, number = skip(at), number + 1
 
 
 def json_values(path: Path) -> Iterator[tuple[Place, Any]]:
@@ -236,37 +210,14 @@ class XmlText:
 
 def xml_texts(path: Path) -> Iterator[tuple[Place, XmlText]]:
     """The <text id><word id>token</word>…</text> elements; a document type, which may define entities, is refused."""
-    content = read_bytes(path)
-    parser = expat.ParserCreate("utf-8")
-    found: list[tuple[Place, XmlText]] = []
-    words: list[tuple[str, str]] = []
-    opened: dict[str, Any] = {}
-
-    def refuse(*_: Any) -> None:
-        raise UserError(f"{path}, line {parser.CurrentLineNumber}: a document type declaration is not accepted")
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        if tag == "text":
-            opened.update(text=attributes.get("id", ""), line=parser.CurrentLineNumber)
-            words.clear()
-        elif tag == "word":
-            opened.update(word=attributes.get("id", ""), token="")
-
-    def characters(data: str) -> None:
-        if "word" in opened:
-            opened["token"] += data
-
-    def end(tag: str) -> None:
-        if tag == "word":
-            words.append((opened.pop("word", ""), opened.pop("token", "")))
-        elif tag == "text":
-            found.append((Place(str(path), opened["line"]), XmlText(opened["text"], tuple(words))))
-
-    parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, characters
-    parser.buffer_text = True
+    content = read_text(path)
+    line = line_at(content)
+    if (declared := content.find("<!DOCTYPE")) >= 0:
+        raise UserError(f"{path}, line {line(declared)}: a document type declaration is not accepted")
     try:
-        parser.Parse(content, True)
-    except expat.ExpatError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken XML ({expat.ErrorString(error.code)})") from None
-    return iter(found)
+        root = ElementTree.fromstring(content)
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}, line {error.position[0]}: broken XML ({expat.ErrorString(error.code)})") from None
+    for text, opened in zip(root.iter("text"), re.finditer(r"<text[\s/>]", content), strict=False):
+        words = tuple((word.get("id", ""), word.text or "") for word in text.iter("word"))
+        yield Place(str(path), line(opened.start())), XmlText(text.get("id", ""), words)

@@ -21,9 +21,7 @@ def clean(text: str) -> str:
     """One line of printable text with single spaces; BadRecord if nothing is left, or far too much."""
     if len(text) > MAX_TEXT:
         raise BadRecord(f"the text is longer than {MAX_TEXT} characters")
-    text = " ".join(unmangled(text).split())
-    if not text.isprintable():
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in unmangled(text)).split())
     if not any(c.isalnum() for c in text):
         raise BadRecord("the text has no letters")
     return text
@@ -105,14 +103,11 @@ def _with_quotes(words: list[str]) -> list[str]:
 def restored(text: str) -> str:
     """Lower-case text whose punctuation was taken out: apostrophes, "I", a capital and a full stop are put back."""
     text = re.sub(r"\b(\w+n) t\b", r"\1't", text)
-    text = re.sub(r"\b(i) (m|d)\b|\b(\w+) (ve|ll)\b|\b(you|we|they|there|who|what|where|how|why) re\b", _apostrophe, text)
+    joined = r"\bi (m|d)\b|\b\w+ (ve|ll)\b|\b(you|we|they|there|who|what|where|how|why) re\b"
+    text = re.sub(joined, lambda match: match[0].replace(" ", "'"), text)
     text = re.sub(r"\b(\w{2,}) s\b", r"\1's", text)
     text = re.sub(r"\bi\b", "I", text)
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def _apostrophe(match: re.Match[str]) -> str:
-    return match[0].replace(" ", "'")
 
 
 def filled(cloze: str, word: str) -> str:
