@@ -54,7 +54,7 @@ def jobs(tiny_llama: Path, sft_run: str, reward_run: str, make: Callable[..., An
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_llama: Path) -> Callable[[Path], Job]:
-    """A pipeline of six short stages with evaluation and report."""
+    """A pipeline of four short stages with evaluation and report."""
     from punster.config import PipelineConfig
     from punster.train.pipeline import run_pipeline
 
@@ -64,11 +64,10 @@ def pipeline(tiny_llama: Path) -> Callable[[Path], Job]:
 
     def build(out: Path) -> Job:
         tiny = {"steps": 2, "batch_size": 4, "lora_r": 4, "save_every": 1, "eval_prompts": 2}
-        judge, policy = {**tiny, "normalise_samples": 4, "test_limit": 2}, {**tiny, "max_new_tokens": 5}
+        judge = {**tiny, "normalise_samples": 4, "test_limit": 2}
         return PipelineConfig(
-            out=str(out), model=str(tiny_llama), device="cpu", dtype="fp32", quiet=True, seed=5, sft=tiny, reward=judge, gold=judge,
-            ppo=policy, grpo={**policy, "samples": 2}, dpo=policy,
-            evaluate={"limit": 2, "samples": 2, "best_of": 2, "max_new_tokens": 5},
+            out=str(out), model=str(tiny_llama), device="cpu", dtype="fp32", quiet=True, seed=5, stages=["sft", "reward", "gold", "ppo"],
+            sft=tiny, reward=judge, gold=judge, ppo={**tiny, "max_new_tokens": 5}, evaluate={"limit": 2, "samples": 2, "best_of": 2, "max_new_tokens": 5},
         ), train  # fmt: skip
 
     return build
