@@ -15,7 +15,7 @@ from pathlib import Path
 from punster.api import load
 from punster.data import corpus
 from punster.puns.baselines import joint, surgen
-from punster.train.run import seeded
+from punster.train.optim import seeded
 
 
 def main() -> None:
