@@ -8,8 +8,9 @@ from typing import Any
 TRL, TRL_PPO = "1.16.0", "1.12.0"  # 1.12.0 is the last release with PPO
 NEW, PROMPT = 32, 16  # new tokens of forced-length rollouts; prompts of about so many tokens are chosen
 RANK, ALPHA = 8, 16.0  # LoRA on every linear layer
-ROWS, EPOCHS, BATCH = 64, 3, 16  # whole trainings: rows of data, passes, rows of a step
+ROWS, EPOCHS, BATCH = 32, 3, 16  # whole trainings: rows of data, passes, rows of a step
 STEPS = ROWS // BATCH  # steps in one pass
+POOL = 128  # rows that single steps are drawn from
 
 
 @dataclass(frozen=True)

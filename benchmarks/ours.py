@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import prepare
 from benchmarks.flops import Shape, matrix_peak, rollout_flops
-from benchmarks.keys import ALPHA, BATCH, EPOCHS, NEW, RANK, ROWS, Point, llama_config, points
+from benchmarks.keys import ALPHA, BATCH, EPOCHS, NEW, POOL, RANK, ROWS, Point, llama_config, points
 from benchmarks.line import BENCH, Line, serve, timed
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data import corpus
@@ -104,7 +104,7 @@ def after_each_step(act: Callable[[], None]) -> None:
 
 def single_steps(line: Line, verb: str, top_layers: str) -> None:
     after_each_step(line.step)
-    train(verb, 2 * ROWS, top_layers, steps=1000)
+    train(verb, POOL, top_layers, steps=1000)
 
 
 def dpo_step(line: Line, top_layers: str) -> None:
@@ -113,8 +113,8 @@ def dpo_step(line: Line, top_layers: str) -> None:
     reference, tokenizer = open_policy_role(config.actor, config)
     policy = extend(reference, config, "policy")
     optimizer, _ = make_optimizer(policy, config.lr)
-    examples, _ = dpo.load_examples(config, pair_rows(2 * ROWS), reference, None, tokenizer)
-    cursor, nothing = Cursor(2 * ROWS, seeded(1, "data")), Trunk.compute(policy.model, [], [])
+    examples, _ = dpo.load_examples(config, pair_rows(POOL), reference, None, tokenizer)
+    cursor, nothing = Cursor(POOL, seeded(1, "data")), Trunk.compute(policy.model, [], [])
     while True:
         pairs = [examples[2 * unit + side] for unit in cursor.next(BATCH) for side in (0, 1)]
         sums = dpo.response_log_probs(reference, pairs, nothing, config.max_tokens)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.keys import ALPHA, BATCH, PROMPT, RANK, ROWS
+from benchmarks.keys import ALPHA, BATCH, POOL, PROMPT, RANK
 from benchmarks.line import BENCH, ROOT, BenchError
 
 MODEL, LORA, SFT_PEFT, DATA, RUNS = BENCH / "model", BENCH / "lora", BENCH / "sft-peft", BENCH / "data.json", BENCH / "runs"
@@ -116,7 +116,7 @@ def data(tokenizer: Any) -> dict[str, Any]:
         return str(tokenizer.hf.decode(tokenizer.prompt_ids(prompt)))
 
     prompts = sorted(set(corpus.prompts("train")), key=lambda prompt: (abs(len(tokenizer.prompt_ids(prompt)) - PROMPT), prompt))
-    pairs = corpus.preference_rows(("literal",), "train")[: 2 * ROWS]
+    pairs = corpus.preference_rows(("literal",), "train")[: POOL]
     return {
         "dtype": json.loads((MODEL / "config.json").read_text())["torch_dtype"],
         "prompts": [{"plain": prompt, "text": text(prompt), "ids": tokenizer.prompt_ids(prompt)} for prompt in prompts],
