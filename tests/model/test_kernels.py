@@ -156,6 +156,53 @@ def test_log_probs_entropy_and_kl_over_the_vocabulary(monkeypatch: pytest.Monkey
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+def test_slopes_of_confident_tokens(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d log p(y) = (1 - p(y)) W[y] - sum of the others: rounding p(y) to bf16 would leave noise where p(y) is near 1."""
+    if not kernel:
+        monkeypatch.setattr(product, "suits", lambda w: False)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(300, 64, generator=generator).bfloat16()
+    targets = torch.arange(40)
+    hidden = (0.16 * weight[:40].float()).bfloat16().double().requires_grad_()
+    logs = (hidden @ weight.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert float(logs.exp().mean()) > 0.9
+    (want,) = torch.autograd.grad(logs.sum(), hidden)
+    state = hidden.detach().float().requires_grad_()
+    (found,) = torch.autograd.grad(logprobs.token_log_probs(state, product.LogitHead(weight), targets).sum(), state)
+    assert float(((found - want).norm(dim=1) / want.norm(dim=1)).median()) < 0.01
+
+
+@needs_kernels
+def test_one_thread_and_two_agree_to_the_last_bit() -> None:
+    _, half = exact_and_half("llama")
+    batch, threads = collate(texts()), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(states_and_gradients(half, batch))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)  # some sums of the plain parts are split
+
+
+@needs_kernels
+def test_layers_that_are_trained_mix_with_layers_of_the_kernels() -> None:
+    _, half = exact_and_half("llama")
+    copy = half.trainable_copy(2)
+    role = Role(copy, trained=())
+    assert fused.usable(copy, 1) and not fused.usable(copy, 2)
+    out = generate(role, [example.prompt for example in texts()], Decoding(8), 7, seeded(3, "sampling"))
+    batch = collate(out.examples)
+    logs = logprobs.token_log_probs(role.response_hidden(batch), copy.head, batch.targets())
+    assert float((logs.detach() - torch.cat(out.log_probs)).abs().mean()) < 1e-3
+    logs.sum().backward()
+    grads = {name: t.grad for name, t in copy.weights.items() if t.requires_grad}
+    assert grads and all(grad is not None and grad.abs().sum() > 0 for name, grad in grads.items() if "layers.2" in name)
+
+
 @needs_kernels
 def test_low_rank_updates_reach_their_own_columns_only() -> None:
     _, half = exact_and_half("llama")

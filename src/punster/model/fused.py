@@ -1,7 +1,7 @@
 """One block in three differentiable steps on the kernels: into attention, out of it, and the feed-forward part.
 
-The same function as the plain block of transformer.py, with products of bf16 inputs summed and kept in fp32. Gradients are formed
-by hand: pulled back through the frozen products in bf16, as the plain path does, and through everything else in fp32.
+The same function as the plain block of transformer.py, with products of bf16 inputs summed in fp32. Gradients are formed by hand:
+pulled back through the frozen products in bf16, as the plain path does; those of A and B are fp32 sums over bf16 rows.
 n rows (tokens, or nodes of a prefix tree), d width, R ranks.
 """
 

@@ -25,6 +25,7 @@ typedef struct { const float *weight, *bias; float eps; } Norm; /* with a bias: 
 typedef struct { Norm before, between; Product attend, output, up, down; } Layer;
 
 INLINE float bf16_value(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE __mmask16 inside_of(long left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
 INLINE __m512 load_bf16(const bf16 *x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
@@ -74,10 +75,7 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
   }
   __mmask16 inside[3];
   const long first = (long)panel * PANEL;
-  for (int c = 0; c < 3; c++) {
-    const long left = out - first - 16 * c;
-    inside[c] = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-  }
+  for (int c = 0; c < 3; c++) inside[c] = inside_of(out - first - 16 * c);
   for (int r = 0; r < u->ranks && low; r++) {
     if (u->to[r] <= first || u->from[r] >= first + PANEL) continue;
     __m512 b[3];
@@ -107,7 +105,7 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
 }
 
 static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, void *y, int mode) {
-  const long panels = (p->out + PANEL - 1) / PANEL, chunks = (rows + CHUNK - 1) / CHUNK;
+  const long panels = (p->out + PANEL - 1) / PANEL, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1;
   const long size = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
 #pragma omp for schedule(static)
   for (long job = 0; job < chunks * panels; job++) {
@@ -205,7 +203,7 @@ static void norm_back_rows(const float *dy, const float *x, const float *stat, l
   }
 }
 
-/* y (rows, in) fp32 -> bf16 and low */
+/* x (rows, columns) fp32 -> y bf16, and low */
 static void round_rows(const float *x, long rows, int columns, const Update *u, const int32_t *from, const int32_t *to, bf16 *y,
                        float *low) {
 #pragma omp for schedule(static)
@@ -263,11 +261,9 @@ static void outer_rows(const float *low, const bf16 *x, long rows, int columns, 
   for (int c = 0; c < columns; c += 32) {
     for (int first = 0; first < ranks; first += 8) {
       const int many = ranks - first < 8 ? ranks - first : 8;
-      if (from) {
-        int any = 0;
-        for (int r = first; r < first + many; r++) any |= from[r] < c + 32 && to[r] > c;
-        if (!any) continue;
-      }
+      int any = 0;
+      for (int r = first; r < first + many; r++) any |= from[r] < c + 32 && to[r] > c;
+      if (!any) continue;
       __m512 sum[8][2];
       for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
       for (long row = 0; row < rows; row++) {
@@ -296,19 +292,20 @@ static void outer_rows(const float *low, const bf16 *x, long rows, int columns, 
   }
 }
 
+INLINE void rotate(float *head, int half, const float *cosine, const float *sine, float sign) {
+  for (int i = 0; i < half; i++) {
+    const float c = cosine[i], s = sign * sine[i], a = head[i], b = head[half + i];
+    head[i] = a * c - b * s;
+    head[half + i] = b * c + a * s;
+  }
+}
 /* rotary embedding in place (Su et al. 2021) of the first `turned` of `heads` heads; sign -1 turns back */
 static void rope_rows(float *x, long rows, int heads, int turned, int size, const float *cosine, const float *sine, float sign) {
   const int half = size / 2;
 #pragma omp for schedule(static)
   for (long row = 0; row < rows; row++)
-    for (int head = 0; head < turned; head++) {
-      float *a = x + (row * heads + head) * size, *b = a + half;
-      for (int i = 0; i < half; i++) {
-        const float c = cosine[row * half + i], s = sign * sine[row * half + i], p = a[i], q = b[i];
-        a[i] = p * c - q * s;
-        b[i] = q * c + p * s;
-      }
-    }
+    for (int head = 0; head < turned; head++)
+      rotate(x + (row * heads + head) * size, half, cosine + row * half, sine + row * half, sign);
 }
 
 /* ---- one token for every row ------------------------------------------------------------------------------------------ */
@@ -329,15 +326,8 @@ static void attend_rows(const Decode *s, float *keys, float *values, const Updat
 #pragma omp for schedule(static)
   for (long row = 0; row < s->rows; row++) {
     float *q = s->qkv + row * all * size, *out = s->out + row * s->heads * size;
-    if (s->cosine)
-      for (int head = 0; head < s->heads + s->kv_heads; head++) {
-        float *a = q + head * size, *b = a + half;
-        for (int i = 0; i < half; i++) {
-          const float c = s->cosine[row * half + i], t = s->sine[row * half + i], m = a[i], n = b[i];
-          a[i] = m * c - n * t;
-          b[i] = n * c + m * t;
-        }
-      }
+    for (int head = 0; s->cosine && head < s->heads + s->kv_heads; head++)
+      rotate(q + head * size, half, s->cosine + row * half, s->sine + row * half, 1);
     const long begin = s->start ? s->start[row] : 0;
     float score[now + 16];
     for (int kv = 0; kv < s->kv_heads; kv++) {
@@ -356,7 +346,7 @@ static void attend_rows(const Decode *s, float *keys, float *values, const Updat
         }
         __m512 total = _mm512_setzero_ps();
         for (long j = begin; j < now; j += 16) {
-          const __mmask16 inside = now - j >= 16 ? 0xffff : (1u << (now - j)) - 1;
+          const __mmask16 inside = inside_of(now - j);
           const __m512 e = vexp(_mm512_sub_ps(_mm512_loadu_ps(score + j), _mm512_set1_ps(most)));
           total = _mm512_mask_add_ps(total, inside, total, e);
           _mm512_mask_storeu_ps(score + j, inside, e);
@@ -391,7 +381,6 @@ void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
 
 /* ---- over the vocabulary ------------------------------------------------------------------------------------------------ */
 typedef struct { float most, total, log_total; } Partition; /* of exp(scale logits) */
-INLINE __mmask16 inside_of(int left) { return left >= 16 ? 0xffff : (1u << left) - 1; }
 static Partition partition_of(const float *logits, int size, float scale) {
   const __m512 s = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-INFINITY);
   __m512 most = lowest, total = _mm512_setzero_ps();
@@ -408,7 +397,8 @@ static Partition partition_of(const float *logits, int size, float scale) {
   return p;
 }
 
-/* log-prob of each row's target, and the probabilities in bf16 where they are wanted */
+/* log-prob of each row's target, and where they are wanted the probabilities in bf16, 0 at the target: its slope is 1 - p, which a
+   rounded p would lose */
 void punster_log_probs(const float *logits, long rows, int size, float scale, const int64_t *targets, float *log_prob, bf16 *probs,
                        int stride) {
 #pragma omp parallel for schedule(static)
@@ -421,8 +411,9 @@ void punster_log_probs(const float *logits, long rows, int size, float scale, co
       const __mmask16 inside = inside_of(size - c);
       const __m512 e = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(inside, x + c)), _mm512_set1_ps(p.most));
       const __m512 v = _mm512_mul_ps(vexp(e), _mm512_set1_ps(1 / p.total));
-      _mm256_mask_storeu_epi16(probs + (long)row * stride + c, inside, (__m256i)_mm512_cvtneps_pbh(v));
+      _mm256_mask_storeu_epi16(probs + row * stride + c, inside, (__m256i)_mm512_cvtneps_pbh(v));
     }
+    if (probs) probs[row * stride + targets[row]] = 0;
   }
 }
 

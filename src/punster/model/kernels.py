@@ -70,7 +70,7 @@ def library() -> c.CDLL | None:
         return None
     from punster.doctor import cpu_features
 
-    features, compiler = cpu_features(), shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    features, compiler = cpu_features(), shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
     if "avx512_bf16" not in features or "amx_bf16" in features or compiler is None:
         return None
     try:
@@ -162,6 +162,7 @@ class Packed:
     def __call__(self, x: Tensor, low: Tensor | None = None, update: CUpdate = NO_UPDATE, into: Tensor | None = None,
                  half: bool = False) -> Tensor:  # fmt: skip
         """x (n, in) bf16 -> x W^T + bias + low b, (n, out) fp32, or bf16 if half; added to `into` where that is given."""
+        x = x.contiguous()
         y = into if into is not None else torch.empty(len(x), self.out, dtype=torch.bfloat16 if half else torch.float32)
         mode = ADD if into is not None else STORE_BF16 if half else STORE
         call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), low, y, mode)

@@ -47,7 +47,7 @@ class Matrix:
     """One or several frozen linear layers that read the same input: x (n, in) -> x W^T + bias (n, out), without gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, forward_only: bool = False):
-        """bf16 weights are reordered; fp32 ones where only the forward product is wanted (the head).
+        """bf16 weights are reordered where the kernels do not take them; fp32 ones where only the forward product is wanted (the head).
 
         In fp32 a block gains little, and plain products stay nearest to what other libraries compute.
         """
@@ -69,8 +69,10 @@ class Matrix:
         return Packed.of(self.weight.detach().T)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """In the type of the weights."""
+        """In the type of the weights, or fp32."""
         x = x.to(self.dtype)
+        if self.weight is not None and suits(self.weight):
+            return self.packed(x)
         if self._reordered is None:
             assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
@@ -79,6 +81,8 @@ class Matrix:
     def pull_back(self, gradient: Tensor) -> Tensor:
         """(n, out) -> (n, in): gradient W, in the type of the gradient."""
         assert self.weight is not None
+        if suits(self.weight) and self.weight.shape[0] % 2 == 0:
+            return self.packed_back(gradient.to(self.dtype))
         return (gradient.to(self.dtype) @ self.weight).to(gradient.dtype)
 
 
@@ -134,8 +138,8 @@ def project(x: Tensor, matrix: Matrix, sites: Sequence[tuple[str, slice]], adapt
 class LogitHead:
     """The map from final states to logits, (n, d) -> (n, V), and its transpose for gradients.
 
-    Logits are fp32 products even on a bf16 base: bf16 logits alone put noise of several hundredths on log-probs. What flows
-    back from them is a difference of probabilities, for which products in the base's own type are good enough.
+    Logits are summed and kept in fp32 even on a bf16 base: bf16 logits alone put noise of several hundredths on log-probs. What
+    flows back from them are probabilities, for which products in the base's own type are good enough.
     """
 
     weight: Tensor  # (V, d) in the type of the base
@@ -154,7 +158,7 @@ class LogitHead:
         if self.weight.requires_grad or (hidden.requires_grad and torch.is_grad_enabled()):
             return F.linear(hidden, self.weight.to(hidden.dtype))  # differentiable
         if self.packed is not None:
-            return self.packed(hidden.bfloat16().reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+            return self.packed(hidden.bfloat16().reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], self.packed.out)
         if self._forward is None:
             exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
             self._forward = Matrix(exact, forward_only=True)

@@ -34,8 +34,11 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             log_probs[part], probs = target_log_probs(head, hidden[part], targets[part], temperature, slopes is not None)
-            if slopes is not None and probs is not None:  # d log p(y) / d logits = onehot(y) - p
-                slopes[part] = (weight[targets[part]] - head.pull_back(probs)) / temperature
+            if (
+                slopes is not None and probs is not None
+            ):  # d log p(y) / d logits = onehot(y) - p, and 1 - p(y) without cancellation
+                own = -torch.expm1(log_probs[part, None]) * weight[targets[part]]
+                slopes[part] = (own - head.pull_back(probs)) / temperature
         ctx.slopes = slopes
         ctx.save_for_backward(*((hidden, targets) if ctx.needs_input_grad[1] else ()))
         ctx.head, ctx.temperature, ctx.chunk = head, temperature, chunk
@@ -68,11 +71,12 @@ def log_softmax(head: LogitHead, hidden: Tensor, temperature: float) -> Tensor:
 def target_log_probs(
     head: LogitHead, hidden: Tensor, targets: Tensor, temperature: float, with_probs: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (n,) of the targets, and on demand all probabilities as `LogitHead.pull_back` takes them."""
+    """Log-probs (n,) of the targets, and on demand the other tokens' probabilities (0 at the target) for `LogitHead.pull_back`."""
     if head.packed is None:
         log_p = log_softmax(head, hidden, temperature)
-        return log_p.gather(1, targets[:, None])[:, 0], log_p.exp_() if with_probs else None
-    logits, found = head.logits(hidden.detach()), torch.empty(len(hidden))
+        chosen = log_p.gather(1, targets[:, None])[:, 0]
+        return chosen, log_p.exp_().scatter_(1, targets[:, None], 0.0) if with_probs else None
+    logits, found = head.logits(hidden), torch.empty(len(hidden))
     stride = logits.shape[1] + logits.shape[1] % 2  # products read pairs
     probs = torch.empty(len(hidden), stride, dtype=torch.bfloat16) if with_probs else None
     call("punster_log_probs", logits, *sizes(logits), c.c_float(1 / temperature), targets, found, probs, stride)

@@ -113,6 +113,7 @@ class Experience:
         """One minibatch's micro-batches, in smaller ones where memory has run out since they were made."""
         if max_tokens in (0, self.max_tokens):
             return groups
+        self.kept.clear()
         rows = [row for group in groups for row in group]
         smaller = token_batches([self.examples[row].length for row in rows], max_tokens)
         return [[rows[i] for i in group] for group in smaller]

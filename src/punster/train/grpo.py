@@ -158,5 +158,4 @@ def train_step(
         for key in ("clipfrac", "approx_kl", "ratio"):
             sums[key] += float(stats[key]) / tokens
         largest = max(largest, float(stats["ratio_gap"]))
-    exp.kept.clear()
     return {**sums, "ratio_gap": largest}

@@ -183,7 +183,6 @@ def train_step(
         sum(both[1:], both[0]).backward()
         sums["value"] += float(value_loss.detach()) / tokens
         sums["value_clipfrac"] += float(value_clipped) / tokens
-    exp.kept.clear()
     return {**sums, "ratio_gap": largest}
 
 
