@@ -174,6 +174,7 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
         _, target, title = STAGES[stage]
         if stage_summary(folder, stage):
             say(f"[{number}/{len(stages) + 1}] {title}: done before")
+            release(claim(folder / stage))  # a process that was killed at the very end leaves its lock file
             clock.skip(stage)
         else:
             say(f"[{number}/{len(stages) + 1}] {title}")
