@@ -63,5 +63,5 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
     policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
-    result["evaluate"] = texts * (sampled + (PROMPT + RESPONSE) * block * layers * 0.6) / speed
+    result["evaluate"] = texts * (sampled + (PROMPT + RESPONSE) * block * layers) / speed
     return result
