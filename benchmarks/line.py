@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = Path(os.environ.get("PUNSTER_BENCH") or ROOT / ".bench")
+BENCH = Path(os.environ.get("PUNSTER_BENCH") or ROOT / ".bench").resolve()  # runs remember where their model lies
 
 
 class BenchError(RuntimeError):

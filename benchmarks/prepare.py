@@ -116,7 +116,7 @@ def data(tokenizer: Any) -> dict[str, Any]:
         return str(tokenizer.hf.decode(tokenizer.prompt_ids(prompt)))
 
     prompts = sorted(set(corpus.prompts("train")), key=lambda prompt: (abs(len(tokenizer.prompt_ids(prompt)) - PROMPT), prompt))
-    pairs = corpus.preference_rows(("literal",), "train")[: POOL]
+    pairs = corpus.preference_rows(("literal",), "train")[:POOL]
     return {
         "dtype": json.loads((MODEL / "config.json").read_text())["torch_dtype"],
         "prompts": [{"plain": prompt, "text": text(prompt), "ids": tokenizer.prompt_ids(prompt)} for prompt in prompts],

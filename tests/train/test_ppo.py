@@ -22,7 +22,7 @@ from punster.model.load import load_model
 from punster.model.role import score_examples
 from punster.train.checkpoint import load_run
 from punster.train.critic import calibrate, make_critic
-from punster.train.experience import collect, open_policy, partition
+from punster.train.experience import Experience, collect, open_policy, partition
 from punster.train.optim import seeded
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
@@ -152,6 +152,31 @@ def test_the_first_rollout_calibrates_the_critic(config: Config, reward_run: str
     torch.testing.assert_close(exp.values[exp.mask], before * gain + offset, rtol=1e-3, atol=1e-4)
     calibrate(critic, exp, -rewards, 1.0)
     assert not critic.head.weight.any() and (exp.values[exp.mask] - exp.values[exp.mask][0]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("critic", ["separate", "joined"])
+def test_the_first_update_reuses_the_forward_pass_of_the_old_log_probs(
+    critic: str, config: Config, reward_run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights to the last bit as with that pass repeated; from the second rollout on, as the first one calibrates the critic."""
+    taken: list[bool] = []
+    first_pass = Experience.first_pass
+
+    def spy(self: Experience, rows: list[int]) -> Any:
+        found = first_pass(self, rows)
+        taken.append(found[0] is not None)
+        return found
+
+    def weights(name: str) -> bytes:
+        run = ppo(config(name, reward_model=reward_run, critic=critic, epochs=2, minibatches=1))
+        assert run is not None
+        return (run / "checkpoints" / "step-3" / "adapters" / "policy" / "adapter_model.safetensors").read_bytes()
+
+    monkeypatch.setattr(Experience, "first_pass", spy)
+    kept = weights("kept")
+    assert taken == [False, False, True, False, True, False]
+    monkeypatch.setattr(Experience, "first_pass", lambda self, rows: (None, None))
+    assert weights("repeated") == kept
 
 
 def test_cut_off_responses_are_scored_as_if_they_had_ended(config: Config, reward_run: str) -> None:

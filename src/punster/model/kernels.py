@@ -184,7 +184,8 @@ class LowRank:
         if not found:
             return cls()
         ranks = sum(adapter.rank for _, adapter, _ in found)
-        b, ends, parts, rank = torch.zeros(ranks, places[-1][1].stop), [], [], 0
+        device = found[0][1].a[found[0][2]].device
+        b, ends, parts, rank = torch.zeros(ranks, places[-1][1].stop, device=device), [], [], 0
         for columns, adapter, site in found:
             own = slice(rank, rank := rank + adapter.rank)
             torch.mul(adapter.b[site].detach().T, adapter.scale, out=b[own, columns])
@@ -198,6 +199,10 @@ class LowRank:
     @property
     def ranks(self) -> int:
         return 0 if self.a is None else len(self.a)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (n, out) += (x a^T) b, without the kernels."""
+        return y if self.a is None or self.b is None else y.addmm_(x @ self.a.T, self.b)
 
     def forward(self) -> CUpdate:
         if self.a is None or self.ends is None:

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from punster.model import fused, kernels
-from punster.model.kernels import CDecode, CLayer, at
+from punster.model.kernels import CDecode, CLayer, LowRank, at
 from punster.model.lora import Adapter
 from punster.model.product import Matrix
 from punster.model.transformer import Decoder, KeyValueCache, activate, norm, rotated
 
 STEPS = ("attend", "out", "up", "down")
-FEW_ROWS = 16  # up to here a call costs more than the zeros it multiplies
 
 
 @dataclass
@@ -31,27 +29,15 @@ class Product:
     """Linear layers that read the same input as one product, their low-rank updates beside it."""
 
     matrix: Matrix
-    a: Tensor | None  # (sum of ranks, in)
-    updates: list[tuple[slice, slice, Tensor]]  # columns of the output, ranks, scaled B^T (r, out)
-    b: Tensor | None  # (sum of ranks, out) all of them at once, zero outside their columns: fewer calls, for few rows
+    low: LowRank
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, in) fp32 -> (B, out) fp32."""
-        return self.update(self.matrix(x).float(), x)
+        return self.low.add_to(self.matrix(x).float(), x)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
         """total (B, out) += the product of x (B, in)."""
-        self.update(total.add_(self.matrix(x)), x)
-
-    def update(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (B, out) += scale B A x for every adapter."""
-        if self.a is not None:
-            low = F.linear(x, self.a)
-            if self.b is not None and len(y) <= FEW_ROWS:
-                return y.addmm_(low, self.b)
-            for columns, ranks, b in self.updates:
-                y[:, columns].addmm_(low[:, ranks], b)
-        return y
+        self.low.add_to(total.add_(self.matrix(x)), x)
 
 
 @dataclass
@@ -139,18 +125,7 @@ def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapte
         matrix = Matrix(weight, torch.cat(biases) if biases else None)
     else:
         matrix = model.matrix(sites)
-    found = [(columns, adapter, site) for site, columns in places for adapter in adapters if site in adapter.a]
-    if not found:
-        return Product(matrix, None, [], None)
-    updates, rank = [], 0
-    together = torch.zeros(sum(adapter.rank for _, adapter, _ in found), places[-1][1].stop, device=model.device)
-    for columns, adapter, site in found:
-        ranks = slice(rank, rank + adapter.rank)
-        b = (adapter.b[site].detach() * adapter.scale).T.contiguous()
-        together[ranks, columns] = b
-        updates.append((columns, ranks, b))
-        rank += adapter.rank
-    return Product(matrix, torch.cat([adapter.a[site].detach() for _, adapter, site in found]), updates, together)
+    return Product(matrix, LowRank.of(places, adapters))
 
 
 def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, Tensor] | None = None) -> Tensor:
