@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from punster.cli import main
 from punster.config import RewardConfig
+from punster.data.batch import collate
 from punster.data.schema import check_row
 from punster.errors import UserError
 from punster.model.export import export
@@ -39,8 +40,9 @@ ROWS = [PAIR, GROUP, LABELLED, PLAIN, RATED]
 @pytest.fixture(scope="module")
 def untrained(reward_run: str) -> tuple[Role, Any]:
     role, tokenizer = load_run(reward_run)
-    heads = [ScalarHead.create(32, seeded(seed, "head")) for seed in (1, 2, 3)]
-    return Role(role.model, head=heads[0], aux={"pun": heads[1], "funniness": heads[2]}), tokenizer
+    heads = [ScalarHead.create(32, seeded(seed, "head")) for seed in (1, 2)]
+    pun = ScalarHead(torch.tensor([1.3]), torch.tensor(-0.4))
+    return Role(role.model, head=heads[0], aux={"pun": pun, "funniness": heads[1]}), tokenizer
 
 
 def test_loss_of_mixed_rows_by_hand(untrained: tuple[Role, Any], make: Make) -> None:
@@ -50,7 +52,7 @@ def test_loss_of_mixed_rows_by_hand(untrained: tuple[Role, Any], make: Make) -> 
     trunk = Trunk.compute(role.model, examples, [])
     loss, sums = item_loss(role, trunk, examples, items, config)
     s = torch.tensor(score_examples(role, examples), dtype=torch.float64)
-    pun = torch.tensor(score_examples(replace(role, head=role.aux["pun"]), examples), dtype=torch.float64)
+    pun = 1.3 * s - 0.4
     fun = torch.tensor(score_examples(replace(role, head=role.aux["funniness"]), examples), dtype=torch.float64)
     pair, group = s[:2], s[2:6]
     wanted = -F.logsigmoid(pair[0] - pair[1] - 0.5)
@@ -78,14 +80,40 @@ def test_loss_is_a_sum_over_items_however_they_are_batched(untrained: tuple[Role
     assert float(together) == pytest.approx(float(alone), abs=1e-4)
 
 
-def test_single_texts_do_not_train_the_score(untrained: tuple[Role, Any], make: Make) -> None:
+def test_labels_train_the_score_and_ratings_a_head_of_their_own(untrained: tuple[Role, Any], make: Make) -> None:
     role, tokenizer = untrained
-    heads = {name: ScalarHead.create(32, seeded(9, name)).trainable() for name in ("pun", "funniness")}
-    role = replace(role, head=ScalarHead.create(32, seeded(1, "head")).trainable(), aux=heads)
-    examples, items = encode_items([LABELLED, RATED], tokenizer, role.model)
-    item_loss(role, Trunk.compute(role.model, examples, []), examples, items, make(RewardConfig))[0].backward()
-    assert role.head is not None and float(role.head.weight.grad.abs().max()) == 0
-    assert all(float(head.weight.grad.abs().max()) > 0 for head in heads.values())
+    for row, trained in ((PLAIN, True), (RATED, False)):
+        funny = ScalarHead.create(32, seeded(9, "funniness")).trainable()
+        both = replace(role, head=ScalarHead.create(32, seeded(1, "head")).trainable(), aux={**role.aux, "funniness": funny})
+        examples, items = encode_items([row], tokenizer, role.model)
+        item_loss(both, Trunk.compute(role.model, examples, []), examples, items, make(RewardConfig))[0].backward()
+        assert both.head is not None and bool((both.head.weight.grad != 0).any()) == trained
+        assert (funny.weight.grad is None) == trained
+
+
+def test_a_hidden_layer_reads_the_base_as_it_is_and_is_kept_whole(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), batch_size=4, hidden=6, pooling="both", depth=2, also=[1],
+                  members=2, epochs=40, lr=1e-2, dropout=0.2, normalise_samples=0, save_every=3)  # fmt: skip
+    run = train_reward(config, ROWS[:4])
+    assert run is not None and reader.lines(run)[-1]["loss"] < reader.lines(run)[0]["loss"]
+    role, tokenizer = load_run(run)
+    assert not role.adapters and role.head is not None and role.head.hidden is not None and role.head.scale is not None
+    assert role.head.hidden.shape == (6, 4 * 32 + 1) and not torch.equal(role.head.hidden, role.others[0].head.hidden)
+    examples, _ = encode_items([PAIR], tokenizer, role.model)
+    better, worse = score_examples(role, examples)
+    assert better > worse
+    batch = collate(examples[:1])
+    inside = role.model.embed(batch.ids, None)
+    found = []
+    for depth in (0, 1):
+        inside = role.model.blocks(inside, depth, depth + 1)
+        state = role.model.final_norm(inside)[0]
+        found += [state[-1], state[len(examples[0].prompt) :].mean(0)]
+    read = (torch.cat(found) - role.head.scale[0]) * role.head.scale[1]
+    value = F.gelu(role.head.hidden[:, :-1] @ read + role.head.hidden[:, -1]) @ role.head.weight + role.head.bias
+    assert float(role.raw_scores(batch)) == pytest.approx(float(value), abs=1e-4)
+    with pytest.raises(UserError, match="hidden layer"):
+        export(replace(role, others=()), tokenizer, "hf", tmp_path / "hf")
 
 
 def test_rows_of_every_kind_are_checked_by_what_they_hold() -> None:

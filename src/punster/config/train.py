@@ -49,12 +49,15 @@ class RewardConfig(TrainConfig):
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
     depth: float = opt(0.667, "layers that run before the head reads: a number, a share below 1, or 0 for all", low=0)
-    pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
+    pooling: Literal["last", "mean", "both"] = opt("last", "read at the last token, average over the response, or both")
+    hidden: int = opt(0, "units of a hidden layer in the head, which reads the base as it is (0: adapter, linear head)", low=0)
+    also: list[int] = opt([], "lower layers whose pooled states a hidden layer reads beside those at --depth")
+    dropout: float = opt(0.0, "share dropped of what a hidden layer reads and of what it gives, in training", low=0, high=0.9)
     epochs: float = opt(1.0, "passes over the pairs", above=0)
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up", above=0)
     neutral: float = opt(0.0, "share of the prompts replaced by 'make a pun', so that the score hangs on the text", low=0, high=1)
     balance: bool = opt(False, "pairs of a source: as many with the longer text right as with the shorter, in buckets of length")
-    pun_head: float = opt(0.5, "labelled texts: weight of the auxiliary head 'is it a pun'", low=0)
+    pun_head: float = opt(0.5, "labelled texts: weight of 'is it a pun', whose log-odds are the score times and plus a number", low=0)
     funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'", low=0)
     members: int = opt(
         1, "ensemble: adapters and heads on the one base, each of own seed and four fifths of the data", low=1, high=16
@@ -75,6 +78,8 @@ class RewardConfig(TrainConfig):
         require(whole, f"--depth must be a number of layers, a share below 1, or 0, got {self.depth}")
         require(self.normalise_samples == 0 or self.normalise_samples >= 2, "--normalise-samples must be 0 or at least 2")
         require(self.members == 1 or self.adapter == "lora", "--members: an ensemble needs --adapter lora")
+        require(self.hidden > 0 or not self.also, "--also needs a head with a hidden layer (--hidden)")
+        require(not self.hidden or self.adapter == "lora", "--hidden leaves the base as it is: --adapter none contradicts it")
         known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced", "template", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")

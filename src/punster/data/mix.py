@@ -31,7 +31,7 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating.
-    use: Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "puns", "texts"] = ""
+    use: Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "literal", "synonym_swap", "homophone", "weak", "puns", "texts"] = ""
     ids: str = ""  # only rows whose id begins so
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     limit: int = 0  # at most so many rows, drawn (0: all)
@@ -212,6 +212,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     if part.source == "embedded":
         if part.use == "templates":  # here rather than by --negatives: short templates are near to held-out puns on the same ones
             rows = list(corpus.template_rows("train" if recipe.split == "train" else "test"))
+        elif part.use in corpus.NEGATIVES:
+            rows = corpus.preference_rows((part.use,), recipe.split, recipe.seed)
         elif recipe.kind == "preference":
             rows = corpus.groups(recipe.split)
         else:

@@ -27,14 +27,17 @@ def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, A
     for adapter in role.adapters:
         adapter.save(folder / "adapters" / adapter.name, role.model.name, config)
     if role.head is not None:
-        save_file({n: t.detach().cpu().contiguous() for n, t in role.head.named_parameters()}, folder / "head.safetensors")
+        save_file(
+            {f"head.{n}": t.detach().cpu().contiguous() for n, t in vars(role.head).items() if t is not None},
+            folder / "head.safetensors",
+        )
     if role.model.trained_from is not None:
         own = {n: role.model.weights[n].detach().cpu().contiguous() for n in sorted(role.model.own)}
         save_file(own, folder / "base.safetensors")
     described = {
         "format": FORMAT, "model": role.model.name, "base_sha256": (role.model.trunk_of or role.model).fingerprint() if role.model.trained_from != 0 else None,
         "dtype": str(role.model.dtype).removeprefix("torch."), "prompt_format": tokenizer.prompt_format,
-        "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth,
+        "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth, "also": list(role.also),
         "pooling": role.pooling, "normalisation": list(role.normalisation), "trained_from": role.model.trained_from,
         "members": 1 + len(role.others), "combine": role.combine, "caution": role.caution, **(extra or {}),
     }  # fmt: skip
@@ -76,9 +79,10 @@ def load_role(
     head = None
     if described["has_head"]:
         stored = load_file(folder / "head.safetensors")
-        head = ScalarHead(stored["head.weight"].clone().to(model.device), stored["head.bias"].to(model.device))
+        head = ScalarHead(**{name.removeprefix("head."): tensor.clone().to(model.device) for name, tensor in stored.items()})
     gain, offset = described["normalisation"]
-    role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))
+    also = tuple(described.get("also", ()))
+    role = Role(model, adapters, head, described["depth"], also, described["pooling"], (gain, offset))
     if (count := described.get("members", 1)) > 1:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base or model, "tokenizer": tokenizer}
         others = tuple(load_role(folder / f"member-{number}", **options)[0] for number in range(2, count + 1))

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -67,21 +68,25 @@ def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: 
     return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
 
 
-def item_loss(model: Role, trunk: Trunk, examples: Sequence[Example], items: Sequence[Item], config: RewardConfig) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+def item_loss(
+    model: Role, trunk: Trunk | Tensor, examples: Sequence[Example], items: Sequence[Item], config: RewardConfig,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Sum over items of Plackett-Luce on the ranked, cross-entropy and squared error of the auxiliary heads on the single ones.
 
+    The head "pun" reads the score itself, so that labels train it; "funniness" reads the state. trunk: or all pooled states.
     Also sums over the ranked items: share of their comparisons that are right (accuracy), best minus worst score (margin).
     """
     assert model.head is not None
     places = [text for item in items for text in item.texts]
-    state = model.pooled(trunk.collate(examples, places, model.model.device))
+    state = trunk[places] if isinstance(trunk, Tensor) else model.pooled(trunk.collate(examples, places, model.model.device))
     device = state.device
     widest = max(len(item.texts) for item in items)
     ratings = torch.full((len(items), widest), math.nan)
     for row, item in enumerate(items):
         ratings[row, : len(item.texts)] = torch.tensor(item.ratings, dtype=torch.float32)
     there = ~ratings.isnan().to(device)
-    scores = torch.zeros(ratings.shape, device=device).masked_scatter(there, model.head(state))
+    scores = torch.zeros(ratings.shape, device=device).masked_scatter(there, model.head(state, partial(thinned, config.dropout, generator)))
     ranked = there.sum(1) > 1
     ratings = torch.where(ranked[:, None], ratings.to(device), math.nan)
     ahead = F.pad(torch.tensor([item.margin for item in items], device=device)[:, None], (0, widest - 1))
@@ -93,7 +98,8 @@ def item_loss(model: Role, trunk: Trunk, examples: Sequence[Example], items: Seq
     for name, weight in (("pun", config.pun_head), ("funniness", config.funniness_head)):
         target = torch.tensor([item.label if name == "pun" else item.rating for item in items], device=device)
         if name in model.aux and (known := ~target.isnan()).any():
-            value, wanted = model.aux[name](state[first][known]), target[known]
+            read = scores[:, :1] if name == "pun" else state[first]
+            value, wanted = model.aux[name](read[known]), target[known]
             errors = (
                 F.binary_cross_entropy_with_logits(value, wanted, reduction="sum")
                 if name == "pun"
@@ -106,6 +112,13 @@ def item_loss(model: Role, trunk: Trunk, examples: Sequence[Example], items: Seq
         last = scores.gather(1, (count - 1)[:, None])[:, 0]
         sums = {"accuracy": float((right * ranked).sum()), "margin": float(((scores[:, 0] - last) * ranked).sum())}
     return loss, sums
+
+
+def thinned(share: float, generator: torch.Generator | None, x: Tensor) -> Tensor:
+    """Dropout whose mask is drawn on the CPU from a generator of the run; without one x as it is."""
+    if generator is None or not share:
+        return x
+    return x * (torch.rand(x.shape, generator=generator) >= share).to(x.device) / (1 - share)
 
 
 def neutral(rows: Sequence[Row], share: float, seed: int) -> list[Row]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from punster.config import RewardConfig
 from punster.data import corpus
-from punster.data.batch import Example, epoch_order
+from punster.data.batch import Example, collate, epoch_order, prefix_batches
 from punster.data.schema import Row
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
@@ -59,7 +60,6 @@ from punster.train.setup import (
     open_base,
     open_policy_role,
     plain_base,
-    with_head,
 )
 
 
@@ -99,13 +99,23 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
         cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
                     for part, places in (("first", first), ("data", bags[number])) if places}  # fmt: skip
-    generators = {name: cursor.generator for name, cursor in cursors.items()}
+    drops = {label: seeded(config.seed + number, "dropout") for number, label in enumerate(optimizers)}
+    generators = {name: cursor.generator for name, cursor in cursors.items()} | {f"{label}|drop": g for label, g in drops.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
     with Run(config, "reward", steps, started) as run:
         restore(run, state)
         used = {text for row in rows_needed(config, len(first), len(given), first_steps, steps) for text in items[row].texts}
-        trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
-        known = within_memory(state, lambda tokens: Trunk.shared([model], validation, tokens), "trunk_tokens")
+        trunk: Trunk | Tensor
+        if config.hidden:
+            trunk = within_memory(state, lambda tokens: pooled_states(model, examples, sorted(used), tokens), "trunk_tokens")
+            for member in members:
+                assert member.head is not None
+                member.head.standardise(trunk[sorted(used)])
+            known = None
+        else:
+            trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
+            known = within_memory(state, lambda tokens: Trunk.shared([model], validation, tokens), "trunk_tokens")
+        gaps: list[float] = []
         for step in range(run.step + 1, steps + 1):
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
@@ -116,12 +126,13 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 else:
                     drawn = cursors[f"{label}|data"].next(config.batch_size)
                     batch = [items[len(first) + bags[number][row]] for row in drawn]
-                for name, value in within_memory(state, partial(train_step, config, member, trunk, examples, batch)).items():
+                for name, value in within_memory(state, partial(train_step, config, member, trunk, examples, batch, drops[label])).items():
                     sums[name] += value / len(members)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             metrics |= sums
             if step == steps or (config.eval_every and step % config.eval_every == 0):
-                metrics["eval_accuracy"] = share_right(pair_gaps(model, validation, known))
+                gaps = pair_gaps(model, validation, known)
+                metrics["eval_accuracy"] = share_right(gaps)
                 pair_table(run, step, model, tokenizer, validation)
             run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
             if run.save_due(step):
@@ -131,7 +142,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 save_checkpoint(run, step, state, tokenizer, result)
                 run.raise_if_stopped()
         summary = {"accuracy": accuracy_by_kind(model, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
-        gaps = pair_gaps(model, validation, known)
+        gaps = gaps or pair_gaps(model, validation, known)
         run.finish({**summary, "calibration": calibration(gaps), "reliability": reliability(held_out, gaps)})
         return run.folder
 
@@ -139,15 +150,40 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[Item]) -> Role:
     """A fresh adapter and heads, auxiliary ones where items have a label or a rating; members of an ensemble differ in the seed."""
     config = replace(config, seed=config.seed + number)
-    role = replace(extend(start, config, "reward", layer_count(config.depth, start.model.config.n_layer)), pooling=config.pooling)
-    width, device = role.model.config.d_model, role.model.device
+    depth, generator = layer_count(config.depth, start.model.config.n_layer), seeded(config.seed, "head")
+    also = tuple(config.also)
+    if any(not 0 < lower < (depth or start.model.config.n_layer) for lower in also):
+        raise UserError(f"--also {list(also)}: expected layers from 1 to below --depth ({depth or start.model.config.n_layer})")
+    role = replace(start, trained=(), depth=depth, also=also) if config.hidden else extend(start, config, "reward", depth)
+    width, device = role.model.config.d_model * (1 + (config.pooling == "both")) * (1 + len(also)), role.model.device
+    head = (
+        ScalarHead.with_hidden(width, config.hidden, generator, device)
+        if config.hidden
+        else ScalarHead.create(width, generator, device)
+    )
     wanted = {
         "pun": config.pun_head and any(not math.isnan(item.label) for item in items),
         "funniness": config.funniness_head and any(not math.isnan(item.rating) for item in items),
     }
-    heads = {name: seeded(config.seed, f"{name} head") for name, needed in wanted.items() if needed}
-    aux = {name: ScalarHead.create(width, generator, device).trainable() for name, generator in heads.items()}
-    return replace(with_head(role, config), aux=aux)
+    aux = {
+        name: ScalarHead.create(width, seeded(config.seed, f"{name} head"), device) for name, needed in wanted.items() if needed
+    }
+    if "pun" in aux:
+        aux["pun"] = ScalarHead(torch.ones(1, device=device), torch.zeros((), device=device))
+    aux = {name: each.trainable() for name, each in aux.items()}
+    return replace(role, head=head.trainable(), pooling=config.pooling, aux=aux)
+
+
+@torch.no_grad()
+def pooled_states(role: Role, examples: Sequence[Example], used: Sequence[int], max_tokens: int) -> Tensor:
+    """What a head reads of these examples (the other rows are 0), for a role whose head alone is trained."""
+    unique = list(dict.fromkeys(examples[row] for row in used))
+    states: dict[Example, Tensor] = {}
+    for rows in prefix_batches(unique, max_tokens):
+        batch = collate([unique[row] for row in rows], device=role.model.device)
+        states |= dict(zip((unique[row] for row in rows), role.pooled(batch).float(), strict=True))
+    absent = torch.zeros_like(states[unique[0]])
+    return torch.stack([states.get(example, absent) for example in examples])
 
 
 def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
@@ -178,13 +214,15 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
 
 
 def train_step(
-    config: RewardConfig, member: Role, trunk: Trunk, examples: Sequence[Example], batch: Sequence[Item], max_tokens: int
-) -> dict[str, float]:
+    config: RewardConfig, member: Role, trunk: Trunk | Tensor, examples: Sequence[Example], batch: Sequence[Item],
+    generator: torch.Generator, max_tokens: int,
+) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of one member's step; the loss is a mean over items, the rest over those that rank texts."""
     ranked = max(1, sum(len(item.texts) > 1 for item in batch))
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    for group in item_batches(examples, batch, max_tokens):
-        loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
+    whole = [list(range(len(batch)))]
+    for group in whole if isinstance(trunk, Tensor) else item_batches(examples, batch, max_tokens):
+        loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config, generator)
         (loss / len(batch)).backward()
         sums["loss"] += float(loss.detach()) / len(batch)
         for name, value in found.items():

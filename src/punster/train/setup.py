@@ -16,7 +16,6 @@ from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
 from punster.data.schema import Row, read_rows
 from punster.errors import UserError
-from punster.model.heads import ScalarHead
 from punster.model.load import DEFAULT_MODEL, load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
@@ -128,11 +127,6 @@ def unused_name(wanted: str, role: Role) -> str:
     """An adapter name that the stack does not have yet: policy, policy2, ..."""
     taken = {adapter.name for adapter in role.adapters}
     return next(name for name in [wanted, *(f"{wanted}{i}" for i in range(2, 1000))] if name not in taken)
-
-
-def with_head(role: Role, config: TrainConfig) -> Role:
-    head = ScalarHead.create(role.model.config.d_model, seeded(config.seed, "head"), role.model.device)
-    return replace(role, head=head.trainable())
 
 
 def open_policy_role(path: str, config: Any, tokenizer: Tokenizer | None = None) -> tuple[Role, Tokenizer]:
