@@ -91,7 +91,9 @@ def test_labels_train_the_score_and_ratings_a_head_of_their_own(untrained: tuple
         assert (funny.weight.grad is None) == trained
 
 
-def test_a_hidden_layer_reads_the_base_as_it_is_and_is_kept_whole(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+def test_a_hidden_layer_reads_the_base_as_it_is_and_is_kept_whole(
+    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any
+) -> None:
     config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), batch_size=4, hidden=6, pooling="both", depth=2, also=[1],
                   members=2, epochs=40, lr=1e-2, dropout=0.2, normalise_samples=0, save_every=3)  # fmt: skip
     run = train_reward(config, ROWS[:4])

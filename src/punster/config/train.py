@@ -57,7 +57,9 @@ class RewardConfig(TrainConfig):
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up", above=0)
     neutral: float = opt(0.0, "share of the prompts replaced by 'make a pun', so that the score hangs on the text", low=0, high=1)
     balance: bool = opt(False, "pairs of a source: as many with the longer text right as with the shorter, in buckets of length")
-    pun_head: float = opt(0.5, "labelled texts: weight of 'is it a pun', whose log-odds are the score times and plus a number", low=0)
+    pun_head: float = opt(
+        0.5, "labelled texts: weight of 'is it a pun', whose log-odds are the score times and plus a number", low=0
+    )
     funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'", low=0)
     members: int = opt(
         1, "ensemble: adapters and heads on the one base, each of own seed and four fifths of the data", low=1, high=16

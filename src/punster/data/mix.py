@@ -31,7 +31,21 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating.
-    use: Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "literal", "synonym_swap", "homophone", "weak", "puns", "texts"] = ""
+    use: Literal[
+        "",
+        "groups",
+        "ranked",
+        "pairs",
+        "ratings",
+        "labels",
+        "templates",
+        "literal",
+        "synonym_swap",
+        "homophone",
+        "weak",
+        "puns",
+        "texts",
+    ] = ""
     ids: str = ""  # only rows whose id begins so
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     limit: int = 0  # at most so many rows, drawn (0: all)

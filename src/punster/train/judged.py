@@ -86,7 +86,9 @@ def item_loss(
     for row, item in enumerate(items):
         ratings[row, : len(item.texts)] = torch.tensor(item.ratings, dtype=torch.float32)
     there = ~ratings.isnan().to(device)
-    scores = torch.zeros(ratings.shape, device=device).masked_scatter(there, model.head(state, partial(thinned, config.dropout, generator)))
+    scores = torch.zeros(ratings.shape, device=device).masked_scatter(
+        there, model.head(state, partial(thinned, config.dropout, generator))
+    )
     ranked = there.sum(1) > 1
     ratings = torch.where(ranked[:, None], ratings.to(device), math.nan)
     ahead = F.pad(torch.tensor([item.margin for item in items], device=device)[:, None], (0, widest - 1))

@@ -126,7 +126,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 else:
                     drawn = cursors[f"{label}|data"].next(config.batch_size)
                     batch = [items[len(first) + bags[number][row]] for row in drawn]
-                for name, value in within_memory(state, partial(train_step, config, member, trunk, examples, batch, drops[label])).items():
+                for name, value in within_memory(
+                    state, partial(train_step, config, member, trunk, examples, batch, drops[label])
+                ).items():
                     sums[name] += value / len(members)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             metrics |= sums
