@@ -75,7 +75,7 @@ def doctor() -> int:
     """Print the findings; exit code 1 if something will not work."""
     import torch
 
-    from punster.model.kernels import library
+    from punster.model.kernels import compiled
     from punster.model.load import BUILT_IN, DEFAULT_MODEL, cache_folder, sha256_of
     from punster.train.plan import measured_speed
     from punster.train.setup import fast_bf16, pick_device, pick_dtype
@@ -95,7 +95,7 @@ def doctor() -> int:
     print(
         f"device         {device}; fast bf16: {'yes' if fast_bf16(device) else 'no'}; frozen weights default to {str(dtype).removeprefix('torch.')}"
     )
-    in_use = device == "cpu" and dtype == torch.bfloat16 and library() is not None
+    in_use = device == "cpu" and dtype == torch.bfloat16 and compiled() is not None
     print(
         f"C kernels      {'in use' if in_use else 'not used (they need AVX512_BF16 without AMX, bf16 weights and a C compiler)'}"
     )

@@ -194,7 +194,7 @@ def test_a_signal_after_the_last_step_is_not_forgotten(
         finish(self, summary)
 
     def body() -> int:
-        Run.finish = stopping  # type: ignore[method-assign]
+        monkeypatch.setattr(Run, "finish", stopping)
         return main(arguments(replace(config, name="run")))
 
     code, errors = child(body)

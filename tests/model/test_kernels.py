@@ -23,7 +23,7 @@ from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
 
 needs_kernels = pytest.mark.skipif(
-    kernels.library() is None, reason="no AVX512_BF16 (or AMX), or no C compiler: plain PyTorch is used"
+    kernels.compiled() is None, reason="no AVX512_BF16 (or AMX), or no C compiler: plain PyTorch is used"
 )
 FAMILIES = {
     "llama": {
@@ -222,7 +222,7 @@ def run(script: str, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
-ASK = "from punster.model import kernels; print(kernels.library())"
+ASK = "from punster.model import kernels; print(kernels.compiled())"
 
 
 def test_they_can_be_switched_off() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from punster.data.schema import Row
 from punster.errors import UserError
+from punster.safe import whole_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")  # owner/name or owner/name:split
@@ -122,12 +122,6 @@ def renamed(row: Any, columns: Sequence[str], place: str) -> Any:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write under a temporary name and rename: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            for line in lines:
-                handle.write(line + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """The file is whole or not there."""
+    with whole_file(path) as handle:
+        handle.writelines(line + "\n" for line in lines)

@@ -174,9 +174,10 @@ def usable(model: Decoder, layer: int) -> bool:
 def rope_rows(cos: Tensor, turned: Tensor, shape: torch.Size) -> Rope:
     """What `Decoder.turn` gives, one row a token of (B, T, d)."""
     half = cos.shape[-1]
-    return tuple(
+    cosines, sines = (
         part.expand(*shape[:-1], half).reshape(-1, half).contiguous() for part in (cos[..., 0, 0, :], turned[..., 0, 1, :])
-    )  # type: ignore[return-value]
+    )
+    return cosines, sines
 
 
 def block(model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], rope: Rope | None, seen: Attention) -> Tensor:

@@ -64,7 +64,7 @@ NO_UPDATE = CUpdate(None, None, 0, None, None)
 
 
 @cache
-def library() -> c.CDLL | None:
+def compiled() -> c.CDLL | None:
     """The compiled kernels, or None where they cannot help."""
     if os.environ.get("PUNSTER_KERNELS") == "0":
         return None
@@ -128,7 +128,7 @@ def at(tensor: Tensor | None) -> c.c_void_p | None:
 
 def call(name: str, *arguments: Any) -> None:
     """Integers are passed as long or int by the C prototype's order; tensors by address."""
-    found = library()
+    found = compiled()
     assert found is not None
     getattr(found, name)(*(at(x) if isinstance(x, Tensor) else x for x in arguments))
 
@@ -136,7 +136,7 @@ def call(name: str, *arguments: Any) -> None:
 def suits(weight: Tensor) -> bool:
     """Whether a frozen matrix (out, in) can be packed."""
     fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 32 == 0
-    return fits and not weight.requires_grad and library() is not None
+    return fits and not weight.requires_grad and compiled() is not None
 
 
 @dataclass

@@ -78,8 +78,8 @@ class Stepper:
         self.alive += [norms, steps]
         self.ranks = max(self.ranks, *(step.low.ranks for step in steps))
 
-    def run(self, x: Tensor, first: int, last: int, stream: Stream) -> None:
-        """The kernels' layers first..last-1 on x (B, d) fp32, in place."""
+    def run(self, x: Tensor, first: int, last: int, stream: Stream, turn: tuple[Tensor, Tensor] | None) -> None:
+        """The kernels' layers first..last-1 on x (B, d) fp32, in place; turn as `Decoder.turn` makes it."""
         config, cache, rows = self.model.config, stream.cache, len(x)
         inner, heads = config.n_head * config.d_head, config.n_head + 2 * config.n_kv_head
         act = kernels.ACTIVATIONS[config.family, config.activation]
@@ -90,7 +90,6 @@ class Stepper:
             torch.empty(rows, max(config.d_model, config.d_ff, inner), dtype=torch.bfloat16),
             torch.empty(rows, wide, dtype=torch.bfloat16),
         ]
-        turn = self.model.turn(stream.positions) if config.family == "llama" else None
         rope = (None, None) if turn is None else fused.rope_rows(*turn, x.shape)
         keys, values = ((c.c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (cache.keys, cache.values))
         task = CDecode(
@@ -140,7 +139,7 @@ def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict
         if stage is None:
             following = layer + 1
             if following == total or stepper.stages[following] is not None or (keep is not None and following in keep):
-                stepper.run(x, done, following, stream)
+                stepper.run(x, done, following, stream, turn)
                 done = following
             continue
         done = layer + 1

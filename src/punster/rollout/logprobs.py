@@ -34,9 +34,8 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             log_probs[part], probs = target_log_probs(head, hidden[part], targets[part], temperature, slopes is not None)
-            if (
-                slopes is not None and probs is not None
-            ):  # d log p(y) / d logits = onehot(y) - p, and 1 - p(y) without cancellation
+            if slopes is not None and probs is not None:
+                # d log p(y) / d logits = onehot(y) - p; expm1 gives 1 - p(y) without cancellation
                 own = -torch.expm1(log_probs[part, None]) * weight[targets[part]]
                 slopes[part] = (own - head.pull_back(probs)) / temperature
         ctx.slopes = slopes

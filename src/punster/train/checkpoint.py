@@ -27,6 +27,7 @@ from punster.errors import Aborted, UserError, near_matches
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
+from punster.safe import flush, whole_file
 from punster.train.optim import TOKENS, Cursor
 
 if TYPE_CHECKING:
@@ -40,28 +41,13 @@ BEST = {
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, flush, rename: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as handle:
+    """The file is whole or not there."""
+    with whole_file(path) as handle:
         handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def flush(path: Path) -> None:
-    """Make a file, or the names in a folder, outlive a power cut."""
-    with suppress(PermissionError, IsADirectoryError):  # where the system cannot open folders there is nothing to flush
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,11 +99,12 @@ class Experience:
     finished: Tensor  # (B,) bool
     max_tokens: int
     samples: int = 1
-    kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # the first pass's states and values
+    kept: tuple[Tensor, Tensor | None] | None = None  # states and values of the first micro-batch
 
     def first_pass(self, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
         """The policy's states and the critic's values of these rows with their graph, if `collect` kept it; only once."""
-        return self.kept.pop(tuple(rows), (None, None))
+        found, self.kept = self.kept, None
+        return found if found is not None and rows == self.groups[0][0] else (None, None)
 
     def regroup(self, minibatches: int, generator: torch.Generator) -> list[list[list[int]]]:
         """A fresh permutation for another pass."""
@@ -113,7 +114,7 @@ class Experience:
         """One minibatch's micro-batches, in smaller ones where memory has run out since they were made."""
         if max_tokens in (0, self.max_tokens):
             return groups
-        self.kept.clear()
+        self.kept = None
         rows = [row for group in groups for row in group]
         smaller = token_batches([self.examples[row].length for row in rows], max_tokens)
         return [[rows[i] for i in group] for group in smaller]
@@ -198,7 +199,7 @@ def collect(
     device = policy.model.device
     names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler")
     tensors = {name: torch.zeros(shape, device=device) for name in names}
-    kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+    kept = None
     for number, rows in enumerate(group for minibatch in groups for group in minibatch):
         batch = trunk.collate(examples, rows, device)
         width = batch.mask.shape[1]
@@ -208,7 +209,7 @@ def collect(
             joined = critic is not None and critic.adapters is policy.adapters
             values = None if critic is None or joined else critic.values(batch)
         if keeps:
-            kept[tuple(rows)] = states, values
+            kept = states, values
         if joined and critic is not None and critic.head is not None:
             values = batch.scatter(critic.head(states))
         compared = compare_policies(

@@ -96,7 +96,7 @@ def ppo(
                 for groups in minibatches:
                     own_part = partial(train_step, config, exp, groups, policy, critic, advantages, returns, learns)
                     sft_part = partial(sft_term.accumulate, sft_term.next(config.minibatches) if learns else [])
-                    stats = within_memory(state, partial(both, own_part, sft_part))
+                    stats = within_memory(state, partial(one_update, own_part, sft_part))
                     if not updates and stats["ratio_gap"] > 1e-5 and state.numbers["max_tokens"] == exp.max_tokens:
                         raise RuntimeError(f"the ratio is off 1 by {stats['ratio_gap']:.2e} before the first update")
                     guard.check_losses({f"the {key} loss": stats[key] for key in ("policy", "value", "sft") if key in stats})
@@ -131,7 +131,9 @@ def ppo(
         return run.folder
 
 
-def both(own: Callable[[int], dict[str, float]], added: Callable[[int], dict[str, float]], max_tokens: int) -> dict[str, float]:
+def one_update(
+    own: Callable[[int], dict[str, float]], added: Callable[[int], dict[str, float]], max_tokens: int
+) -> dict[str, float]:
     """Two losses whose gradients add up to one update's: if memory runs out in the second, the first is done again too."""
     return own(max_tokens) | added(max_tokens)
 
