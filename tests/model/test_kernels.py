@@ -120,6 +120,26 @@ def test_a_row_is_bit_identical_whatever_stands_beside_it() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(("heads", "keys", "size"), [(9, 3, 64), (2, 2, 32), (4, 1, 96)])
+def test_attention_over_a_prefix_tree_and_its_gradient(heads: int, keys: int, size: int) -> None:
+    """Against attention of whole rows in fp64, summed over the rows that share a node."""
+    batch = collate(texts(7))
+    tree, count = batch.tree, batch.tree.first.numel()
+    generator = torch.Generator().manual_seed(4)
+    qkv = torch.randn(count, (heads + 2 * keys) * size, generator=generator)
+    upstream = torch.randn(count, heads * size, generator=generator)
+    paths, shape = fused.Paths(tree), fused.Heads(heads, keys, size)
+    found, total = paths.attend(qkv, shape)
+    exact = qkv.double().requires_grad_()
+    q, k, v = tree.spread(exact.view(1, count, -1, size)).transpose(1, 2).split((heads, keys, keys), 1)
+    k, v = (x.repeat_interleave(heads // keys, 1) for x in (k, v))
+    wanted = tree.gather(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))[0]
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6)
+    (wanted * upstream).sum().backward()
+    torch.testing.assert_close(paths.pull_back(qkv, total, upstream, shape).double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_has_the_log_probs_of_the_training_path(family: str) -> None:
     _, half = exact_and_half(family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class PrefixTree:
     first: Tensor  # (N,) index into B * T of the first token at each node
     positions: Tensor  # (1, N) length of the prefix before each node's token
     starts: list[int]  # for each row, the length of the prefix that an earlier row has
+    paths: Any = None  # the same as the kernels read it (see `model.fused.Paths`)
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", left: bool = False) -> PrefixTree:

@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import ctypes as c
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from punster.model import kernels
-from punster.model.kernels import ACTIVATIONS, SILU, CNorm, LowRank, Packed, at, call, empty_low, rounded
+from punster.model.kernels import ACTIVATIONS, SILU, CNorm, CTree, LowRank, Packed, at, call, empty_low, rounded
 from punster.model.lora import Adapter
 
 if TYPE_CHECKING:
+    from punster.data.batch import PrefixTree
     from punster.model.transformer import Attention, Decoder
 
+LONGEST = 256  # tokens of a path that the kernels attend to
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (n, h / 2) each
+
+
+class Heads(NamedTuple):
+    """H, K and h."""
+
+    queries: int
+    keys: int
+    size: int
 
 
 class Norm:
@@ -75,36 +86,80 @@ class Step:
 
 
 class _AttendIn(torch.autograd.Function):
-    """x (n, d) -> norm, q, k, v with rotary embedding: (n, (H + 2K) h)."""
+    """x (n, d) -> norm, q, k, v with rotary embedding: (n, (H + 2K) h); of a prefix tree's nodes what attention finds: (n, H h)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Norm, step: Step, rope: Rope | None, shape: tuple[int, int, int], *factors: Tensor
+        ctx: Any, x: Tensor, norm: Norm, step: Step, rope: Rope | None, heads: Heads, tree: Paths | None, *factors: Tensor
     ) -> Tensor:
         normed, low, stat = norm(x, step.low)
-        y = step.forward(normed, low, step.low.forward())
-        turn(y, rope, shape, 1.0)
-        ctx.save_for_backward(x, normed, low, stat)
-        ctx.rest = norm, step, rope, shape
-        return y
+        qkv = step.forward(normed, low, step.low.forward())
+        turn(qkv, rope, heads, 1.0)
+        found, total = (qkv, torch.empty(0)) if tree is None else tree.attend(qkv, heads)
+        ctx.save_for_backward(x, normed, low, stat, *((qkv, total) if tree is not None else ()))
+        ctx.rest = norm, step, rope, heads, tree
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, normed, low, stat = ctx.saved_tensors
-        norm, step, rope, shape = ctx.rest
-        gradient = gradient.contiguous() if rope is None else gradient.clone(memory_format=torch.contiguous_format)
-        turn(gradient, rope, shape, -1.0)
+        x, normed, low, stat, *attended = ctx.saved_tensors
+        norm, step, rope, heads, tree = ctx.rest
+        if tree is not None:
+            gradient = tree.pull_back(*attended, gradient.contiguous(), heads)
+        else:
+            gradient = gradient.contiguous() if rope is None else gradient.clone(memory_format=torch.contiguous_format)
+        turn(gradient, rope, heads, -1.0)
         dy, pulled = step.rounded_gradient(gradient)
-        grads = step.low.gradients(low, dy, pulled, normed, ctx.needs_input_grad[5:])
+        grads = step.low.gradients(low, dy, pulled, normed, ctx.needs_input_grad[6:])
         dx = norm.add_gradient(step.pull_back(dy, pulled), x, stat, torch.zeros_like(x)) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, *grads
+        return dx, None, None, None, None, None, *grads
 
 
-def turn(qkv: Tensor, rope: Rope | None, shape: tuple[int, int, int], sign: float) -> None:
+class Paths:
+    """Attention of a prefix tree's N nodes, each to its own path from the root."""
+
+    def __init__(self, tree: PrefixTree):
+        self.nodes, self.first, self.position = tree.nodes.contiguous(), tree.first, tree.positions[0]
+        self.entries = int(self.position.sum()) + len(self.first)
+
+    @classmethod
+    def of(cls, seen: Attention) -> Paths | None:
+        """Where paths are short: for long ones PyTorch's blocks of rows are faster."""
+        if seen.tree is None or seen.tree.nodes.shape[1] > LONGEST:
+            return None
+        if seen.tree.paths is None:
+            seen.tree.paths = cls(seen.tree)
+        return seen.tree.paths
+
+    def struct(self, heads: Heads) -> CTree:
+        return CTree(heads.queries, heads.keys, heads.size, len(self.first), at(self.nodes), at(self.first), at(self.position))
+
+    @cached_property
+    def readers(self) -> tuple[Tensor, ...]:
+        """For every key who reads it; see punster_readers."""
+        count = len(self.first)
+        made = tuple(torch.empty(size, dtype=torch.long) for size in (count + 1, count + 1, self.entries, self.entries))
+        call("punster_readers", c.byref(self.struct(Heads(1, 1, 1))), *made)
+        return made
+
+    def attend(self, qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+        """(N, (H + 2K) h) -> what is found (N, H h), logs of the partition sums (N, H)."""
+        found, total = torch.empty(len(qkv), heads.queries * heads.size), torch.empty(len(qkv), heads.queries)
+        call("punster_attend", c.byref(self.struct(heads)), qkv, found, total)
+        return found, total
+
+    def pull_back(self, qkv: Tensor, total: Tensor, gradient: Tensor, heads: Heads) -> Tensor:
+        share, slope = torch.empty(2, self.entries * heads.queries)
+        result = torch.empty_like(qkv)
+        call("punster_attend_back", c.byref(self.struct(heads)), *self.readers, qkv, total, gradient, share, slope, result)
+        return result
+
+
+def turn(qkv: Tensor, rope: Rope | None, heads: Heads, sign: float) -> None:
     if rope is not None:
-        heads, turned, size = shape
-        call("punster_rope", qkv, c.c_long(len(qkv)), heads, turned, size, *rope, c.c_float(sign))
+        all_heads, turned = heads.queries + 2 * heads.keys, heads.queries + heads.keys
+        call("punster_rope", qkv, c.c_long(len(qkv)), all_heads, turned, heads.size, *rope, c.c_float(sign))
 
 
 class _AddOut(torch.autograd.Function):
@@ -186,9 +241,16 @@ def block(model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], ro
     before, between = (Norm(model, prefix + name) for name in config.norm_sites)
     attend, out, up, down = (Step(model, layer, which, adapters) for which in ("attend", "out", "up", "down"))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    shape = config.n_head + 2 * config.n_kv_head, config.n_head + config.n_kv_head, config.d_head
-    qkv: Tensor = _AttendIn.apply(flat, before, attend, rope, shape, *attend.factors())
-    found = model._attend(qkv.view(*x.shape[:-1], shape[0], config.d_head), layer, seen)
+    heads, paths = Heads(config.n_head, config.n_kv_head, config.d_head), Paths.of(seen)
+    found: Tensor = _AttendIn.apply(flat, before, attend, rope, heads, None if seen.cache else paths, *attend.factors())
+    if paths is None:
+        found = model._attend(found.view(*x.shape[:-1], -1, config.d_head), layer, seen)
+    elif seen.cache is not None and seen.tree is not None:
+        keys, values = (
+            seen.tree.spread(found.view(*x.shape[:-1], -1, config.d_head)[:, :, config.n_head :]).transpose(1, 2).chunk(2, 1)
+        )
+        seen.cache.append(layer, keys, values)
+        found, _ = paths.attend(found, heads)
     flat = _AddOut.apply(flat, found.reshape(-1, found.shape[-1]), out, *out.factors())
     act = ACTIVATIONS[config.family, config.activation]
     result: Tensor = _FeedForward.apply(flat, between, up, down, act, *up.factors(), *down.factors())

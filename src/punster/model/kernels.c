@@ -308,6 +308,149 @@ static void rope_rows(float *x, long rows, int heads, int turned, int size, cons
       rotate(x + (row * heads + head) * size, half, cosine + row * half, sine + row * half, sign);
 }
 
+/* ---- attention ---------------------------------------------------------------------------------------------------------- */
+typedef struct { const float *k, *v; const int64_t *path; long stride, count; } Keys; /* the i-th lies at path[i], or at i */
+INLINE long key_at(const Keys *s, long i) { return (s->path ? s->path[i] : i) * s->stride; }
+INLINE float dot(const float *x, const float *y, int size) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < size; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(y + i), sum);
+  return _mm512_reduce_add_ps(sum);
+}
+/* out = times sum of weight[i] times the i-th row of base */
+INLINE void weighted(const int blocks, const float *weight, const float *base, const Keys *s, float times, float *out) {
+  __m512 sum[4];
+  for (int b = 0; b < blocks; b++) sum[b] = _mm512_setzero_ps();
+  for (long i = 0; i < s->count; i++) {
+    const float *row = base + key_at(s, i);
+    for (int b = 0; b < blocks; b++) sum[b] = _mm512_fmadd_ps(_mm512_set1_ps(weight[i]), _mm512_loadu_ps(row + 16 * b), sum[b]);
+  }
+  for (int b = 0; b < blocks; b++) _mm512_storeu_ps(out + 16 * b, _mm512_mul_ps(sum[b], _mm512_set1_ps(times)));
+}
+INLINE void weighted_sum(const float *weight, const float *base, const Keys *s, int size, float times, float *out) {
+  int i = 0;
+  for (; i + 64 <= size; i += 64) weighted(4, weight, base + i, s, times, out + i);
+  if (i < size) weighted(2, weight, base + i, s, times, out + i);
+}
+/* softmax attention of one query; the log of its partition sum. score has room for count + 16 */
+static float attend_one(const float *q, const Keys *s, int size, float *score, float *out) {
+  const float scale = 1 / sqrtf(size);
+  float most = -INFINITY;
+  for (long i = 0; i < s->count; i++) {
+    score[i] = dot(q, s->k + key_at(s, i), size) * scale;
+    most = score[i] > most ? score[i] : most;
+  }
+  __m512 sum = _mm512_setzero_ps();
+  for (long i = 0; i < s->count; i += 16) {
+    const __mmask16 inside = inside_of(s->count - i);
+    const __m512 e = vexp(_mm512_sub_ps(_mm512_loadu_ps(score + i), _mm512_set1_ps(most)));
+    sum = _mm512_mask_add_ps(sum, inside, sum, e);
+    _mm512_mask_storeu_ps(score + i, inside, e);
+  }
+  const float total = _mm512_reduce_add_ps(sum);
+  weighted_sum(score, s->v, s, size, 1 / total, out);
+  return most + logf(total);
+}
+
+/* Nodes of a prefix tree: node n sees nodes[first[n] - position[n]] ... nodes[first[n]], itself the last. */
+typedef struct {
+  int32_t heads, kv_heads, size;
+  int64_t count;
+  const int64_t *nodes, *first, *position;
+} Tree;
+INLINE Keys keys_of(const Tree *t, const float *qkv, int kv, long n) {
+  const float *k = qkv + (t->heads + kv) * t->size;
+  return (Keys){k, k + t->kv_heads * t->size, t->nodes + t->first[n] - t->position[n], (t->heads + 2 * t->kv_heads) * t->size,
+                t->position[n] + 1};
+}
+
+/* qkv (N, (H + 2K) h) -> out (N, H h); log_total (N, H) */
+void punster_attend(const Tree *t, const float *qkv, float *out, float *log_total) {
+  const int group = t->heads / t->kv_heads, size = t->size;
+#pragma omp parallel for schedule(dynamic, 16)
+  for (long n = 0; n < t->count; n++) {
+    const float *q = qkv + n * (t->heads + 2 * t->kv_heads) * size;
+    float score[t->position[n] + 17];
+    for (int head = 0; head < t->heads; head++) {
+      const Keys seen = keys_of(t, qkv, head / group, n);
+      log_total[n * t->heads + head] = attend_one(q + head * size, &seen, size, score, out + (n * t->heads + head) * size);
+    }
+  }
+}
+
+/* Who looks at whom: readers of key j are reader[begin[j]] ... with j at place[...] of their paths; from[n]: entries before node n's. */
+void punster_readers(const Tree *t, int64_t *from, int64_t *begin, int64_t *reader, int64_t *place) {
+  memset(begin, 0, (t->count + 1) * 8);
+  from[0] = 0;
+  for (long n = 0; n < t->count; n++) {
+    from[n + 1] = from[n] + t->position[n] + 1;
+    for (long i = 0; i <= t->position[n]; i++) begin[t->nodes[t->first[n] - t->position[n] + i] + 1]++;
+  }
+  for (long n = 0; n < t->count; n++) begin[n + 1] += begin[n];
+  for (long n = 0; n < t->count; n++)
+    for (long i = 0; i <= t->position[n]; i++) {
+      const long at = begin[t->nodes[t->first[n] - t->position[n] + i]]++;
+      reader[at] = n;
+      place[at] = i;
+    }
+  for (long n = t->count; n > 0; n--) begin[n] = begin[n - 1];
+  begin[0] = 0;
+}
+
+/* The gradient dqkv of dout. share and slope (entries x H): attention weights, and the gradient of the scores. */
+void punster_attend_back(const Tree *t, const int64_t *from, const int64_t *begin, const int64_t *reader, const int64_t *place,
+                         const float *qkv, const float *log_total, const float *dout, float *share, float *slope, float *dqkv) {
+  const int heads = t->heads, group = heads / t->kv_heads, size = t->size;
+  const long wide = (heads + 2L * t->kv_heads) * size;
+  const float scale = 1 / sqrtf(size);
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic, 16)
+    for (long n = 0; n < t->count; n++)
+      for (int head = 0; head < heads; head++) {
+        const Keys s = keys_of(t, qkv, head / group, n);
+        const float *q = qkv + n * wide + head * size, *g = dout + (n * heads + head) * size;
+        float *p = share + from[n] * heads + head * s.count, *d = slope + from[n] * heads + head * s.count, along = 0;
+        const float total = log_total[n * heads + head];
+        for (long i = 0; i < s.count; i++) {
+          p[i] = dot(q, s.k + key_at(&s, i), size) * scale;
+          d[i] = dot(g, s.v + key_at(&s, i), size);
+        }
+        __m512 sum = _mm512_setzero_ps();
+        for (long i = 0; i < s.count; i += 16) {
+          const __mmask16 inside = inside_of(s.count - i);
+          const __m512 e = vexp(_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, p + i), _mm512_set1_ps(total)));
+          _mm512_mask_storeu_ps(p + i, inside, e);
+          sum = _mm512_mask3_fmadd_ps(e, _mm512_maskz_loadu_ps(inside, d + i), sum, inside);
+        }
+        along = _mm512_reduce_add_ps(sum);
+        for (long i = 0; i < s.count; i++) d[i] = p[i] * (d[i] - along) * scale;
+        weighted_sum(d, s.k, &s, size, 1, dqkv + n * wide + head * size);
+      }
+#pragma omp for schedule(dynamic, 16)
+    for (long j = 0; j < t->count; j++)
+      for (int kv = 0; kv < t->kv_heads; kv++)
+        for (int c = 0; c < size; c += 32) {
+          __m512 dk0 = _mm512_setzero_ps(), dk1 = dk0, dv0 = dk0, dv1 = dk0;
+          for (long e = begin[j]; e < begin[j + 1]; e++) {
+            const long n = reader[e], many = t->position[n] + 1, at = from[n] * heads + place[e];
+            for (int head = kv * group; head < (kv + 1) * group; head++) {
+              const __m512 p = _mm512_set1_ps(share[at + head * many]), d = _mm512_set1_ps(slope[at + head * many]);
+              const float *q = qkv + n * wide + head * size + c, *g = dout + (n * heads + head) * size + c;
+              dk0 = _mm512_fmadd_ps(d, _mm512_loadu_ps(q), dk0);
+              dk1 = _mm512_fmadd_ps(d, _mm512_loadu_ps(q + 16), dk1);
+              dv0 = _mm512_fmadd_ps(p, _mm512_loadu_ps(g), dv0);
+              dv1 = _mm512_fmadd_ps(p, _mm512_loadu_ps(g + 16), dv1);
+            }
+          }
+          float *dk = dqkv + j * wide + (heads + kv) * size + c, *dv = dk + t->kv_heads * size;
+          _mm512_storeu_ps(dk, dk0);
+          _mm512_storeu_ps(dk + 16, dk1);
+          _mm512_storeu_ps(dv, dv0);
+          _mm512_storeu_ps(dv + 16, dv1);
+        }
+  }
+}
+
 /* ---- one token for every row ------------------------------------------------------------------------------------------ */
 typedef struct {
   int32_t d, heads, kv_heads, size, width, act, capacity;
@@ -322,42 +465,19 @@ typedef struct {
 static void attend_rows(const Decode *s, float *keys, float *values, const Update *u) {
   const int group = s->heads / s->kv_heads, size = s->size, half = size / 2;
   const long now = s->length + 1, all = s->heads + 2 * s->kv_heads;
-  const float scale = 1 / sqrtf(size);
 #pragma omp for schedule(static)
   for (long row = 0; row < s->rows; row++) {
     float *q = s->qkv + row * all * size, *out = s->out + row * s->heads * size;
     for (int head = 0; s->cosine && head < s->heads + s->kv_heads; head++)
       rotate(q + head * size, half, s->cosine + row * half, s->sine + row * half, 1);
     const long begin = s->start ? s->start[row] : 0;
-    float score[now + 16];
+    float score[now - begin + 16];
     for (int kv = 0; kv < s->kv_heads; kv++) {
       float *k = keys + (row * s->kv_heads + kv) * s->capacity * size, *v = values + (row * s->kv_heads + kv) * s->capacity * size;
       memcpy(k + s->length * size, q + (s->heads + kv) * size, size * 4);
       memcpy(v + s->length * size, q + (s->heads + s->kv_heads + kv) * size, size * 4);
-      for (int g = 0; g < group; g++) {
-        const int head = kv * group + g;
-        float most = -INFINITY;
-        for (long j = begin; j < now; j++) {
-          __m512 sum = _mm512_setzero_ps();
-          for (int i = 0; i < size; i += 16)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + head * size + i), _mm512_loadu_ps(k + j * size + i), sum);
-          score[j] = _mm512_reduce_add_ps(sum) * scale;
-          most = score[j] > most ? score[j] : most;
-        }
-        __m512 total = _mm512_setzero_ps();
-        for (long j = begin; j < now; j += 16) {
-          const __mmask16 inside = inside_of(now - j);
-          const __m512 e = vexp(_mm512_sub_ps(_mm512_loadu_ps(score + j), _mm512_set1_ps(most)));
-          total = _mm512_mask_add_ps(total, inside, total, e);
-          _mm512_mask_storeu_ps(score + j, inside, e);
-        }
-        const float share = 1 / _mm512_reduce_add_ps(total);
-        for (int i = 0; i < size; i += 16) {
-          __m512 sum = _mm512_setzero_ps();
-          for (long j = begin; j < now; j++) sum = _mm512_fmadd_ps(_mm512_set1_ps(score[j]), _mm512_loadu_ps(v + j * size + i), sum);
-          _mm512_storeu_ps(out + head * size + i, _mm512_mul_ps(sum, _mm512_set1_ps(share)));
-        }
-      }
+      const Keys seen = {k + begin * size, v + begin * size, 0, size, now - begin};
+      for (int head = kv * group; head < (kv + 1) * group; head++) attend_one(q + head * size, &seen, size, score, out + head * size);
     }
     for (int c = 0; c < s->heads * size; c += 16) store_bf16(s->narrow + row * s->heads * size + c, _mm512_loadu_ps(out + c));
     if (u->ranks) low_of(out, u->a, s->heads * size, u->ranks, 0, 0, s->low + row * u->ranks);

@@ -60,6 +60,13 @@ class CDecode(c.Structure):
     )  # fmt: skip
 
 
+class CTree(c.Structure):
+    _fields_ = (
+        *((name, c.c_int32) for name in ("heads", "kv_heads", "size")), ("count", c.c_int64),
+        *((name, c.c_void_p) for name in ("nodes", "first", "position")),
+    )  # fmt: skip
+
+
 NO_UPDATE = CUpdate(None, None, 0, None, None)
 
 
