@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from punster.model.load import random_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
 from punster.model.transformer import Decoder
-from punster.rollout import logprobs
+from punster.rollout import logprobs, sampler
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
 
@@ -141,15 +142,91 @@ def test_attention_over_a_prefix_tree_and_its_gradient(heads: int, keys: int, si
 
 @needs_kernels
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_sampler_has_the_log_probs_of_the_training_path(family: str) -> None:
+def test_the_sampler_has_the_log_probs_of_the_training_path_to_the_last_bit(family: str) -> None:
     _, half = exact_and_half(family)
     role = Role(half, adapters(half), trained=("policy",))
     prompts = [example.prompt for example in texts()]
-    out = generate(role, prompts, Decoding(12), 7, seeded(3, "sampling"), 2)
+    out = generate(role, prompts, Decoding(12, temperature=1.3), 7, seeded(3, "sampling"), 2)
     batch = collate(out.examples)
     with torch.no_grad():
-        logs = logprobs.token_log_probs(role.response_hidden(batch), half.head, batch.targets())
-    assert float((logs - torch.cat(out.log_probs)).abs().mean()) < 0.01
+        logs = logprobs.token_log_probs(role.response_hidden(batch), half.head, batch.targets(), 1.3)
+    assert torch.equal(logs, torch.cat(out.log_probs))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first", [0, 2])
+def test_what_sampling_recorded_serves_as_the_forward_pass(family: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of the responses are those of a fresh pass to the last bit, the gradients up to the order of sums.
+
+    Some rows end early and leave the batch; the trained adapter begins at layer `first`; rows come in another order.
+    """
+    _, half = exact_and_half(family)
+    below, policy = adapters(half)
+    for site in [s for s in policy.a if half.layer_of(s) < first]:
+        del policy.a[site], policy.b[site]
+    role = Role(half, (below, policy), trained=("policy",))
+    prompts = [example.prompt for example in texts()]
+    choose = sampler.choose
+
+    def often_the_end(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        token, log_prob = choose(logits, decoding, uniform, seen)
+        return torch.where(uniform < 0.1, 7, token), log_prob
+
+    monkeypatch.setattr(sampler, "choose", often_the_end)
+    out = generate(role, prompts, Decoding(12), 7, seeded(8, "sampling"), 3, record=True)
+    lengths = [len(example.response) for example in out.examples]
+    assert out.record is not None and min(lengths) < 12 and max(lengths) == 12
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(1)).tolist()
+    fresh = collate([out.examples[row] for row in order])
+    recorded = replace(fresh, record=out.record, tree=out.record.tree(order))
+    results = []
+    for batch in (fresh, recorded):
+        for parameter in role.parameters():
+            parameter.grad = None
+        states = role.response_hidden(batch)
+        logs = logprobs.token_log_probs(states, half.head, batch.targets())
+        (logs * torch.linspace(-1, 1, len(logs))).sum().backward()
+        grads = [p.grad.flatten() for p in role.parameters() if p.grad is not None]
+        results.append((states.detach(), torch.cat(grads)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0.02, atol=2e-3 * float(results[0][1].abs().max()))
+    assert float(torch.cosine_similarity(results[0][1], results[1][1], 0)) > 0.99999
+
+
+@needs_kernels
+def test_log_probs_and_slopes_of_the_comparison_serve_the_loss() -> None:
+    _, half = exact_and_half("llama")
+    states, targets = torch.randn(150, 96), torch.randint(0, 331, (150,), generator=torch.Generator().manual_seed(1))
+    found = logprobs.compare_policies(states, half.head, states + 0.1, half.head, targets, 0.7, with_slopes=True)
+    known = logprobs.Known(found["log_prob"], found["slopes"])
+    results = []
+    for given in (None, known):
+        leaf = states.clone().requires_grad_()
+        logs = logprobs.token_log_probs(leaf, half.head, targets, 0.7, known=given)
+        (logs * torch.linspace(-1, 1, len(logs))).sum().backward()
+        results.append((logs.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] is not None and results[1][1] is not None and torch.equal(results[0][1], results[1][1])
+
+
+@needs_kernels
+def test_choosing_by_inverse_cdf() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(400, 1003, generator=generator)
+    logits[:, ::3] = float("-inf")
+    uniform = torch.rand(400, generator=generator)
+    uniform[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    token, log_prob = sampler.choose_plainly(logits, 0.8, uniform)
+    exact = (logits.double() / 0.8).softmax(-1)
+    total = exact.cumsum(-1)
+    rows = torch.arange(400)
+    assert bool((exact[rows, token] > 0).all())
+    assert bool((total[rows, token] >= uniform.double() - 1e-6).all())
+    assert bool((total[rows, token] - exact[rows, token] <= uniform.double() + 1e-6).all())
+    torch.testing.assert_close(log_prob, (logits / 0.8).log_softmax(-1)[rows, token], rtol=1e-5, atol=1e-5)
+    alone = [sampler.choose_plainly(logits[i : i + 1], 0.8, uniform[i : i + 1])[0] for i in range(20)]
+    assert torch.equal(torch.cat(alone), token[:20])
 
 
 @needs_kernels

@@ -22,7 +22,7 @@ from punster.model.load import load_model
 from punster.model.role import score_examples
 from punster.train.checkpoint import load_run
 from punster.train.critic import calibrate, make_critic
-from punster.train.experience import Experience, collect, open_policy, partition
+from punster.train.experience import Experience, FirstPass, collect, open_policy, partition
 from punster.train.optim import seeded
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
@@ -175,7 +175,7 @@ def test_the_first_update_reuses_the_forward_pass_of_the_old_log_probs(
     monkeypatch.setattr(Experience, "first_pass", spy)
     kept = weights("kept")
     assert taken == [False, False, True, False, True, False]
-    monkeypatch.setattr(Experience, "first_pass", lambda self, rows: (None, None))
+    monkeypatch.setattr(Experience, "first_pass", lambda self, rows: FirstPass())
     assert weights("repeated") == kept
 
 

@@ -85,6 +85,7 @@ class Batch:
     lengths: Tensor
     tree: PrefixTree
     trunk: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    record: Any = None  # a `model.recording.Recording` of these rows; then the tree is its own
 
     @property
     def response_lengths(self) -> Tensor:
@@ -108,6 +109,10 @@ class Batch:
     def select_predictors(self, hidden: Tensor) -> Tensor:
         """(B, T, d) -> (N, d): the states one position before each response token (those that predict it)."""
         return hidden[:, :-1][self.response_span()[:, 1:]]
+
+    def predictors(self) -> Tensor:
+        """(N,) the tree's nodes one position before each response token."""
+        return self.tree.nodes[:, : self.ids.shape[1] - 1][self.response_span()[:, 1:]]
 
     def scatter(self, flat: Tensor) -> Tensor:
         """(N,) per response token -> (B, R), 0 elsewhere."""

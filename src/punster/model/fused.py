@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes as c
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from punster.data.batch import PrefixTree
 from punster.model import kernels
-from punster.model.kernels import ACTIVATIONS, SILU, CNorm, CTree, LowRank, Packed, at, call, empty_low, rounded
+from punster.model.kernels import ACTIVATIONS, LONGEST, SILU, CNorm, CTree, LowRank, Packed, at, call, empty_low, rounded
 from punster.model.lora import Adapter
 
 if TYPE_CHECKING:
-    from punster.data.batch import PrefixTree
     from punster.model.transformer import Attention, Decoder
 
-LONGEST = 256  # tokens of a path that the kernels attend to
+QKV = 4  # place in what attention saves
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (n, h / 2) each
+Saved = tuple[Tensor, ...]
 
 
 class Heads(NamedTuple):
@@ -85,35 +87,111 @@ class Step:
         return rounded(dy, update, self.low.ends, pulled), pulled
 
 
+@dataclass
+class Into:
+    """The way into attention."""
+
+    norm: Norm
+    step: Step
+    rope: Rope | None
+    heads: Heads
+
+    def __call__(self, x: Tensor) -> tuple[Saved, Tensor]:
+        """x (n, d) -> norm, q, k, v with rotary embedding (n, (H + 2K) h)."""
+        normed, low, stat = self.norm(x, self.step.low)
+        qkv = self.step.forward(normed, low, self.step.low.forward())
+        turn(qkv, self.rope, self.heads, 1.0)
+        return (x, normed, low, stat), qkv
+
+    def pull_back(self, gradient: Tensor, saved: Saved, dx: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the factors; that of x is added to dx. The gradient (n, (H + 2K) h) is overwritten."""
+        x, normed, low, stat = saved
+        turn(gradient, self.rope, self.heads, -1.0)
+        dy, pulled = self.step.rounded_gradient(gradient)
+        if dx is not None:
+            self.norm.add_gradient(self.step.pull_back(dy, pulled), x, stat, dx)
+        return self.step.low.gradients(low, dy, pulled, normed, wanted)
+
+
 class _AttendIn(torch.autograd.Function):
-    """x (n, d) -> norm, q, k, v with rotary embedding: (n, (H + 2K) h); of a prefix tree's nodes what attention finds: (n, H h)."""
+    """x (n, d) -> (n, (H + 2K) h), for PyTorch's attention."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: Norm, step: Step, rope: Rope | None, heads: Heads, tree: Paths | None, *factors: Tensor
-    ) -> Tensor:
-        normed, low, stat = norm(x, step.low)
-        qkv = step.forward(normed, low, step.low.forward())
-        turn(qkv, rope, heads, 1.0)
-        found, total = (qkv, torch.empty(0)) if tree is None else tree.attend(qkv, heads)
-        ctx.save_for_backward(x, normed, low, stat, *((qkv, total) if tree is not None else ()))
-        ctx.rest = norm, step, rope, heads, tree
-        return found
+    def forward(ctx: Any, x: Tensor, into: Into, *factors: Tensor) -> Tensor:
+        saved, qkv = into(x)
+        ctx.save_for_backward(*saved)
+        ctx.into = into
+        return qkv
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, normed, low, stat, *attended = ctx.saved_tensors
-        norm, step, rope, heads, tree = ctx.rest
-        if tree is not None:
-            gradient = tree.pull_back(*attended, gradient.contiguous(), heads)
-        else:
-            gradient = gradient.contiguous() if rope is None else gradient.clone(memory_format=torch.contiguous_format)
-        turn(gradient, rope, heads, -1.0)
-        dy, pulled = step.rounded_gradient(gradient)
-        grads = step.low.gradients(low, dy, pulled, normed, ctx.needs_input_grad[6:])
-        dx = norm.add_gradient(step.pull_back(dy, pulled), x, stat, torch.zeros_like(x)) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, None, *grads
+        dx = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[0] else None
+        own = gradient.clone(memory_format=torch.contiguous_format)
+        return dx, None, *ctx.into.pull_back(own, ctx.saved_tensors, dx, ctx.needs_input_grad[2:])
+
+
+def add_out(x: Tensor, found: Tensor, step: Step) -> tuple[Saved, Tensor]:
+    """x (n, d) + the output product of what attention found (n, H h)."""
+    low = empty_low(len(x), step.low)
+    narrow = rounded(found, step.low.forward(), None, low)
+    return (narrow, low), step.forward(narrow, low, step.low.forward(), into=x.clone())
+
+
+def add_out_back(gradient: Tensor, saved: Saved, step: Step, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of what was found, and of the factors."""
+    narrow, low = saved
+    dy, pulled = step.rounded_gradient(gradient)
+    return step.pull_back(dy, pulled), step.low.gradients(low, dy, pulled, narrow, wanted)
+
+
+class _AddOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: Tensor, step: Step, *factors: Tensor) -> Tensor:
+        saved, y = add_out(x, found.contiguous(), step)
+        ctx.save_for_backward(*saved)
+        ctx.step = step
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        back, grads = add_out_back(gradient.contiguous(), ctx.saved_tensors, ctx.step, ctx.needs_input_grad[3:])
+        return gradient, back, None, *grads
+
+
+def attention(x: Tensor, into: Into, paths: Paths, out: Step) -> tuple[Saved, Tensor]:
+    """x (N, d) + out(attention(norm(x))) of a prefix tree's nodes."""
+    saved, qkv = into(x)
+    found, total = paths.attend(qkv, into.heads)
+    of_out, y = add_out(x, found, out)
+    return (*saved, qkv, total, *of_out), y
+
+
+class _Attention(torch.autograd.Function):
+    """`attention`, or what a recording has of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, into: Into, paths: Paths, out: Step, recorded: tuple[Saved, Tensor] | None, *factors: Tensor
+    ) -> Tensor:
+        saved, y = attention(x, into, paths, out) if recorded is None else recorded
+        ctx.save_for_backward(*saved)
+        ctx.rest = into, paths, out
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, qkv, total, narrow, low = ctx.saved_tensors
+        into, paths, out = ctx.rest
+        middle = 5 + len(into.step.factors())
+        gradient = gradient.contiguous()
+        found, of_out = add_out_back(gradient, (narrow, low), out, ctx.needs_input_grad[middle:])
+        dx = gradient.clone() if ctx.needs_input_grad[0] else None
+        own = paths.pull_back(qkv, total, found, into.heads)
+        of_in = into.pull_back(own, tuple(saved), dx, ctx.needs_input_grad[5:middle])
+        return dx, None, None, None, None, *of_in, *of_out
 
 
 class Paths:
@@ -128,9 +206,10 @@ class Paths:
         """Where paths are short: for long ones PyTorch's blocks of rows are faster."""
         if seen.tree is None or seen.tree.nodes.shape[1] > LONGEST:
             return None
-        if seen.tree.paths is None:
-            seen.tree.paths = cls(seen.tree)
-        return seen.tree.paths
+        found: Paths | None = seen.tree.paths
+        if found is None:
+            found = seen.tree.paths = cls(seen.tree)
+        return found
 
     def struct(self, heads: Heads) -> CTree:
         return CTree(heads.queries, heads.keys, heads.size, len(self.first), at(self.nodes), at(self.first), at(self.position))
@@ -162,56 +241,44 @@ def turn(qkv: Tensor, rope: Rope | None, heads: Heads, sign: float) -> None:
         call("punster_rope", qkv, c.c_long(len(qkv)), all_heads, turned, heads.size, *rope, c.c_float(sign))
 
 
-class _AddOut(torch.autograd.Function):
-    """x (n, d) + the output product of what attention found (n, H h)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, found: Tensor, step: Step, *factors: Tensor) -> Tensor:
-        low = empty_low(len(x), step.low)
-        narrow = rounded(found.contiguous(), step.low.forward(), None, low)
-        ctx.save_for_backward(narrow, low)
-        ctx.step = step
-        return step.forward(narrow, low, step.low.forward(), into=x.clone())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        narrow, low = ctx.saved_tensors
-        dy, pulled = ctx.step.rounded_gradient(gradient.contiguous())
-        grads = ctx.step.low.gradients(low, dy, pulled, narrow, ctx.needs_input_grad[3:])
-        back = ctx.step.pull_back(dy, pulled) if ctx.needs_input_grad[1] else None
-        return gradient, back, None, *grads
+def feed_forward(x: Tensor, norm: Norm, up: Step, down: Step, act: int) -> tuple[Saved, Tensor]:
+    """x (n, d) + down(act(up(norm(x)))); what lies between the products is kept in bf16."""
+    normed, low_up, stat = norm(x, up.low)
+    y = up.forward(normed, low_up, up.low.forward(), half=True)
+    width = y.shape[1] // (2 if act == SILU else 1)
+    h, low_down = torch.empty(len(x), width, dtype=torch.bfloat16), empty_low(len(x), down.low)
+    call("punster_act", y, c.c_long(len(x)), width, act, c.byref(down.low.forward()), h, low_down)
+    result = down.forward(h, low_down, down.low.forward(), into=x.clone())
+    return (x, normed, low_up, stat, y, h, low_down), result
 
 
 class _FeedForward(torch.autograd.Function):
-    """x (n, d) + down(act(up(norm(x)))); what lies between the products is kept in bf16."""
+    """`feed_forward`, or what a recording has of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, up: Step, down: Step, act: int, *factors: Tensor) -> Tensor:
-        normed, low_up, stat = norm(x, up.low)
-        y = up.forward(normed, low_up, up.low.forward(), half=True)
-        width = y.shape[1] // (2 if act == SILU else 1)
-        h, low_down = torch.empty(len(x), width, dtype=torch.bfloat16), empty_low(len(x), down.low)
-        call("punster_act", y, c.c_long(len(x)), width, act, c.byref(down.low.forward()), h, low_down)
-        ctx.save_for_backward(x, normed, low_up, stat, y, h, low_down)
+    def forward(
+        ctx: Any, x: Tensor, norm: Norm, up: Step, down: Step, act: int, recorded: tuple[Saved, Tensor] | None, *factors: Tensor
+    ) -> Tensor:
+        saved, result = feed_forward(x, norm, up, down, act) if recorded is None else recorded
+        ctx.save_for_backward(*saved)
         ctx.rest = norm, up, down, act
-        return down.forward(h, low_down, down.low.forward(), into=x.clone())
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, normed, low_up, stat, y, h, low_down = ctx.saved_tensors
         norm, up, down, act = ctx.rest
-        middle = 5 + len(up.factors())
+        middle = 6 + len(up.factors())
         gradient = gradient.contiguous()
         dz, pulled = down.rounded_gradient(gradient)
         of_down = down.low.gradients(low_down, dz, pulled, h, ctx.needs_input_grad[middle:])
         dh = down.pull_back(dz, pulled)
         dy, pulled = torch.empty_like(y), empty_low(len(x), up.low)
         call("punster_act_back", dh, y, c.c_long(len(x)), h.shape[1], act, c.byref(up.low.forward()), dy, pulled)
-        of_up = up.low.gradients(low_up, dy, pulled, normed, ctx.needs_input_grad[5:middle])
+        of_up = up.low.gradients(low_up, dy, pulled, normed, ctx.needs_input_grad[6:middle])
         dx = norm.add_gradient(up.pull_back(dy, pulled), x, stat, gradient.clone()) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, *of_up, *of_down
+        return dx, None, None, None, None, None, *of_up, *of_down
 
 
 def usable(model: Decoder, layer: int) -> bool:
@@ -240,18 +307,26 @@ def block(model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], ro
     config, prefix = model.config, model.config.block_prefix(layer)
     before, between = (Norm(model, prefix + name) for name in config.norm_sites)
     attend, out, up, down = (Step(model, layer, which, adapters) for which in ("attend", "out", "up", "down"))
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    heads, paths = Heads(config.n_head, config.n_kv_head, config.d_head), Paths.of(seen)
-    found: Tensor = _AttendIn.apply(flat, before, attend, rope, heads, None if seen.cache else paths, *attend.factors())
-    if paths is None:
-        found = model._attend(found.view(*x.shape[:-1], -1, config.d_head), layer, seen)
-    elif seen.cache is not None and seen.tree is not None:
-        keys, values = (
-            seen.tree.spread(found.view(*x.shape[:-1], -1, config.d_head)[:, :, config.n_head :]).transpose(1, 2).chunk(2, 1)
-        )
-        seen.cache.append(layer, keys, values)
-        found, _ = paths.attend(found, heads)
-    flat = _AddOut.apply(flat, found.reshape(-1, found.shape[-1]), out, *out.factors())
     act = ACTIVATIONS[config.family, config.activation]
-    result: Tensor = _FeedForward.apply(flat, between, up, down, act, *up.factors(), *down.factors())
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    into, paths = Into(before, attend, rope, Heads(config.n_head, config.n_kv_head, config.d_head)), Paths.of(seen)
+    record = seen.record
+    if paths is None:
+        found: Tensor = _AttendIn.apply(flat, into, *attend.factors())
+        found = model._attend(found.view(*x.shape[:-1], -1, config.d_head), layer, seen)
+        flat = _AddOut.apply(flat, found.reshape(-1, found.shape[-1]), out, *out.factors())
+    elif seen.cache is not None and seen.tree is not None:  # prompts, without gradients
+        saved, flat = attention(flat, into, paths, out)
+        rows = seen.tree.spread(saved[QKV].view(*x.shape[:-1], -1, config.d_head)[:, :, config.n_head :])
+        seen.cache.append(layer, *rows.transpose(1, 2).chunk(2, 1))
+        if record is not None and layer in record.layers:
+            of_rest, last = feed_forward(flat, between, up, down, act)
+            record.put(layer, (*saved, *of_rest), last)
+            return last.view(x.shape)
+        record = None
+    else:
+        recorded = None if record is None else record.attention(layer)
+        flat = _Attention.apply(flat, into, paths, out, recorded, *attend.factors(), *out.factors())
+    recorded = None if record is None else record.feed_forward(layer)
+    result: Tensor = _FeedForward.apply(flat, between, up, down, act, recorded, *up.factors(), *down.factors())
     return result.view(x.shape)

@@ -452,6 +452,11 @@ void punster_attend_back(const Tree *t, const int64_t *from, const int64_t *begi
 }
 
 /* ---- one token for every row ------------------------------------------------------------------------------------------ */
+/* What the gradients need of a layer, a row a token that was fed; without an x nothing is kept */
+typedef struct {
+  float *x; bf16 *normed; float *low, *stat, *qkv, *log_total; bf16 *found; float *low_found;
+  float *between; bf16 *normed_between; float *low_up, *stat_between; bf16 *wide, *act; float *low_down;
+} Kept;
 typedef struct {
   int32_t d, heads, kv_heads, size, width, act, capacity;
   int64_t rows, length; /* keys that are there already */
@@ -460,14 +465,32 @@ typedef struct {
   float **keys, **values;
   float *x, *qkv, *out, *low;
   bf16 *narrow, *wide;
+  const Kept *kept; /* of every layer, or null */
+  int64_t offset;   /* rows that are kept already */
 } Decode;
 
-static void attend_rows(const Decode *s, float *keys, float *values, const Update *u) {
+static Kept places(const Decode *s, const Layer *l, const Kept *k) {
+  if (!k || !k->x) return (Kept){.normed = s->narrow, .low = s->low, .qkv = s->qkv, .found = s->narrow, .low_found = s->low,
+                                 .normed_between = s->narrow, .low_up = s->low, .wide = s->wide, .act = s->narrow, .low_down = s->low};
+  const long n = s->offset, d = s->d, inner = (long)s->heads * s->size;
+  return (Kept){k->x + n * d, k->normed + n * d, k->low + n * l->attend.update.ranks, k->stat + 2 * n,
+                k->qkv + n * (s->heads + 2 * s->kv_heads) * s->size, k->log_total + n * s->heads, k->found + n * inner,
+                k->low_found + n * l->output.update.ranks, k->between + n * d, k->normed_between + n * d,
+                k->low_up + n * l->up.update.ranks, k->stat_between + 2 * n, k->wide + n * l->up.out, k->act + n * s->width,
+                k->low_down + n * l->down.update.ranks};
+}
+static void copy_rows(const float *x, long rows, int d, float *y) {
+  if (!y) return;
+#pragma omp for schedule(static) nowait
+  for (long row = 0; row < rows; row++) memcpy(y + row * d, x + row * d, d * 4);
+}
+
+static void attend_rows(const Decode *s, const Kept *kept, float *keys, float *values, const Update *u) {
   const int group = s->heads / s->kv_heads, size = s->size, half = size / 2;
   const long now = s->length + 1, all = s->heads + 2 * s->kv_heads;
 #pragma omp for schedule(static)
   for (long row = 0; row < s->rows; row++) {
-    float *q = s->qkv + row * all * size, *out = s->out + row * s->heads * size;
+    float *q = kept->qkv + row * all * size, *out = s->out + row * s->heads * size;
     for (int head = 0; s->cosine && head < s->heads + s->kv_heads; head++)
       rotate(q + head * size, half, s->cosine + row * half, s->sine + row * half, 1);
     const long begin = s->start ? s->start[row] : 0;
@@ -477,10 +500,13 @@ static void attend_rows(const Decode *s, float *keys, float *values, const Updat
       memcpy(k + s->length * size, q + (s->heads + kv) * size, size * 4);
       memcpy(v + s->length * size, q + (s->heads + s->kv_heads + kv) * size, size * 4);
       const Keys seen = {k + begin * size, v + begin * size, 0, size, now - begin};
-      for (int head = kv * group; head < (kv + 1) * group; head++) attend_one(q + head * size, &seen, size, score, out + head * size);
+      for (int head = kv * group; head < (kv + 1) * group; head++) {
+        const float total = attend_one(q + head * size, &seen, size, score, out + head * size);
+        if (kept->log_total) kept->log_total[row * s->heads + head] = total;
+      }
     }
-    for (int c = 0; c < s->heads * size; c += 16) store_bf16(s->narrow + row * s->heads * size + c, _mm512_loadu_ps(out + c));
-    if (u->ranks) low_of(out, u->a, s->heads * size, u->ranks, 0, 0, s->low + row * u->ranks);
+    for (int c = 0; c < s->heads * size; c += 16) store_bf16(kept->found + row * s->heads * size + c, _mm512_loadu_ps(out + c));
+    if (u->ranks) low_of(out, u->a, s->heads * size, u->ranks, 0, 0, kept->low_found + row * u->ranks);
   }
 }
 
@@ -488,14 +514,17 @@ void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
 #pragma omp parallel
   for (int l = first; l < last; l++) {
     const Layer *at = layers + l;
-    norm_rows(s->x, s->rows, s->d, &at->before, &at->attend.update, s->narrow, s->low, 0);
-    product_rows(s->narrow, s->rows, &at->attend, s->low, s->qkv, STORE);
-    attend_rows(s, s->keys[l], s->values[l], &at->output.update);
-    product_rows(s->narrow, s->rows, &at->output, s->low, s->x, ADD);
-    norm_rows(s->x, s->rows, s->d, &at->between, &at->up.update, s->narrow, s->low, 0);
-    product_rows(s->narrow, s->rows, &at->up, s->low, s->wide, STORE_BF16);
-    act_rows(s->wide, s->rows, s->width, s->act, &at->down.update, s->narrow, s->low);
-    product_rows(s->narrow, s->rows, &at->down, s->low, s->x, ADD);
+    const Kept k = places(s, at, s->kept ? s->kept + l : 0);
+    copy_rows(s->x, s->rows, s->d, k.x); /* of the rows that this thread norms next */
+    norm_rows(s->x, s->rows, s->d, &at->before, &at->attend.update, k.normed, k.low, k.stat);
+    product_rows(k.normed, s->rows, &at->attend, k.low, k.qkv, STORE);
+    attend_rows(s, &k, s->keys[l], s->values[l], &at->output.update);
+    product_rows(k.found, s->rows, &at->output, k.low_found, s->x, ADD);
+    copy_rows(s->x, s->rows, s->d, k.between);
+    norm_rows(s->x, s->rows, s->d, &at->between, &at->up.update, k.normed_between, k.low_up, k.stat_between);
+    product_rows(k.normed_between, s->rows, &at->up, k.low_up, k.wide, STORE_BF16);
+    act_rows(k.wide, s->rows, s->width, s->act, &at->down.update, k.act, k.low_down);
+    product_rows(k.act, s->rows, &at->down, k.low_down, s->x, ADD);
   }
 }
 
@@ -557,6 +586,37 @@ void punster_compare(const float *first, const float *second, long rows, int siz
     if (!second) continue;
     out[2 * rows + row] = y[targets[row]] * scale - q.log_total;
     out[3 * rows + row] = _mm512_reduce_add_ps(gap);
+  }
+}
+
+/* One token a row by inverse CDF: the smallest whose cumulative probability exceeds u, never one of probability 0; its log-prob */
+void punster_choose(const float *logits, long rows, int size, float scale, const float *uniform, int64_t *token, float *log_prob) {
+#pragma omp parallel for schedule(static)
+  for (long row = 0; row < rows; row++) {
+    const float *x = logits + row * size;
+    const Partition p = partition_of(x, size, scale);
+    const __m512 s = _mm512_set1_ps(scale), most = _mm512_set1_ps(p.most), lowest = _mm512_set1_ps(-87.f);
+    const double target = (double)uniform[row] * p.total;
+    double before = 0;
+    long last = 0, found = -1; /* the last token with mass serves where rounding leaves the target out of reach */
+    for (int c = 0; c < size && found < 0; c += 16) {
+      const __m512 e = _mm512_sub_ps(_mm512_mul_ps(s, _mm512_maskz_loadu_ps(inside_of(size - c), x + c)), most);
+      const __mmask16 alive = _mm512_mask_cmp_ps_mask(inside_of(size - c), e, lowest, _CMP_GT_OQ);
+      if (!alive) continue;
+      const __m512 mass = _mm512_maskz_mov_ps(alive, vexp(e));
+      last = c + 31 - __builtin_clz((unsigned)alive);
+      const double here = _mm512_reduce_add_ps(mass);
+      if (before + here > target) {
+        float each[16];
+        _mm512_storeu_ps(each, mass);
+        double sum = before;
+        for (int i = 0; i < 16 && found < 0; i++)
+          if (each[i] > 0 && (sum += each[i]) > target) found = c + i;
+      }
+      before += here;
+    }
+    token[row] = found < 0 ? last : found;
+    log_prob[row] = x[token[row]] * scale - p.log_total;
   }
 }
 

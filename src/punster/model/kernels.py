@@ -26,6 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
 
+LONGEST = 256  # tokens of a path that the kernels attend to
 PANEL = 48  # columns of packed weights that lie together
 STORE, ADD, STORE_BF16 = 0, 1, 2
 SILU, GELU_TANH = 0, 1
@@ -51,12 +52,16 @@ class CLayer(c.Structure):
     )  # fmt: skip
 
 
+class CKept(c.Structure):
+    _fields_ = tuple((f"part{number}", c.c_void_p) for number in range(15))  # as fused.attention and fused.feed_forward save them
+
+
 class CDecode(c.Structure):
     _fields_ = (
         *((name, c.c_int32) for name in ("d", "heads", "kv_heads", "size", "width", "act", "capacity")),
         ("rows", c.c_int64), ("length", c.c_int64), ("start", c.c_void_p), ("cos", c.c_void_p), ("sin", c.c_void_p),
         ("keys", c.c_void_p), ("values", c.c_void_p),
-        *((name, c.c_void_p) for name in ("x", "qkv", "out", "low", "narrow", "wide")),
+        *((name, c.c_void_p) for name in ("x", "qkv", "out", "low", "narrow", "wide", "kept")), ("offset", c.c_int64),
     )  # fmt: skip
 
 

@@ -83,18 +83,25 @@ class Role:
 
     # ---- passes -----------------------------------------------------------------------------------------------
     def hidden(self, batch: Batch) -> Tensor:
-        """(B, T, d) states after the final norm, from the batch's trunk activations where they fit; each prefix runs once."""
+        """(B, T, d) states after the final norm."""
+        return batch.tree.spread(self.model.final_norm(self.nodes(batch)))
+
+    def nodes(self, batch: Batch) -> Tensor:
+        """(1, N, d) states of the tree's nodes, from the batch's trunk activations where they fit; each prefix runs once."""
+        if batch.record is not None:
+            state, first = batch.record.before(batch.record.first)[None], batch.record.first
+            return self.model.blocks(state, first, self.last_layer, adapters=self.adapters, tree=batch.tree, record=batch.record)
         fitting = [depth for depth, key in batch.trunk if depth <= self.frozen_depth and key == self.trunk_key(depth)]
         depth = max(fitting, default=0)
         state = batch.trunk[depth, self.trunk_key(depth)] if depth else self.model.embed_tree(batch.ids, batch.tree)
         state = self.model.blocks(state, depth, self.last_layer, adapters=self.adapters, tree=batch.tree)
         if self.also and not self.adapters:
             batch.trunk[self.last_layer, self.trunk_key(self.last_layer)] = state  # the next depth goes on from here
-        return batch.tree.spread(self.model.final_norm(state))
+        return state
 
     def response_hidden(self, batch: Batch) -> Tensor:
         """(N, d) states that predict the N response tokens of the batch, row after row."""
-        return batch.select_predictors(self.hidden(batch))
+        return self.model.final_norm(self.nodes(batch)[0].index_select(0, batch.predictors()))
 
     def values(self, batch: Batch) -> Tensor:
         """(B, R) values of the states that precede each response token; 0 where there is none."""

@@ -23,6 +23,7 @@ from punster.errors import UserError
 from punster.model import fused
 from punster.model.lora import Adapter, low_rank
 from punster.model.product import LogitHead, Matrix, project
+from punster.model.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,15 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Attention:
-    """What queries may look at: a mask (None: causal over the tokens given), earlier keys, and how nodes make up rows."""
+    """What queries may look at: a mask (None: causal over the tokens given), earlier keys, and how nodes make up rows.
+
+    record: with a cache what the prompts' gradients need is put there; without one it was, by a sampling pass, and is used.
+    """
 
     mask: Tensor | None = None
     cache: KeyValueCache | None = None
     tree: PrefixTree | None = None
+    record: Recording | None = None
 
 
 class Decoder:
@@ -273,6 +278,7 @@ class Decoder:
     def blocks(
         self, hidden: Tensor, first: int, last: int, *, adapters: Sequence[Adapter] = (), positions: Tensor | None = None,
         mask: Tensor | None = None, cache: KeyValueCache | None = None, tree: PrefixTree | None = None,
+        record: Recording | None = None,
     ) -> Tensor:  # fmt: skip
         """Run layers first..last-1 on (B, T, d), or with a tree on (1, N, d).
 
@@ -285,7 +291,7 @@ class Decoder:
         turn = None
         if self.config.family == "llama":
             turn = self.turn(torch.arange(hidden.shape[1], device=self.device)[None] if positions is None else positions)
-        seen, rope = Attention(mask, cache, tree), None
+        seen, rope = Attention(mask, cache, tree, record), None
         for layer in range(first, last):
             if fused.usable(self, layer):
                 rope = rope if rope is not None or turn is None else fused.rope_rows(*turn, hidden.shape)

@@ -19,6 +19,7 @@ from punster.model import fused, kernels
 from punster.model.kernels import CDecode, CLayer, LowRank, at
 from punster.model.lora import Adapter
 from punster.model.product import Matrix
+from punster.model.recording import Recording
 from punster.model.transformer import Decoder, KeyValueCache, activate, norm, rotated
 
 STEPS = ("attend", "out", "up", "down")
@@ -56,13 +57,14 @@ class Stepper:
 
     model: Decoder
     stages: list[Stage | None]
+    steps: list[list[fused.Step]] = field(default_factory=list)  # of each layer that the kernels take
     layers: Any = None  # array of kernels.CLayer
     alive: list[Any] = field(default_factory=list)  # what its addresses point to
     ranks: int = 0  # most ranks of one product
 
     @classmethod
     def of(cls, model: Decoder, adapters: Sequence[Adapter], layers: int) -> Stepper:
-        stepper = cls(model, [None] * layers, (CLayer * layers)())
+        stepper = cls(model, [None] * layers, layers=(CLayer * layers)())
         for layer in range(layers):
             if fused.usable(model, layer):
                 stepper.prepare(layer, adapters)
@@ -75,10 +77,19 @@ class Stepper:
         steps = [fused.Step(self.model, layer, which, adapters) for which in STEPS]
         products = [step.forward.product(step.low.forward()) for step in steps]
         self.layers[layer] = CLayer(*(norm.struct for norm in norms), *products)
-        self.alive += [norms, steps]
+        self.alive.append(norms)
+        self.steps.append(steps)
         self.ranks = max(self.ranks, *(step.low.ranks for step in steps))
 
-    def run(self, x: Tensor, first: int, last: int, stream: Stream, turn: tuple[Tensor, Tensor] | None) -> None:
+    def run(
+        self,
+        x: Tensor,
+        first: int,
+        last: int,
+        stream: Stream,
+        turn: tuple[Tensor, Tensor] | None,
+        record: Recording | None = None,
+    ) -> None:
         """The kernels' layers first..last-1 on x (B, d) fp32, in place; turn as `Decoder.turn` makes it."""
         config, cache, rows = self.model.config, stream.cache, len(x)
         inner, heads = config.n_head * config.d_head, config.n_head + 2 * config.n_kv_head
@@ -92,9 +103,11 @@ class Stepper:
         ]
         rope = (None, None) if turn is None else fused.rope_rows(*turn, x.shape)
         keys, values = ((c.c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (cache.keys, cache.values))
+        kept = None if record is None else record.structs()
         task = CDecode(
             config.d_model, config.n_head, config.n_kv_head, config.d_head, config.d_ff, act, cache.capacity, rows, cache.length,
             at(stream.starts), *map(at, rope), c.addressof(keys), c.addressof(values), at(x), *map(at, scratch),
+            None if kept is None else c.addressof(kept), 0 if record is None else record.count,
         )
         # fmt: on
         kernels.call("punster_decode", c.byref(task), self.layers, first, last)
@@ -127,8 +140,13 @@ def product_of(model: Decoder, layer: int, which: str, adapters: Sequence[Adapte
     return Product(matrix, LowRank.of(places, adapters))
 
 
-def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, Tensor] | None = None) -> Tensor:
-    """Feed one token (B,) per row; logits (B, V) of the next one. The states (B, d) before the layers in `keep` are put there."""
+def decode_one_token(
+    stepper: Stepper, token: Tensor, stream: Stream, keep: dict[int, Tensor] | None = None, record: Recording | None = None
+) -> Tensor:
+    """Feed one token (B,) per row; logits (B, V) of the next one. The states (B, d) before the layers in `keep` are put there.
+
+    A record takes what gradients need; its rows are appended by the caller, who knows whose they are.
+    """
     model, config = stepper.model, stepper.model.config
     x = model.embed(token[:, None], stream.positions[:, None])[:, 0]
     turn = model.turn(stream.positions) if config.family == "llama" else None
@@ -139,7 +157,7 @@ def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict
         if stage is None:
             following = layer + 1
             if following == total or stepper.stages[following] is not None or (keep is not None and following in keep):
-                stepper.run(x, done, following, stream, turn)
+                stepper.run(x, done, following, stream, turn, record)
                 done = following
             continue
         done = layer + 1
@@ -153,6 +171,8 @@ def decode_one_token(stepper: Stepper, token: Tensor, stream: Stream, keep: dict
         else:
             y = activate(y, config.activation)
         stage.down.add_to(x, y)
+    if record is not None:
+        record.last[record.count : record.count + len(x)] = x
     stream.cache.length += 1
     stream.positions = stream.positions + 1
     return model.logits(model.final_norm(x))

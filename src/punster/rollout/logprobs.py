@@ -8,7 +8,7 @@ are at hand, and backward only scales it. N response tokens, d width, V vocabula
 from __future__ import annotations
 
 import ctypes as c
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +22,27 @@ from punster.model.product import LogitHead
 CHUNK = 64
 
 
+class Known(NamedTuple):
+    """Log-probs (N,) of targets and their gradients (N, d) in the states, from an earlier pass with the same weights."""
+
+    log_probs: Tensor
+    slopes: Tensor
+
+
 class _LogProbs(torch.autograd.Function):
     """(hidden, head weight, targets) -> log-prob of each target (N,)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: LogitHead, targets: Tensor, temperature: float, chunk: int
-    ) -> Tensor:
-        log_probs = hidden.new_empty(hidden.shape[0])
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], chunk):
+        ctx: Any, hidden: Tensor, weight: Tensor, head: LogitHead, targets: Tensor, temperature: float, chunk: int, known: Known | None,
+    ) -> Tensor:  # fmt: skip
+        log_probs = hidden.new_empty(hidden.shape[0]) if known is None else known.log_probs.clone()
+        slopes = (torch.empty_like(hidden) if known is None else known.slopes) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0] if known is None else 0, chunk):
             part = slice(start, start + chunk)
             log_probs[part], probs = target_log_probs(head, hidden[part], targets[part], temperature, slopes is not None)
             if slopes is not None and probs is not None:
-                # d log p(y) / d logits = onehot(y) - p; expm1 gives 1 - p(y) without cancellation
-                own = -torch.expm1(log_probs[part, None]) * weight[targets[part]]
-                slopes[part] = (own - head.pull_back(probs)) / temperature
+                slopes[part] = slope(head, log_probs[part], probs, targets[part], temperature)
         ctx.slopes = slopes
         ctx.save_for_backward(*((hidden, targets) if ctx.needs_input_grad[1] else ()))
         ctx.head, ctx.temperature, ctx.chunk = head, temperature, chunk
@@ -57,7 +62,14 @@ class _LogProbs(torch.autograd.Function):
                 slope = p.mul_(-gradient[part, None])
                 slope.scatter_add_(1, targets[part, None], gradient[part, None])
                 grad_weight.addmm_(slope.T, hidden[part], alpha=1 / ctx.temperature)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def slope(head: LogitHead, log_probs: Tensor, probs: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """(n, d) gradient of each log-prob in its state; probs (n, V) of the other tokens."""
+    # d log p(y) / d logits = onehot(y) - p; expm1 gives 1 - p(y) without cancellation
+    own = -torch.expm1(log_probs[:, None]) * head.weight.detach()[targets]
+    return (own - head.pull_back(probs)) / temperature
 
 
 def log_softmax(head: LogitHead, hidden: Tensor, temperature: float) -> Tensor:
@@ -75,9 +87,12 @@ def target_log_probs(
         log_p = log_softmax(head, hidden, temperature)
         chosen = log_p.gather(1, targets[:, None])[:, 0]
         return chosen, log_p.exp_().scatter_(1, targets[:, None], 0.0) if with_probs else None
-    logits, found = head.logits(hidden), torch.empty(len(hidden))
-    stride = logits.shape[1] + logits.shape[1] % 2  # products read pairs
-    probs = torch.empty(len(hidden), stride, dtype=torch.bfloat16) if with_probs else None
+    return on_kernels(head.logits(hidden), targets, temperature, with_probs)
+
+
+def on_kernels(logits: Tensor, targets: Tensor, temperature: float, with_probs: bool) -> tuple[Tensor, Tensor | None]:
+    found, stride = torch.empty(len(logits)), logits.shape[1] + logits.shape[1] % 2  # products read pairs
+    probs = torch.empty(len(logits), stride, dtype=torch.bfloat16) if with_probs else None
     call("punster_log_probs", logits, *sizes(logits), c.c_float(1 / temperature), targets, found, probs, stride)
     return found, probs
 
@@ -86,25 +101,30 @@ def sizes(logits: Tensor) -> tuple[c.c_long, int]:
     return c.c_long(logits.shape[0]), logits.shape[1]
 
 
-def token_log_probs(hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK) -> Tensor:
+def token_log_probs(
+    hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK, known: Known | None = None
+) -> Tensor:
     """Log-probs (N,) fp32 of the targets, differentiable in hidden and in a trained head.
 
-    hidden (N, d): states after the final norm that predict `targets` (N,); head: (V, d).
+    hidden (N, d): states after the final norm that predict `targets` (N,); head: (V, d). known: the same, found before.
     """
-    log_probs: Tensor = _LogProbs.apply(hidden, head.weight, head, targets, temperature, chunk)
+    log_probs: Tensor = _LogProbs.apply(hidden, head.weight, head, targets, temperature, chunk, known)
     return log_probs
 
 
 @torch.no_grad()
 def compare_policies(
     hidden: Tensor, head: LogitHead, reference: Tensor, reference_head: LogitHead, targets: Tensor,
-    temperature: float = 1.0, chunk: int = CHUNK,
+    temperature: float = 1.0, chunk: int = CHUNK, with_slopes: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Per token, (N,) each: log_prob, ref_log_prob, entropy, and the exact KL(pi || ref) over the whole vocabulary.
 
-    The exact KL is sum_v pi(v) (log pi(v) - log ref(v)) >= 0 at the state before each target.
+    The exact KL is sum_v pi(v) (log pi(v) - log ref(v)) >= 0 at the state before each target. with_slopes: also "slopes" (N, d),
+    the gradients of log_prob in the states, where the kernels serve both heads (see `Known`).
     """
     names, parts = ("log_prob", "entropy", "ref_log_prob", "kl"), []
+    possible = with_slopes and head.packed is not None and reference_head.packed is not None
+    slopes = torch.empty_like(hidden) if possible else None
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
         aims = targets[part]
@@ -112,6 +132,10 @@ def compare_policies(
             found = torch.empty(4, len(aims))
             logits, others = head.logits(hidden[part]), reference_head.logits(reference[part])
             call("punster_compare", logits, others, *sizes(logits), c.c_float(1 / temperature), aims, found)
+            if slopes is not None:
+                log_probs, probs = on_kernels(logits, aims, temperature, True)
+                assert probs is not None
+                slopes[part] = slope(head, log_probs, probs, aims, temperature)
         else:
             log_p = log_softmax(head, hidden[part], temperature)
             log_q = log_softmax(reference_head, reference[part], temperature)
@@ -119,7 +143,8 @@ def compare_policies(
             kl = log_q.neg_().add_(log_p).mul_(p).sum(-1)
             found = torch.stack((chosen, -p.mul_(log_p).sum(-1), others, kl))
         parts.append(found)
-    return dict(zip(names, torch.cat(parts, 1), strict=True))
+    result = dict(zip(names, torch.cat(parts, 1), strict=True))
+    return result if slopes is None else {**result, "slopes": slopes}
 
 
 @torch.no_grad()

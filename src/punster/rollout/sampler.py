@@ -6,6 +6,7 @@ uniforms, so its result does not depend on the rows beside it. Finished rows lea
 
 from __future__ import annotations
 
+import ctypes as c
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from punster.data.batch import Example, PrefixTree
 from punster.errors import UserError
+from punster.model.kernels import call, compiled
 from punster.model.lora import join
+from punster.model.recording import Recording
 from punster.model.role import Role, Trunk
 from punster.model.transformer import KeyValueCache, causal_mask
 from punster.rollout.decode import Stepper, Stream, decode_one_token
@@ -66,6 +69,7 @@ class Rollout:
     eos_id: int = -1
     max_positions: int = 1 << 30
     trunk: Trunk | None = None  # states of the closed examples, if they were asked for
+    record: Recording | None = None  # what the gradients of this pass need, if it was asked for and the kernels could keep it
 
     @property
     def closed(self) -> list[Example]:
@@ -85,12 +89,12 @@ class Rollout:
 @torch.no_grad()
 def generate(
     role: Role, prompts: Sequence[Sequence[int]], decoding: Decoding, eos_id: int, generator: torch.Generator,
-    samples: int = 1, max_rows: int = ROWS, keep: Collection[int] = (),
+    samples: int = 1, max_rows: int = ROWS, keep: Collection[int] = (), record: bool = False,
 ) -> Rollout:  # fmt: skip
     """Draw `samples` responses to each tokenised prompt; `keep` the states after so many layers, as a trunk.
 
     States are kept up to the lowest layer that the role trains (see `Trunk`), and only where the context has room for one more
-    token: finished rows stay until their EOS was fed.
+    token: finished rows stay until their EOS was fed. `record` what the gradients of what the role trains need.
 
     Raises UserError if a prompt leaves no room for max_new_tokens in the model's context.
     """
@@ -104,6 +108,7 @@ def generate(
     kept_depths = sorted(depth for depth in keep if 0 < depth <= min(role.frozen_depth, role.last_layer - 1) and roomy)
     keys = {depth: role.trunk_key(depth) for depth in kept_depths}
     uniforms = torch.rand(len(prompts) * samples, decoding.max_new_tokens, generator=generator, dtype=torch.float64).float()
+    trained_from = role.frozen_depth
     if role.adapters:
         role = Role(role.model, (join(role.adapters),))
     stepper = Stepper.of(role.model, role.adapters, role.last_layer)
@@ -117,7 +122,12 @@ def generate(
         chosen = order[start : start + per_call]
         rows = [prompt * samples + k for prompt in chosen for k in range(samples)]
         drawn = uniforms[rows].to(role.model.device)
-        results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn, list(keys))
+        recording = None
+        if record and len(order) <= per_call:
+            recording = Recording.of(stepper, trained_from, prompts, samples, decoding.max_new_tokens)
+        results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn, list(keys), recording)
+        if recording is not None:
+            recording.rows = rows
         for row, (ids, logs, kept) in zip(rows, results, strict=True):
             examples[row] = Example(tuple(prompts[row // samples]), tuple(ids))
             log_probs[row] = logs
@@ -125,19 +135,22 @@ def generate(
             for depth, state in kept.items():
                 states[depth][row] = state
     trunk = Trunk({(depth, key): states[depth] for depth, key in keys.items()}) if keys else None
-    return Rollout([e for e in examples if e is not None], log_probs, finished, eos_id, limit, trunk)
+    return Rollout([e for e in examples if e is not None], log_probs, finished, eos_id, limit, trunk, recording)
 
 
 def _generate(
     role: Role, stepper: Stepper, prompts: Sequence[Sequence[int]], samples: int, decoding: Decoding, eos_id: int,
-    uniforms: Tensor, keep: Sequence[int] = (),
+    uniforms: Tensor, keep: Sequence[int] = (), record: Recording | None = None,
 ) -> list[tuple[list[int], Tensor, dict[int, Tensor]]]:  # fmt: skip
     """Ids, log-probs and kept states of each row."""
     model, device, longest = role.model, role.model.device, decoding.max_new_tokens
     widest = max(len(prompt) for prompt in prompts)
     ids, mask = left_padded(prompts, device)
     tree = PrefixTree.of(prompts, device, left=True)
-    logits, stream, of_prompts = prefill(role, ids, mask, tree, longest + 1, keep)
+    logits, stream, of_prompts = prefill(role, ids, mask, tree, longest + 1, keep, record)
+    of_prompt = [tree.nodes[row, widest - len(prompt) :] for row, prompt in enumerate(prompts)]
+    if record is not None:
+        record.begin([nodes for nodes in of_prompt for _ in range(samples)], len(tree.first))
     if samples > 1:  # the prompt was run once for all its samples
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
         stream.select(repeat)
@@ -151,9 +164,11 @@ def _generate(
     seen = _seen_tokens(ids, mask, model.config.vocab_size) if decoding.repetition_penalty != 1 else None
     states = {depth: torch.empty(total, longest + 1, model.config.d_model, device=device) for depth in keep}
 
-    def feed(token: Tensor, place: int) -> Tensor:
+    def feed(token: Tensor, place: int, record: Recording | None = None) -> Tensor:
         fresh = dict.fromkeys(keep, token)
-        logits = decode_one_token(stepper, token, stream, fresh)
+        logits = decode_one_token(stepper, token, stream, fresh, record)
+        if record is not None:
+            record.append(active)
         for depth, state in fresh.items():
             states[depth][active, place] = state
         return logits
@@ -174,15 +189,14 @@ def _generate(
             chosen = staying.nonzero()[:, 0]
             stream.select(chosen)
             active, token = active[chosen], token[chosen]
-        logits = feed(token, step)
+        logits = feed(token, step, record)
     if keep:
         feed(token, step)
         if bool(alive.any()):  # cut off: closed by an EOS that was not drawn
             feed(torch.full_like(token, eos_id), step + 1)
     results = []
     for row in range(total):
-        asked, length = row // samples, int(lengths[row])
-        own = tree.nodes[asked, widest - len(prompts[asked]) :]
+        own, length = of_prompt[row // samples], int(lengths[row])
         closed = length + int(alive[row])
         kept = {depth: torch.cat((of_prompts[depth][own], states[depth][row, :closed])) for depth in keep}
         results.append((tokens[row, :length].tolist(), logs[row, :length].cpu(), kept))
@@ -201,7 +215,13 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
 
 
 def prefill(
-    role: Role, ids: Tensor, mask: Tensor, tree: PrefixTree, new_tokens: int, keep: Sequence[int] = ()
+    role: Role,
+    ids: Tensor,
+    mask: Tensor,
+    tree: PrefixTree,
+    new_tokens: int,
+    keep: Sequence[int] = (),
+    record: Recording | None = None,
 ) -> tuple[Tensor, Stream, dict[int, Tensor]]:
     """Run left-padded prompts (B, P) into a cache with room for new tokens, what they share once.
 
@@ -213,7 +233,9 @@ def prefill(
     cache = KeyValueCache(model.config, rows, widest + new_tokens, torch.float32, ids.device)
     hidden = model.embed_tree(ids, tree)
     for depth in (*keep, role.last_layer):
-        hidden = model.blocks(hidden, done, depth, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree)
+        hidden = model.blocks(
+            hidden, done, depth, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree, record=record
+        )
         states[depth], done = hidden[0], depth
     cache.length = widest
     lengths = mask.sum(1)
@@ -229,12 +251,23 @@ def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | N
     if decoding.temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and not decoding.truncated and compiled() is not None:
+        return choose_plainly(logits, decoding.temperature, uniform)
     logits = logits / decoding.temperature if decoding.temperature != 1 else logits
     if decoding.top_k or decoding.top_p < 1 or decoding.min_p:
         logits = truncate(logits, decoding)
     probs = logits.softmax(-1)
     token = inverse_cdf(probs, uniform)
     return token, probs.gather(1, token[:, None])[:, 0].log()
+
+
+def choose_plainly(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose` without truncation, on the kernels: log-probs are those of `rollout.logprobs` to the last bit."""
+    logits = logits.contiguous()
+    token, log_prob = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    size = c.c_long(len(logits)), logits.shape[1]
+    call("punster_choose", logits, *size, c.c_float(1 / temperature), uniform.contiguous(), token, log_prob)
+    return token, log_prob
 
 
 def truncate(logits: Tensor, decoding: Decoding) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from punster.errors import UserError
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.rewards import Reward, RewardFunction, load_function
-from punster.rollout.logprobs import compare_policies
+from punster.rollout.logprobs import Known, compare_policies
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train import held_out
 from punster.train.run import Run
@@ -79,6 +79,14 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     )
 
 
+class FirstPass(NamedTuple):
+    """The policy's states and the critic's values with their graphs, and the log-probs with their slopes."""
+
+    states: Tensor | None = None
+    values: Tensor | None = None
+    known: Known | None = None
+
+
 @dataclass
 class Experience:
     """B responses of at most R tokens; per-token tensors are (B, R), zero beyond each response."""
@@ -99,12 +107,12 @@ class Experience:
     finished: Tensor  # (B,) bool
     max_tokens: int
     samples: int = 1
-    kept: tuple[Tensor, Tensor | None] | None = None  # states and values of the first micro-batch
+    kept: FirstPass | None = None  # of the first micro-batch
 
-    def first_pass(self, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """The policy's states and the critic's values of these rows with their graph, if `collect` kept it; only once."""
+    def first_pass(self, rows: list[int]) -> FirstPass:
+        """What `collect` kept of the forward pass over these rows; only once."""
         found, self.kept = self.kept, None
-        return found if found is not None and rows == self.groups[0][0] else (None, None)
+        return found if found is not None and rows == self.groups[0][0] else FirstPass()
 
     def regroup(self, minibatches: int, generator: torch.Generator) -> list[list[list[int]]]:
         """A fresh permutation for another pass."""
@@ -176,16 +184,19 @@ def collect(
     """Sample, run the trunk once for all roles, score, and read old log-probs, exact KL and values off the training path.
 
     with_graph: where the first minibatch is one micro-batch, its states and values keep their graph: the first update is made with
-    the very weights that are in place now, so its forward pass need not be repeated.
+    the very weights that are in place now, so its forward pass need not be repeated. Where that micro-batch is the whole rollout,
+    and the kernels sampled it, the policy's was never made: sampling has recorded what the gradients need.
     """
     policy, reference = setup.policy, setup.reference
     roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
     depths = Trunk.depths(roles) if setup.cache_trunk else set()
     max_tokens = max_tokens or setup.max_tokens
     share = max_tokens / setup.max_tokens  # below 1 where memory has run out
+    widest = max(len(setup.prompt_ids[row]) for row in prompt_rows) + setup.decoding.max_new_tokens
+    whole = minibatches == 1 and len(prompt_rows) * samples * widest <= max_tokens  # one micro-batch in any case
     rollout = generate(
         policy, [setup.prompt_ids[row] for row in prompt_rows], setup.decoding, setup.tokenizer.eos_id, sampling, samples,
-        rows_at_once(share), keep=depths,
+        rows_at_once(share), depths, with_graph and whole,
     )  # fmt: skip
     examples = rollout.examples
     prompts = [setup.prompts[row] for row in prompt_rows for _ in range(samples)]
@@ -204,18 +215,22 @@ def collect(
         batch = trunk.collate(examples, rows, device)
         width = batch.mask.shape[1]
         keeps = with_graph and number == 0 and len(groups[0]) == 1
+        record = rollout.record if keeps else None
         with torch.set_grad_enabled(keeps):
-            states = policy.response_hidden(batch)
+            sampled = batch if record is None else replace(batch, record=record, tree=record.tree(rows))
+            states = policy.response_hidden(sampled)
             joined = critic is not None and critic.adapters is policy.adapters
             values = None if critic is None or joined else critic.values(batch)
-        if keeps:
-            kept = states, values
         if joined and critic is not None and critic.head is not None:
             values = batch.scatter(critic.head(states))
         compared = compare_policies(
             states, policy.model.head, reference.response_hidden(batch),
-            reference.model.head, batch.targets(), setup.decoding.temperature,
+            reference.model.head, batch.targets(), setup.decoding.temperature, with_slopes=keeps,
         )  # fmt: skip
+        slopes = compared.pop("slopes", None)
+        if keeps:
+            known = None if slopes is None else Known(compared["log_prob"], slopes)
+            kept = FirstPass(states, None if joined else values, known)
         for name, flat in compared.items():
             tensors[name][rows, :width] = batch.scatter(flat)
         if values is not None:

@@ -144,9 +144,9 @@ def train_step(
         batch = exp.trunk.collate(exp.examples, rows, policy.model.device)
         mask = batch.mask
         cut = (rows, slice(0, mask.shape[1]))
-        states, _ = exp.first_pass(rows)
-        states = policy.response_hidden(batch) if states is None else states
-        flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature)
+        first = exp.first_pass(rows)
+        states = policy.response_hidden(batch) if first.states is None else first.states
+        flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature, known=first.known)
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
         loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)

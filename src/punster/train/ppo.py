@@ -157,12 +157,12 @@ def train_step(
         width = batch.mask.shape[1]
         cut = (rows, slice(0, width))
         mask = batch.mask
-        states, values = exp.first_pass(rows)
+        states, values, known = exp.first_pass(rows)
         if states is None and (with_policy or joined):
             states = policy.response_hidden(batch)
         both: list[torch.Tensor] = []
         if with_policy and states is not None:
-            flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature)
+            flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature, known=known)
             log_prob = batch.scatter(flat)
             loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut], mask, config.clip)
             if joined:
