@@ -103,7 +103,7 @@ def test_products_sum_in_fp32(rows: int, out: int, into: int) -> None:
     want = x.double() @ w.double().T + bias
     packed = Packed.of(w, bias)
     torch.testing.assert_close(packed(x).double(), want, atol=3e-6 * into**0.5 * 8, rtol=1e-5)
-    torch.testing.assert_close(packed(x, into=start.clone()).double(), want + start, atol=3e-6 * into**0.5 * 8, rtol=1e-5)
+    torch.testing.assert_close(packed(x, base=start).double(), want + start, atol=3e-6 * into**0.5 * 8, rtol=1e-5)
     assert torch.equal(packed(x, half=True), packed(x).bfloat16()) or into > 2 * 1024
     even = torch.nn.functional.pad(want, (0, out % 2)).bfloat16()
     back = Packed.of(torch.nn.functional.pad(w.T, (0, out % 2)))(even)

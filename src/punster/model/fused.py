@@ -52,9 +52,10 @@ class Norm:
         call("punster_norm", x, c.c_long(len(x)), x.shape[1], c.byref(self.struct), c.byref(low.forward()), y, lows, stat)
         return y, lows, stat
 
-    def add_gradient(self, dy: Tensor, x: Tensor, stat: Tensor, dx: Tensor) -> Tensor:
-        """dx += the gradient of the norm's input."""
-        call("punster_norm_back", dy, x, stat, c.c_long(len(x)), x.shape[1], c.byref(self.struct), dx)
+    def gradient(self, dy: Tensor, x: Tensor, stat: Tensor, base: Tensor) -> Tensor:
+        """base + the gradient of the norm's input."""
+        dx = torch.empty_like(x)
+        call("punster_norm_back", dy, x, stat, c.c_long(len(x)), x.shape[1], c.byref(self.struct), base, dx)
         return dx
 
 
@@ -103,14 +104,15 @@ class Into:
         turn(qkv, self.rope, self.heads, 1.0)
         return (x, normed, low, stat), qkv
 
-    def pull_back(self, gradient: Tensor, saved: Saved, dx: Tensor | None, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of the factors; that of x is added to dx. The gradient (n, (H + 2K) h) is overwritten."""
+    def pull_back(
+        self, gradient: Tensor, saved: Saved, base: Tensor | None, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """base + the gradient of x (None: not wanted), and those of the factors. The gradient (n, (H + 2K) h) is overwritten."""
         x, normed, low, stat = saved
         turn(gradient, self.rope, self.heads, -1.0)
         dy, pulled = self.step.rounded_gradient(gradient)
-        if dx is not None:
-            self.norm.add_gradient(self.step.pull_back(dy, pulled), x, stat, dx)
-        return self.step.low.gradients(low, dy, pulled, normed, wanted)
+        dx = None if base is None else self.norm.gradient(self.step.pull_back(dy, pulled), x, stat, base)
+        return dx, self.step.low.gradients(low, dy, pulled, normed, wanted)
 
 
 class _AttendIn(torch.autograd.Function):
@@ -126,16 +128,17 @@ class _AttendIn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dx = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[0] else None
+        base = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[0] else None
         own = gradient.clone(memory_format=torch.contiguous_format)
-        return dx, None, *ctx.into.pull_back(own, ctx.saved_tensors, dx, ctx.needs_input_grad[2:])
+        dx, grads = ctx.into.pull_back(own, ctx.saved_tensors, base, ctx.needs_input_grad[2:])
+        return dx, None, *grads
 
 
 def add_out(x: Tensor, found: Tensor, step: Step) -> tuple[Saved, Tensor]:
     """x (n, d) + the output product of what attention found (n, H h)."""
     low = empty_low(len(x), step.low)
     narrow = rounded(found, step.low.forward(), None, low)
-    return (narrow, low), step.forward(narrow, low, step.low.forward(), into=x.clone())
+    return (narrow, low), step.forward(narrow, low, step.low.forward(), base=x)
 
 
 def add_out_back(gradient: Tensor, saved: Saved, step: Step, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
@@ -188,9 +191,9 @@ class _Attention(torch.autograd.Function):
         middle = 5 + len(into.step.factors())
         gradient = gradient.contiguous()
         found, of_out = add_out_back(gradient, (narrow, low), out, ctx.needs_input_grad[middle:])
-        dx = gradient.clone() if ctx.needs_input_grad[0] else None
         own = paths.pull_back(qkv, total, found, into.heads)
-        of_in = into.pull_back(own, tuple(saved), dx, ctx.needs_input_grad[5:middle])
+        base = gradient if ctx.needs_input_grad[0] else None
+        dx, of_in = into.pull_back(own, tuple(saved), base, ctx.needs_input_grad[5:middle])
         return dx, None, None, None, None, *of_in, *of_out
 
 
@@ -248,7 +251,7 @@ def feed_forward(x: Tensor, norm: Norm, up: Step, down: Step, act: int) -> tuple
     width = y.shape[1] // (2 if act == SILU else 1)
     h, low_down = torch.empty(len(x), width, dtype=torch.bfloat16), empty_low(len(x), down.low)
     call("punster_act", y, c.c_long(len(x)), width, act, c.byref(down.low.forward()), h, low_down)
-    result = down.forward(h, low_down, down.low.forward(), into=x.clone())
+    result = down.forward(h, low_down, down.low.forward(), base=x)
     return (x, normed, low_up, stat, y, h, low_down), result
 
 
@@ -277,7 +280,7 @@ class _FeedForward(torch.autograd.Function):
         dy, pulled = torch.empty_like(y), empty_low(len(x), up.low)
         call("punster_act_back", dh, y, c.c_long(len(x)), h.shape[1], act, c.byref(up.low.forward()), dy, pulled)
         of_up = up.low.gradients(low_up, dy, pulled, normed, ctx.needs_input_grad[6:middle])
-        dx = norm.add_gradient(up.pull_back(dy, pulled), x, stat, gradient.clone()) if ctx.needs_input_grad[0] else None
+        dx = norm.gradient(up.pull_back(dy, pulled), x, stat, gradient) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, None, *of_up, *of_down
 
 

@@ -53,8 +53,8 @@ INLINE __m512 gate_of(int kind, __m512 x, __m512 *slope) {
 }
 
 /* ---- products ------------------------------------------------------------------------------------------------------ */
-INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, long begin, long end, void *y,
-                 int mode) {
+INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, long begin, long end,
+                 const float *base, void *y, int mode) {
   const long in = p->in, out = p->out;
   const Update *u = &p->update;
   const uint32_t *w = p->w + ((long)panel * (in / 2) + begin) * PANEL;
@@ -97,14 +97,14 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
         _mm256_mask_storeu_epi16((bf16 *)y + r * out + column, inside[c], (__m256i)_mm512_cvtneps_pbh(v));
         continue;
       }
-      float *to = (float *)y + r * out + column;
-      if (mode == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside[c], to));
-      _mm512_mask_storeu_ps(to, inside[c], v);
+      if (mode == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside[c], base + r * out + column));
+      _mm512_mask_storeu_ps((float *)y + r * out + column, inside[c], v);
     }
   }
 }
 
-static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, void *y, int mode) {
+/* y = the product, or base (which may be y) + the product */
+static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
   const long panels = (p->out + PANEL - 1) / PANEL, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1;
   const long size = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
 #pragma omp for schedule(static)
@@ -120,10 +120,11 @@ static void product_rows(const bf16 *x, long rows, const Product *p, const float
         const bf16 *at = x + row * p->in;
         const float *beside = low && !k ? low + row * p->update.ranks : 0;
         void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
+        const float *from = k ? to : base ? base + row * p->out : 0;
         switch (end - row) {
-#define CASE(n) case n: tile(n, at, p, beside, panel, k, stop, to, how); break;
+#define CASE(n) case n: tile(n, at, p, beside, panel, k, stop, from, to, how); break;
           CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-          default: tile(8, at, p, beside, panel, k, stop, to, how);
+          default: tile(8, at, p, beside, panel, k, stop, from, to, how);
         }
       }
     }
@@ -181,8 +182,9 @@ static void norm_rows(const float *x, long rows, int d, const Norm *n, const Upd
   }
 }
 
-/* dx += gradient of the norm's input */
-static void norm_back_rows(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, float *dx) {
+/* dx = base + gradient of the norm's input */
+static void norm_back_rows(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, const float *base,
+                           float *dx) {
 #pragma omp for schedule(static)
   for (long row = 0; row < rows; row++) {
     const __m512 mean = _mm512_set1_ps(stat[2 * row]), scale = _mm512_set1_ps(stat[2 * row + 1]);
@@ -198,7 +200,7 @@ static void norm_back_rows(const float *dy, const float *x, const float *stat, l
       const __m512 hat = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + row * d + c), mean), scale);
       __m512 g = _mm512_mul_ps(_mm512_loadu_ps(dy + row * d + c), _mm512_loadu_ps(n->weight + c));
       g = _mm512_sub_ps(_mm512_fnmadd_ps(hat, part, g), shift);
-      _mm512_storeu_ps(dx + row * d + c, _mm512_fmadd_ps(g, scale, _mm512_loadu_ps(dx + row * d + c)));
+      _mm512_storeu_ps(dx + row * d + c, _mm512_fmadd_ps(g, scale, _mm512_loadu_ps(base + row * d + c)));
     }
   }
 }
@@ -311,10 +313,28 @@ static void rope_rows(float *x, long rows, int heads, int turned, int size, cons
 /* ---- attention ---------------------------------------------------------------------------------------------------------- */
 typedef struct { const float *k, *v; const int64_t *path; long stride, count; } Keys; /* the i-th lies at path[i], or at i */
 INLINE long key_at(const Keys *s, long i) { return (s->path ? s->path[i] : i) * s->stride; }
-INLINE float dot(const float *x, const float *y, int size) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int i = 0; i < size; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(y + i), sum);
-  return _mm512_reduce_add_ps(sum);
+INLINE __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) { /* of the 16 numbers in each */
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)),
+                high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+/* out[i] = scale x . (the i-th row of base); out has room for count + 3 */
+INLINE void dots(const float *x, const float *base, const Keys *s, const int size, float scale, float *out) {
+  const long last = s->count - 1;
+  for (long i = 0; i < s->count; i += 4) {
+    const float *row[4];
+    __m512 sum[4];
+    for (int t = 0; t < 4; t++) row[t] = base + key_at(s, i + t < last ? i + t : last), sum[t] = _mm512_setzero_ps();
+    for (int c = 0; c < size; c += 16) {
+      const __m512 v = _mm512_loadu_ps(x + c);
+      for (int t = 0; t < 4; t++) sum[t] = _mm512_fmadd_ps(v, _mm512_loadu_ps(row[t] + c), sum[t]);
+    }
+    _mm_storeu_ps(out + i, _mm_mul_ps(sums_of(sum[0], sum[1], sum[2], sum[3]), _mm_set1_ps(scale)));
+  }
 }
 /* out = times sum of weight[i] times the i-th row of base */
 INLINE void weighted(const int blocks, const float *weight, const float *base, const Keys *s, float times, float *out) {
@@ -326,29 +346,30 @@ INLINE void weighted(const int blocks, const float *weight, const float *base, c
   }
   for (int b = 0; b < blocks; b++) _mm512_storeu_ps(out + 16 * b, _mm512_mul_ps(sum[b], _mm512_set1_ps(times)));
 }
-INLINE void weighted_sum(const float *weight, const float *base, const Keys *s, int size, float times, float *out) {
+INLINE void weighted_sum(const float *weight, const float *base, const Keys *s, const int size, float times, float *out) {
   int i = 0;
   for (; i + 64 <= size; i += 64) weighted(4, weight, base + i, s, times, out + i);
   if (i < size) weighted(2, weight, base + i, s, times, out + i);
 }
-/* softmax attention of one query; the log of its partition sum. score has room for count + 16 */
-static float attend_one(const float *q, const Keys *s, int size, float *score, float *out) {
-  const float scale = 1 / sqrtf(size);
-  float most = -INFINITY;
-  for (long i = 0; i < s->count; i++) {
-    score[i] = dot(q, s->k + key_at(s, i), size) * scale;
-    most = score[i] > most ? score[i] : most;
-  }
-  __m512 sum = _mm512_setzero_ps();
+INLINE float attend_sized(const float *q, const Keys *s, const int size, float *score, float *out) {
+  dots(q, s->k, s, size, 1 / sqrtf(size), score);
+  const __m512 lowest = _mm512_set1_ps(-INFINITY);
+  __m512 top = lowest, sum = _mm512_setzero_ps();
+  for (long i = 0; i < s->count; i += 16) top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, inside_of(s->count - i), score + i));
+  const float most = _mm512_reduce_max_ps(top);
   for (long i = 0; i < s->count; i += 16) {
     const __mmask16 inside = inside_of(s->count - i);
-    const __m512 e = vexp(_mm512_sub_ps(_mm512_loadu_ps(score + i), _mm512_set1_ps(most)));
+    const __m512 e = vexp(_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, score + i), _mm512_set1_ps(most)));
     sum = _mm512_mask_add_ps(sum, inside, sum, e);
     _mm512_mask_storeu_ps(score + i, inside, e);
   }
   const float total = _mm512_reduce_add_ps(sum);
   weighted_sum(score, s->v, s, size, 1 / total, out);
   return most + logf(total);
+}
+/* softmax attention of one query; the log of its partition sum. score has room for count + 3 */
+static float attend_one(const float *q, const Keys *s, int size, float *score, float *out) {
+  return size == 64 ? attend_sized(q, s, 64, score, out) : attend_sized(q, s, size, score, out);
 }
 
 /* Nodes of a prefix tree: node n sees nodes[first[n] - position[n]] ... nodes[first[n]], itself the last. */
@@ -369,7 +390,7 @@ void punster_attend(const Tree *t, const float *qkv, float *out, float *log_tota
 #pragma omp parallel for schedule(dynamic, 16)
   for (long n = 0; n < t->count; n++) {
     const float *q = qkv + n * (t->heads + 2 * t->kv_heads) * size;
-    float score[t->position[n] + 17];
+    float score[t->position[n] + 4];
     for (int head = 0; head < t->heads; head++) {
       const Keys seen = keys_of(t, qkv, head / group, n);
       log_total[n * t->heads + head] = attend_one(q + head * size, &seen, size, score, out + (n * t->heads + head) * size);
@@ -396,12 +417,56 @@ void punster_readers(const Tree *t, int64_t *from, int64_t *begin, int64_t *read
   begin[0] = 0;
 }
 
+/* dq of one query, the weights of its keys, and the gradient of its scores */
+INLINE void of_query(const float *q, const float *g, const Keys *s, const int size, float total, float *share, float *slope, float *dq) {
+  const __m512 scale = _mm512_set1_ps(1 / sqrtf(size));
+  float p[s->count + 3], d[s->count + 3];
+  dots(q, s->k, s, size, 1 / sqrtf(size), p);
+  dots(g, s->v, s, size, 1, d);
+  __m512 along = _mm512_setzero_ps();
+  for (long i = 0; i < s->count; i += 16) {
+    const __mmask16 inside = inside_of(s->count - i);
+    const __m512 e = vexp(_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, p + i), _mm512_set1_ps(total)));
+    _mm512_mask_storeu_ps(share + i, inside, e);
+    along = _mm512_mask3_fmadd_ps(e, _mm512_maskz_loadu_ps(inside, d + i), along, inside);
+  }
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along));
+  for (long i = 0; i < s->count; i += 16) {
+    const __mmask16 inside = inside_of(s->count - i);
+    const __m512 e = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, share + i), scale);
+    _mm512_mask_storeu_ps(slope + i, inside, _mm512_mul_ps(e, _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, d + i), mean)));
+  }
+  weighted_sum(slope, s->k, s, size, 1, dq);
+}
+/* dk and dv of one key and 16 x blocks of its columns */
+INLINE void of_readers(const int blocks, const Tree *t, const int64_t *from, const int64_t *reader, const int64_t *place, long begin,
+                       long end, int kv, const float *qkv, const float *dout, const float *share, const float *slope, float *dk) {
+  const int heads = t->heads, group = heads / t->kv_heads, size = t->size;
+  const long wide = (heads + 2L * t->kv_heads) * size;
+  __m512 of_k[4], of_v[4];
+  for (int b = 0; b < blocks; b++) of_k[b] = of_v[b] = _mm512_setzero_ps();
+  for (long e = begin; e < end; e++) {
+    const long n = reader[e], many = t->position[n] + 1, at = from[n] * heads + place[e];
+    for (int head = kv * group; head < (kv + 1) * group; head++) {
+      const __m512 p = _mm512_set1_ps(share[at + head * many]), d = _mm512_set1_ps(slope[at + head * many]);
+      const float *q = qkv + n * wide + head * size, *g = dout + (n * heads + head) * size;
+      for (int b = 0; b < blocks; b++) {
+        of_k[b] = _mm512_fmadd_ps(d, _mm512_loadu_ps(q + 16 * b), of_k[b]);
+        of_v[b] = _mm512_fmadd_ps(p, _mm512_loadu_ps(g + 16 * b), of_v[b]);
+      }
+    }
+  }
+  for (int b = 0; b < blocks; b++) {
+    _mm512_storeu_ps(dk + 16 * b, of_k[b]);
+    _mm512_storeu_ps(dk + t->kv_heads * size + 16 * b, of_v[b]);
+  }
+}
+
 /* The gradient dqkv of dout. share and slope (entries x H): attention weights, and the gradient of the scores. */
 void punster_attend_back(const Tree *t, const int64_t *from, const int64_t *begin, const int64_t *reader, const int64_t *place,
                          const float *qkv, const float *log_total, const float *dout, float *share, float *slope, float *dqkv) {
   const int heads = t->heads, group = heads / t->kv_heads, size = t->size;
   const long wide = (heads + 2L * t->kv_heads) * size;
-  const float scale = 1 / sqrtf(size);
 #pragma omp parallel
   {
 #pragma omp for schedule(dynamic, 16)
@@ -409,45 +474,21 @@ void punster_attend_back(const Tree *t, const int64_t *from, const int64_t *begi
       for (int head = 0; head < heads; head++) {
         const Keys s = keys_of(t, qkv, head / group, n);
         const float *q = qkv + n * wide + head * size, *g = dout + (n * heads + head) * size;
-        float *p = share + from[n] * heads + head * s.count, *d = slope + from[n] * heads + head * s.count, along = 0;
+        const long at = from[n] * heads + head * s.count;
+        float *dq = dqkv + n * wide + head * size;
         const float total = log_total[n * heads + head];
-        for (long i = 0; i < s.count; i++) {
-          p[i] = dot(q, s.k + key_at(&s, i), size) * scale;
-          d[i] = dot(g, s.v + key_at(&s, i), size);
-        }
-        __m512 sum = _mm512_setzero_ps();
-        for (long i = 0; i < s.count; i += 16) {
-          const __mmask16 inside = inside_of(s.count - i);
-          const __m512 e = vexp(_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, p + i), _mm512_set1_ps(total)));
-          _mm512_mask_storeu_ps(p + i, inside, e);
-          sum = _mm512_mask3_fmadd_ps(e, _mm512_maskz_loadu_ps(inside, d + i), sum, inside);
-        }
-        along = _mm512_reduce_add_ps(sum);
-        for (long i = 0; i < s.count; i++) d[i] = p[i] * (d[i] - along) * scale;
-        weighted_sum(d, s.k, &s, size, 1, dqkv + n * wide + head * size);
+        if (size == 64) of_query(q, g, &s, 64, total, share + at, slope + at, dq);
+        else of_query(q, g, &s, size, total, share + at, slope + at, dq);
       }
 #pragma omp for schedule(dynamic, 16)
     for (long j = 0; j < t->count; j++)
-      for (int kv = 0; kv < t->kv_heads; kv++)
-        for (int c = 0; c < size; c += 32) {
-          __m512 dk0 = _mm512_setzero_ps(), dk1 = dk0, dv0 = dk0, dv1 = dk0;
-          for (long e = begin[j]; e < begin[j + 1]; e++) {
-            const long n = reader[e], many = t->position[n] + 1, at = from[n] * heads + place[e];
-            for (int head = kv * group; head < (kv + 1) * group; head++) {
-              const __m512 p = _mm512_set1_ps(share[at + head * many]), d = _mm512_set1_ps(slope[at + head * many]);
-              const float *q = qkv + n * wide + head * size + c, *g = dout + (n * heads + head) * size + c;
-              dk0 = _mm512_fmadd_ps(d, _mm512_loadu_ps(q), dk0);
-              dk1 = _mm512_fmadd_ps(d, _mm512_loadu_ps(q + 16), dk1);
-              dv0 = _mm512_fmadd_ps(p, _mm512_loadu_ps(g), dv0);
-              dv1 = _mm512_fmadd_ps(p, _mm512_loadu_ps(g + 16), dv1);
-            }
-          }
-          float *dk = dqkv + j * wide + (heads + kv) * size + c, *dv = dk + t->kv_heads * size;
-          _mm512_storeu_ps(dk, dk0);
-          _mm512_storeu_ps(dk + 16, dk1);
-          _mm512_storeu_ps(dv, dv0);
-          _mm512_storeu_ps(dv + 16, dv1);
-        }
+      for (int kv = 0; kv < t->kv_heads; kv++) {
+        float *dk = dqkv + j * wide + (heads + kv) * size;
+        int c = 0;
+        for (; c + 64 <= size; c += 64)
+          of_readers(4, t, from, reader, place, begin[j], begin[j + 1], kv, qkv + c, dout + c, share, slope, dk + c);
+        if (c < size) of_readers(2, t, from, reader, place, begin[j], begin[j + 1], kv, qkv + c, dout + c, share, slope, dk + c);
+      }
   }
 }
 
@@ -494,7 +535,7 @@ static void attend_rows(const Decode *s, const Kept *kept, float *keys, float *v
     for (int head = 0; s->cosine && head < s->heads + s->kv_heads; head++)
       rotate(q + head * size, half, s->cosine + row * half, s->sine + row * half, 1);
     const long begin = s->start ? s->start[row] : 0;
-    float score[now - begin + 16];
+    float score[now - begin + 3];
     for (int kv = 0; kv < s->kv_heads; kv++) {
       float *k = keys + (row * s->kv_heads + kv) * s->capacity * size, *v = values + (row * s->kv_heads + kv) * s->capacity * size;
       memcpy(k + s->length * size, q + (s->heads + kv) * size, size * 4);
@@ -517,14 +558,14 @@ void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
     const Kept k = places(s, at, s->kept ? s->kept + l : 0);
     copy_rows(s->x, s->rows, s->d, k.x); /* of the rows that this thread norms next */
     norm_rows(s->x, s->rows, s->d, &at->before, &at->attend.update, k.normed, k.low, k.stat);
-    product_rows(k.normed, s->rows, &at->attend, k.low, k.qkv, STORE);
+    product_rows(k.normed, s->rows, &at->attend, k.low, 0, k.qkv, STORE);
     attend_rows(s, &k, s->keys[l], s->values[l], &at->output.update);
-    product_rows(k.found, s->rows, &at->output, k.low_found, s->x, ADD);
+    product_rows(k.found, s->rows, &at->output, k.low_found, s->x, s->x, ADD);
     copy_rows(s->x, s->rows, s->d, k.between);
     norm_rows(s->x, s->rows, s->d, &at->between, &at->up.update, k.normed_between, k.low_up, k.stat_between);
-    product_rows(k.normed_between, s->rows, &at->up, k.low_up, k.wide, STORE_BF16);
+    product_rows(k.normed_between, s->rows, &at->up, k.low_up, 0, k.wide, STORE_BF16);
     act_rows(k.wide, s->rows, s->width, s->act, &at->down.update, k.act, k.low_down);
-    product_rows(k.act, s->rows, &at->down, k.low_down, s->x, ADD);
+    product_rows(k.act, s->rows, &at->down, k.low_down, s->x, s->x, ADD);
   }
 }
 
@@ -631,17 +672,18 @@ void punster_pack(const bf16 *w, int out, int in, long row_stride, long column_s
         packed[((long)panel * (in / 2) + k) * PANEL + c] = column < out ? at[0] | (uint32_t)at[column_stride] << 16 : 0;
       }
 }
-void punster_product(const bf16 *x, long rows, const Product *p, const float *low, void *y, int mode) {
+void punster_product(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
 #pragma omp parallel
-  product_rows(x, rows, p, low, y, mode);
+  product_rows(x, rows, p, low, base, y, mode);
 }
 void punster_norm(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
 #pragma omp parallel
   norm_rows(x, rows, d, n, u, y, low, stat);
 }
-void punster_norm_back(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, float *dx) {
+void punster_norm_back(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, const float *base,
+                       float *dx) {
 #pragma omp parallel
-  norm_back_rows(dy, x, stat, rows, d, n, dx);
+  norm_back_rows(dy, x, stat, rows, d, n, base, dx);
 }
 void punster_round(const float *x, long rows, int columns, const Update *u, const int32_t *from, const int32_t *to, bf16 *y, float *low) {
 #pragma omp parallel

@@ -130,7 +130,7 @@ def right(found: c.CDLL) -> bool:
     weight, x = torch.linspace(-1, 1, 50 * 32).view(50, 32).bfloat16(), torch.linspace(-1, 1, 9 * 32).view(9, 32).bfloat16()
     packed, y = torch.zeros(2 * PANEL * 16, dtype=torch.int32), torch.empty(9, 50)
     found.punster_pack(at(weight), 50, 32, c.c_long(32), c.c_long(1), at(packed))
-    found.punster_product(at(x), c.c_long(9), c.byref(CProduct(at(packed), None, 32, 50, NO_UPDATE)), None, at(y), STORE)
+    found.punster_product(at(x), c.c_long(9), c.byref(CProduct(at(packed), None, 32, 50, NO_UPDATE)), None, None, at(y), STORE)
     return torch.allclose(y, x.float() @ weight.float().T, atol=1e-4)
 
 
@@ -171,13 +171,13 @@ class Packed:
     def product(self, update: CUpdate = NO_UPDATE) -> CProduct:
         return CProduct(at(self.weight), at(self.bias), self.into, self.out, update)
 
-    def __call__(self, x: Tensor, low: Tensor | None = None, update: CUpdate = NO_UPDATE, into: Tensor | None = None,
+    def __call__(self, x: Tensor, low: Tensor | None = None, update: CUpdate = NO_UPDATE, base: Tensor | None = None,
                  half: bool = False) -> Tensor:  # fmt: skip
-        """x (n, in) bf16 -> x W^T + bias + low b, (n, out) fp32, or bf16 if half; added to `into` where that is given."""
+        """x (n, in) bf16 -> x W^T + bias + low b, (n, out) fp32, or bf16 if half; `base` (n, out) and that where it is given."""
         x = x.contiguous()
-        y = into if into is not None else torch.empty(len(x), self.out, dtype=torch.bfloat16 if half else torch.float32)
-        mode = ADD if into is not None else STORE_BF16 if half else STORE
-        call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), low, y, mode)
+        y = torch.empty(len(x), self.out, dtype=torch.bfloat16 if half else torch.float32)
+        mode = ADD if base is not None else STORE_BF16 if half else STORE
+        call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), low, base, y, mode)
         return y
 
 
