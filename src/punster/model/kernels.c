@@ -418,8 +418,8 @@ void punster_readers(const Tree *t, int64_t *from, int64_t *begin, int64_t *read
 }
 
 /* dq of one query, the weights of its keys, and the gradient of its scores */
-INLINE void of_query(const float *q, const float *g, const Keys *s, const int size, float total, float *share, float *slope, float *dq) {
-  const __m512 scale = _mm512_set1_ps(1 / sqrtf(size));
+INLINE void of_query(const float *q, const float *g, const Keys *s, const int size, float total, int heads, float *share, float *slope,
+                     float *dq) {
   float p[s->count + 3], d[s->count + 3];
   dots(q, s->k, s, size, 1 / sqrtf(size), p);
   dots(g, s->v, s, size, 1, d);
@@ -427,16 +427,16 @@ INLINE void of_query(const float *q, const float *g, const Keys *s, const int si
   for (long i = 0; i < s->count; i += 16) {
     const __mmask16 inside = inside_of(s->count - i);
     const __m512 e = vexp(_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, p + i), _mm512_set1_ps(total)));
-    _mm512_mask_storeu_ps(share + i, inside, e);
+    _mm512_mask_storeu_ps(p + i, inside, e);
     along = _mm512_mask3_fmadd_ps(e, _mm512_maskz_loadu_ps(inside, d + i), along, inside);
   }
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along));
-  for (long i = 0; i < s->count; i += 16) {
-    const __mmask16 inside = inside_of(s->count - i);
-    const __m512 e = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, share + i), scale);
-    _mm512_mask_storeu_ps(slope + i, inside, _mm512_mul_ps(e, _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, d + i), mean)));
+  const float mean = _mm512_reduce_add_ps(along), scale = 1 / sqrtf(size);
+  for (long i = 0; i < s->count; i++) {
+    d[i] = p[i] * (d[i] - mean) * scale;
+    share[i * heads] = p[i];
+    slope[i * heads] = d[i];
   }
-  weighted_sum(slope, s->k, s, size, 1, dq);
+  weighted_sum(d, s->k, s, size, 1, dq);
 }
 /* dk and dv of one key and 16 x blocks of its columns */
 INLINE void of_readers(const int blocks, const Tree *t, const int64_t *from, const int64_t *reader, const int64_t *place, long begin,
@@ -446,9 +446,9 @@ INLINE void of_readers(const int blocks, const Tree *t, const int64_t *from, con
   __m512 of_k[4], of_v[4];
   for (int b = 0; b < blocks; b++) of_k[b] = of_v[b] = _mm512_setzero_ps();
   for (long e = begin; e < end; e++) {
-    const long n = reader[e], many = t->position[n] + 1, at = from[n] * heads + place[e];
+    const long n = reader[e], at = (from[n] + place[e]) * heads;
     for (int head = kv * group; head < (kv + 1) * group; head++) {
-      const __m512 p = _mm512_set1_ps(share[at + head * many]), d = _mm512_set1_ps(slope[at + head * many]);
+      const __m512 p = _mm512_set1_ps(share[at + head]), d = _mm512_set1_ps(slope[at + head]);
       const float *q = qkv + n * wide + head * size, *g = dout + (n * heads + head) * size;
       for (int b = 0; b < blocks; b++) {
         of_k[b] = _mm512_fmadd_ps(d, _mm512_loadu_ps(q + 16 * b), of_k[b]);
@@ -474,11 +474,11 @@ void punster_attend_back(const Tree *t, const int64_t *from, const int64_t *begi
       for (int head = 0; head < heads; head++) {
         const Keys s = keys_of(t, qkv, head / group, n);
         const float *q = qkv + n * wide + head * size, *g = dout + (n * heads + head) * size;
-        const long at = from[n] * heads + head * s.count;
+        const long at = from[n] * heads + head;
         float *dq = dqkv + n * wide + head * size;
         const float total = log_total[n * heads + head];
-        if (size == 64) of_query(q, g, &s, 64, total, share + at, slope + at, dq);
-        else of_query(q, g, &s, size, total, share + at, slope + at, dq);
+        if (size == 64) of_query(q, g, &s, 64, total, heads, share + at, slope + at, dq);
+        else of_query(q, g, &s, size, total, heads, share + at, slope + at, dq);
       }
 #pragma omp for schedule(dynamic, 16)
     for (long j = 0; j < t->count; j++)

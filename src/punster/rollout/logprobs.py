@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from punster.model.kernels import call
 from punster.model.product import LogitHead
 
-# Rows of logits at a time: 64 x 49,152 in fp32 are 13 MB. Beyond 32 MB each tensor is a fresh mapping of memory, and
+# Rows of logits at a time: 128 x 49,152 in fp32 are 25 MB. Beyond 32 MB each tensor is a fresh mapping of memory, and
 # touching its pages for the first time costs several times what is computed with them.
-CHUNK = 64
+CHUNK = 128
 
 
 class Known(NamedTuple):
