@@ -6,12 +6,14 @@ at a time. This module needs the standard library alone, for it also runs in the
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,12 @@ def peak_memory() -> int:
 
 
 def reset_peak() -> int:
-    """Let peak_memory count anew (Linux) and return what is resident now; elsewhere 0, and peaks are of the whole process."""
+    """Let peak_memory count anew (Linux) and return what is resident now; elsewhere 0, and peaks are of the whole process.
+
+    Freed memory goes back first: punster keeps it (`model.kernels.keep_memory`), and what is kept would hide what is needed.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -26,7 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
 
-LONGEST = 256  # tokens of a path that the kernels attend to
+LONGEST = 512  # tokens of a path that the kernels attend to
 PANEL = 48  # columns of packed weights that lie together
 STORE, ADD, STORE_BF16 = 0, 1, 2
 SILU, GELU_TANH = 0, 1

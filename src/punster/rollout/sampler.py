@@ -232,10 +232,9 @@ def prefill(
     rows, widest = ids.shape
     cache = KeyValueCache(model.config, rows, widest + new_tokens, torch.float32, ids.device)
     hidden = model.embed_tree(ids, tree)
+    seen = None if bool(mask.all()) else causal_mask(mask)  # without one attention skips what lies ahead
     for depth in (*keep, role.last_layer):
-        hidden = model.blocks(
-            hidden, done, depth, adapters=role.adapters, mask=causal_mask(mask), cache=cache, tree=tree, record=record
-        )
+        hidden = model.blocks(hidden, done, depth, adapters=role.adapters, mask=seen, cache=cache, tree=tree, record=record)
         states[depth], done = hidden[0], depth
     cache.length = widest
     lengths = mask.sum(1)
