@@ -50,7 +50,7 @@ def measured(loaded: Model, count: int, tokens: int) -> Iterator[tuple[str, dict
     for name, kind in kinds.items():
         before = prompts if kind else [[start]] * min(len(prompts), len(written) // tokens)
         if kind is None:
-            ids = [tuple(written[i * tokens :][: tokens]) for i in range(len(before))]
+            ids = [tuple(written[i * tokens :][:tokens]) for i in range(len(before))]
         elif isinstance(kind, int):
             ids = [tuple(beam_search(role, p, -1, kind, tokens)[0]) for p in prompts]
         else:

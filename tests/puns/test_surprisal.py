@@ -167,7 +167,9 @@ def test_pun_words_are_located_in_texts_that_were_not_fitted(punster_data: Path)
     places = locate.locate(loaded.role, loaded.tokenizer, [row["text"] for row in rows])
     for kind, count, share, last in (("homographic", 128, 0.703, 0.65), ("heterographic", 134, 0.881, 0.7)):
         right = [
-            row["text"][slice(*place)].lower() == row["pun_word"] for row, place in zip(rows, places, strict=True) if row["kind"] == kind
+            row["text"][slice(*place)].lower() == row["pun_word"]
+            for row, place in zip(rows, places, strict=True)
+            if row["kind"] == kind
         ]
         assert len(right) == count
         assert sum(right) / count == pytest.approx(share, abs=0.02)
