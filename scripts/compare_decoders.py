@@ -9,10 +9,9 @@ such sentences in a row: for their repetition; their perplexity is that of a tex
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
-import torch
-
-from punster.api import load
+from punster.api import Model, load
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.evaluate import degeneration as d
@@ -28,35 +27,43 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
     options = parser.parse_args()
-    loaded = load(options.model)
-    role, tokenizer = loaded.role, loaded.tokenizer
-    start = document_start(tokenizer)
-    prompts = [[start, *tokenizer.text_ids(" ".join(r["plain"].split()[:5]))] for r in corpus.part("test")[: options.prompts]]
-    kinds: dict[str, Decoding | int | None] = {
-        "people": None, "greedy": Decoding(options.tokens, temperature=0), "beam 8": 8, "top-k 40": Decoding(options.tokens, top_k=40),
-        "nucleus .95": Decoding(options.tokens, top_p=0.95), "min-p .05": Decoding(options.tokens, min_p=0.05),
-        "sampling": Decoding(options.tokens),
-    }  # fmt: skip
-    written = tokenizer.text_ids(" ".join(r["plain"] for r in corpus.part("test")))
     print(
         "| decoder | perplexity | looping % | onset | seq-rep-4 | self-BLEU-4 | Zipf | distinct-2 |\n|---|---|---|---|---|---|---|---|"
     )
+    for name, row in measured(load(options.model), options.prompts, options.tokens):
+        onset = f"{row['onset']:.0f}" if "onset" in row else "–"
+        print(f"| {name} | {row['perplexity']:.2f} | {100 * row['loops']:.0f} | {onset} | {row['seq_rep_4']:.3f} | {row['self_bleu']:.2f} | "
+              f"{row['zipf']:.2f} | {row['distinct_2']:.2f} |", flush=True)  # fmt: skip
+
+
+def measured(loaded: Model, count: int, tokens: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each decoder's name and figures, for `count` texts of so many tokens."""
+    role, tokenizer = loaded.role, loaded.tokenizer
+    start = document_start(tokenizer)
+    prompts = [[start, *tokenizer.text_ids(" ".join(r["plain"].split()[:5]))] for r in corpus.part("test")[:count]]
+    kinds: dict[str, Decoding | int | None] = {
+        "people": None, "greedy": Decoding(tokens, temperature=0), "beam 8": 8, "top-k 40": Decoding(tokens, top_k=40),
+        "nucleus .95": Decoding(tokens, top_p=0.95), "min-p .05": Decoding(tokens, min_p=0.05),
+        "sampling": Decoding(tokens),
+    }  # fmt: skip
+    written = tokenizer.text_ids(" ".join(r["plain"] for r in corpus.part("test")))
     for name, kind in kinds.items():
-        before = prompts if kind else [[start]] * min(len(prompts), len(written) // options.tokens)
+        before = prompts if kind else [[start]] * min(len(prompts), len(written) // tokens)
         if kind is None:
-            ids = [tuple(written[i * options.tokens :][: options.tokens]) for i in range(len(before))]
+            ids = [tuple(written[i * tokens :][:tokens]) for i in range(len(before))]
         elif isinstance(kind, int):
-            ids = [tuple(beam_search(role, p, -1, kind, options.tokens)[0]) for p in prompts]
+            ids = [tuple(beam_search(role, p, -1, kind, tokens)[0]) for p in prompts]
         else:
             ids = [e.response for e in generate(role, prompts, kind, -1, seeded(1, name), 1).examples]
         logs = example_log_probs(role, [Example(tuple(p), r) for p, r in zip(before, ids, strict=True)])
         texts = [tokenizer.decode(r) for r in ids]
         onsets = [o for r in ids if (o := d.loop_onset(r)) is not None]
-        onset = f"{torch.tensor(onsets).double().mean():.0f}" if onsets else "–"
-        repeated = sum(d.seq_rep(r) for r in ids) / len(ids)
-        distinct = len({g for r in ids for g in d.ngrams(r, 2)}) / sum(len(r) - 1 for r in ids)
-        print(f"| {name} | {d.perplexity(logs):.2f} | {100 * len(onsets) / len(ids):.0f} | {onset} | {repeated:.3f} | {d.self_bleu(texts):.2f} | "
-              f"{d.zipf_slope(texts):.2f} | {distinct:.2f} |", flush=True)  # fmt: skip
+        found = {
+            "perplexity": d.perplexity(logs), "loops": len(onsets) / len(ids), "seq_rep_4": sum(d.seq_rep(r) for r in ids) / len(ids),
+            "self_bleu": d.self_bleu(texts), "zipf": d.zipf_slope(texts),
+            "distinct_2": len({g for r in ids for g in d.ngrams(r, 2)}) / sum(len(r) - 1 for r in ids),
+        }  # fmt: skip
+        yield name, found | ({"onset": sum(onsets) / len(onsets)} if onsets else {})
 
 
 if __name__ == "__main__":

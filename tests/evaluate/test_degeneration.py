@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
+from punster.api import load
 from punster.evaluate import degeneration as d
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_repetition_by_hand() -> None:
@@ -85,3 +90,19 @@ def test_describe_texts_tells_degenerate_from_varied() -> None:
         assert first < second
     assert (good["unique_share"], bad["unique_share"]) == (1, 0.75)
     assert (good["nearest_training"], bad["nearest_training"]) == (None, 1)
+
+
+@pytest.mark.slow
+def test_decoders_come_out_in_the_order_of_holtzman() -> None:
+    """Their Table 1 on the default model: what maximises is likeliest and repeats itself, the less a sampler cuts off the less likely it is."""
+    script = runpy.run_path(str(ROOT / "scripts" / "compare_decoders.py"))
+    found = dict(script["measured"](load(), 12, 64))
+    order = ["beam 8", "greedy", "min-p .05", "top-k 40", "nucleus .95", "sampling", "people"]
+    perplexities = [found[name]["perplexity"] for name in order]
+    assert perplexities == sorted(perplexities)
+    assert perplexities[1] < 4 < perplexities[2]
+    stuck, free = order[:2], order[2:]
+    for key, factor in (("seq_rep_4", 3), ("loops", 1.5)):
+        assert min(found[name][key] for name in stuck) > factor * max(found[name][key] for name in free), key
+    assert max(found[name]["distinct_2"] for name in stuck) < min(found[name]["distinct_2"] for name in free) - 0.1
+    assert min(found[name]["zipf"] for name in stuck) > max(found[name]["zipf"] for name in free)

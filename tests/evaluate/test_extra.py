@@ -37,12 +37,23 @@ def test_columns_with_and_without_labels(tiny: tuple[Role, Tokenizer], monkeypat
     monkeypatch.setattr(extra, "open_estimator", lambda *_: half)
     full = extra.Extra.open(role, tokenizer, None, 1).of_texts(texts)
     assert full["success_rate"] == pytest.approx({"mean": 0.5, "low": 0.4, "high": 0.7})
-    assert full["nearest_training"] is None
+    assert full["nearest_training"] is full["mauve"] is None
     tables = result_tables({"models": {"sft": full, "ppo": bare}})
     shown = next(t for t in tables if t.title == "What the texts are like")
     assert shown.columns[0].key == "success_rate"
     assert shown.rows[0][1].startswith("50")
     assert shown.rows[1][1] == "–"
+
+
+def test_mauve_against_the_puns_of_people(tiny: tuple[Role, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    role, tokenizer = tiny
+    monkeypatch.setattr(extra, "open_estimator", lambda *_: None)
+    opened = extra.Extra.open(role, tokenizer, None, 1)
+    puns = [[record["pun"]] for record in corpus.part("test")]
+    stuck = [["on and on"], ["and so on and on and on and on and on and on and on and on"]] * 60
+    assert opened.of_texts(puns)["mauve"] == pytest.approx(1, abs=1e-6)
+    assert opened.of_texts(stuck)["mauve"] < 0.2
+    assert opened.of_texts(puns[:99])["mauve"] is None
 
 
 def test_perplexity_is_of_the_corpus(tiny: tuple[Role, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:

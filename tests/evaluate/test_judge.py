@@ -28,6 +28,7 @@ from punster.evaluate import judge, judge_client
 from punster.evaluate.judge import judge_texts, pair_request, parse_choice, parse_points, point_request, quoted, verdict
 from punster.evaluate.judge_client import Client
 from punster.evaluate.table import judge_sentences, print_table, result_tables
+from punster.evaluate.winrate import prompts_needed
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -455,6 +456,7 @@ def test_tables_and_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     row = dict(zip([column.short for column in judged.columns], judged.rows[0][1:], strict=True))
     assert row["win rate"].startswith(f"{results['ppo']['win_rate']['mean']:.0%} [")
     assert row["won"] == str(results["ppo"]["wins"])
+    assert row["prompts needed"] == str(prompts_needed(results["ppo"]["win_rate"]["mean"]))
     assert "–" in judged.rows[1]  # the reference has no win rate against itself
     print_table(summary)
     printed = capsys.readouterr().out

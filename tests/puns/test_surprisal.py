@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import runpy
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
+from punster.api import load
 from punster.data.pool import Pool
 from punster.evaluate.metrics import ranks, spearman
 from punster.model.load import load_model
@@ -141,3 +143,34 @@ def test_published_correlations_of_kao(punster_data: Path) -> None:
     for name, both in expected.items():
         found = [spearman([r[name] for r in part], [r["rating"] for r in part]) for part in (rows, puns)]
         assert found == pytest.approx(both, abs=5e-4)
+
+
+@pytest.mark.slow
+def test_surprisal_tells_puns_from_other_sentences_as_published(punster_data: Path) -> None:
+    """He et al.'s Table 2 on their own file, pun + non-pun: S_ratio .46 there; by the default model .51, and S_global .61."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "reproduce_pun_metrics.py"))
+    rows = [row for row in script["he"](punster_data) if row[3] in ("pun", "retrieved_aw", "retrieved_pw")]
+    assert len(rows) == 96
+    loaded = load()
+    placed = [(text, place, other) for text, word, other, *_ in rows if (place := find_word(text, word))]
+    found = surprisals(loaded.role, loaded.tokenizer, placed)
+    columns = {"ratio": [v.ratio for v in found], "near": [v.near for v in found], "far": [v.far for v in found]}
+    correlations = {key: spearman(script["clipped"](values), [row[4] for row in rows]) for key, values in columns.items()}
+    assert correlations == pytest.approx({"ratio": 0.51, "near": 0.47, "far": 0.61}, abs=0.03)
+
+
+@pytest.mark.slow
+def test_pun_words_are_located_in_texts_that_were_not_fitted(punster_data: Path) -> None:
+    """SemEval-2017 task 7, subtask 2, val part: the figures of docs/EVALUATION.md, far above the last content word."""
+    loaded = load()
+    rows = [row for row in Pool(punster_data).rows("semeval2017_task7", "val") if row["is_pun"]]
+    places = locate.locate(loaded.role, loaded.tokenizer, [row["text"] for row in rows])
+    for kind, count, share, last in (("homographic", 128, 0.703, 0.65), ("heterographic", 134, 0.881, 0.7)):
+        right = [
+            row["text"][slice(*place)].lower() == row["pun_word"]
+            for row, place in zip(rows, places, strict=True)
+            if row["kind"] == kind
+        ]
+        assert len(right) == count
+        assert sum(right) / count == pytest.approx(share, abs=0.02)
+        assert sum(right) / count > last

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.evaluate.degeneration import describe_texts, exposure_gap, perplexity
+from punster.evaluate.degeneration import describe_texts, exposure_gap, mauve, perplexity
 from punster.evaluate.success import Estimator, features, open_estimator, success_rate
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start, example_log_probs
+
+MAUVE_TEXTS = 100  # prompts from which on MAUVE is given: ten clusters, and ten texts in each
 
 
 @dataclass
@@ -40,11 +43,22 @@ class Extra:
         human += [Example(tuple(prompt_ids(r["prompt"])[-most:]), tuple(response_ids(r["pun"])[:most])) for r in records]
         return cls(base, tokenizer, training, open_estimator(base, tokenizer), seed, human, Trunk.compute(base, human, [depth]))
 
+    @cached_property
+    def people(self) -> Tensor:
+        """`features` of people's test puns."""
+        return features(self.base, self.tokenizer, [record["pun"] for record in corpus.part("test")])
+
     def of_texts(self, by_prompt: Sequence[Sequence[str]]) -> dict[str, Any]:
-        """success_rate of the first text to each prompt (null without labels), and what describe_texts counts."""
-        x = features(self.base, self.tokenizer, [group[0] for group in by_prompt]) if self.estimator else None
+        """success_rate (null without labels) and MAUVE (null below MAUVE_TEXTS) of the first texts, and what describe_texts counts.
+
+        MAUVE is against people's test puns, on the estimator's features, the mean over five clusterings.
+        """
+        many = len(by_prompt) >= MAUVE_TEXTS
+        x = features(self.base, self.tokenizer, [group[0] for group in by_prompt]) if self.estimator or many else None
+        near = [mauve(self.people, x, seed=seed) for seed in range(5)] if many and x is not None else []
         found = describe_texts(by_prompt, self.training)
         found = {key: None if value is not None and not math.isfinite(value) else value for key, value in found.items()}
+        found["mauve"] = sum(near) / len(near) if near else None
         return {"success_rate": success_rate(self.estimator, x, self.seed), **found}
 
     def of_model(self, role: Role, free_running: Sequence[Tensor]) -> dict[str, float]:

@@ -102,6 +102,7 @@ TEXT_COLUMNS = (
     Column("success_rate", "success", "Success estimate",
            "share that a person would call a pun, interval widened by the error on unseen generators (people .84 to .86, GPT-4 .51 to .67, 7B chat models .04 to .37)",
            0, percent=True),
+    Column("mauve", "MAUVE", "MAUVE", "likeness of all texts together to people's test puns, from 100 prompts on; other puns of people reach .95 (default model)"),
     Column("seq_rep_4", "seq-rep-4", "Repeated 4-grams", "share within a text", 3), Column("loop_rate", "loops", "Loops", "", 1, percent=True),
     Column("self_bleu_4", "self-BLEU", "Self-BLEU-4", "likeness of the texts to one another"),
     Column("zipf", "Zipf", "Zipf exponent", ""), Column("commonest_start", "start", "Commonest start", "share that begins with the same 4 words", 1, percent=True),
@@ -118,6 +119,7 @@ JUDGE_COLUMNS = (
     Column("judge.length_controlled", "at equal length", "Win rate at equal length",
            "what is left of the win rate when the difference in words is taken out", 0, percent=True),
     Column("judge.sign_test", "sign test p", "Sign test, p", "on the prompts that one side won", 3),
+    Column("judge.prompts_needed", "prompts needed", "Prompts needed", "to find a difference of this size with 80 % power", 0),
     Column("judge.rating", "rating", "Rating", "Bradley-Terry, mean 1000, on the scale of Elo", 0),
     Column("judge.pun_rate", "is a pun", "Is a pun", "share of texts that the judge calls a pun", 0, percent=True),
     Column("judge.funniness", "funniness", "Funniness", "1 to 5", 2), Column("judge.coherence", "coherence", "Coherence", "1 to 5", 2),
@@ -196,7 +198,7 @@ def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], w
 def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(width=max(Console().width, 118))
+    console = Console(width=max(Console().width, 200))
     size = f"{summary['prompts']} held-out prompts, {summary['samples']} samples each, T = {summary['decoding']['temperature']:g}, untruncated"
     for place, found in enumerate(result_tables(summary)):
         title = size if place == 0 else found.title

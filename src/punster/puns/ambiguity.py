@@ -51,8 +51,10 @@ def content_words(text: str, without: Sequence[str] = ()) -> list[str]:
 def relatedness(role: Role, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Pointwise mutual information of (word, meaning) by the language model, in nats: log p(word | a list about it) - log p(word)."""
 
+    start = document_start(tokenizer)  # once: it builds the whole vocabulary
+
     def example(word: str, context: str) -> Example:
-        return Example((document_start(tokenizer), *tokenizer.text_ids(context)), tuple(tokenizer.text_ids(f" {word}")))
+        return Example((start, *tokenizer.text_ids(context)), tuple(tokenizer.text_ids(f" {word}")))
 
     asked = list(dict.fromkeys([(w, ABOUT.format(m)) for w, m in pairs] + [(w, NEUTRAL) for w, _ in pairs]))
     logs = example_log_probs(role, [example(*question) for question in asked])
