@@ -210,7 +210,7 @@ def test_online_dpo_raises_the_share(start: str, judge: str, options: dict[str, 
     given.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     config = DpoConfig(
         name="online", **options, actor=start, reward_model=judge, prompts=str(given), online=True, samples=8, pairs_per_prompt=3,
-        batch_size=12, steps=40, lr=1e-2, beta=0.05, max_new_tokens=10, seed=2,
+        batch_size=12, steps=110, lr=1e-2, beta=0.05, max_new_tokens=10, seed=2,
     )  # fmt: skip
     shares = []
     for run in (start, dpo(config)):
