@@ -18,13 +18,11 @@ from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftCo
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.model.role import Trunk, score_examples
-from punster.rollout.sampler import Decoding, generate
 from punster.train import setup
 from punster.train.checkpoint import load_run
 from punster.train.dpo import dpo, response_log_probs, unpaired
 from punster.train.grpo import grpo
 from punster.train.judged import encode_items
-from punster.train.optim import seeded
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
 from punster.train.sft import sft
@@ -182,18 +180,14 @@ def test_a_reward_model_on_shuffled_labels_learns_nothing(start: str, options: d
     assert 0.25 < (scores[::2] > scores[1::2]).float().mean() < 0.75
 
 
-@pytest.fixture(scope="module")
-def judge(start: str, options: dict[str, Any]) -> str:
-    config = RewardConfig(
+def test_ppo_against_a_learned_reward_model(start: str, options: dict[str, Any]) -> None:
+    """The whole chain: the planted taste reaches the policy through the reward model alone."""
+    judge = RewardConfig(
         name="judge", **options, pretrained=start, steps=60, batch_size=16, lr=5e-3, normalise_samples=64, depth=0
     )
-    return str(train_reward(config, pairs(300, seed=7)))
-
-
-def test_ppo_against_a_learned_reward_model(start: str, judge: str, options: dict[str, Any]) -> None:
-    """The whole chain: the planted taste reaches the policy through the reward model alone."""
+    model = str(train_reward(judge, pairs(300, seed=7)))
     config = PpoConfig(
-        name="chain", **options, **POLICY, actor=start, reward_model=judge, steps=16, lr=1e-2, critic_lr=3e-3, epochs=3
+        name="chain", **options, **POLICY, actor=start, reward_model=model, steps=16, lr=1e-2, critic_lr=3e-3, epochs=3
     )  # fmt: skip
     run = ppo(config, PROMPTS)
     assert run is not None
@@ -202,21 +196,3 @@ def test_ppo_against_a_learned_reward_model(start: str, judge: str, options: dic
     before, after = (sum(shares[a] + shares[b]) / len(shares[a] + shares[b]) for a, b in ((1, 2), (15, 16)))
     assert before < 0.45 and after > 0.7
     assert curve(run)[-1] > curve(run)[0] + 1.0
-
-
-def test_online_dpo_raises_the_share(start: str, judge: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Fresh samples, ranked by the reward model: from under 20 % of the wanted class to over 80 %."""
-    given = tmp_path / "prompts.jsonl"
-    given.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    config = DpoConfig(
-        name="online", **options, actor=start, reward_model=judge, prompts=str(given), online=True, samples=8, pairs_per_prompt=3,
-        batch_size=12, steps=110, lr=1e-2, beta=0.05, max_new_tokens=10, seed=2,
-    )  # fmt: skip
-    shares = []
-    for run in (start, dpo(config)):
-        role, tokenizer = load_run(str(run))
-        ids = [tokenizer.prompt_ids(prompt) for prompt in PROMPTS]
-        out = generate(role, ids, Decoding(10), tokenizer.eos_id, seeded(1, "sampling"), 8)
-        found = share([], [tokenizer.decode(example.response) for example in out.examples])
-        shares.append(sum(found) / len(found))
-    assert shares[0] < 0.2 and shares[1] > 0.8
