@@ -40,7 +40,7 @@ def reset_peak() -> int:
 
     Freed memory goes back first: punster keeps it (`model.kernels.keep_memory`), and what is kept would hide what is needed.
     """
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -155,16 +155,21 @@ def test_the_sampler_has_the_log_probs_of_the_training_path_to_the_last_bit(fami
 
 @needs_kernels
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("first", [0, 2])
-def test_what_sampling_recorded_serves_as_the_forward_pass(family: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("first", "below_from"), [(0, 0), (2, 0), (0, 2)])
+def test_what_sampling_recorded_serves_as_the_forward_pass(
+    family: str, first: int, below_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """The states of the responses are those of a fresh pass to the last bit, the gradients up to the order of sums.
 
-    Some rows end early and leave the batch; the trained adapter begins at layer `first`; rows come in another order.
+    Some rows end early and leave the batch; the trained adapter begins at layer `first`, the one below at `below_from`; rows come in
+    another order.
     """
     _, half = exact_and_half(family)
     below, policy = adapters(half)
-    for site in [s for s in policy.a if half.layer_of(s) < first]:
-        del policy.a[site], policy.b[site]
+    for adapter, begin in ((policy, first), (below, below_from)):
+        adapter.first_layer = begin
+        for site in [s for s in adapter.a if half.layer_of(s) < begin]:
+            del adapter.a[site], adapter.b[site]
     role = Role(half, (below, policy), trained=("policy",))
     prompts = [example.prompt for example in texts()]
     choose = sampler.choose
@@ -176,7 +181,7 @@ def test_what_sampling_recorded_serves_as_the_forward_pass(family: str, first: i
     monkeypatch.setattr(sampler, "choose", often_the_end)
     out = generate(role, prompts, Decoding(12), 7, seeded(8, "sampling"), 3, record=True)
     lengths = [len(example.response) for example in out.examples]
-    assert out.record is not None and min(lengths) < 12 and max(lengths) == 12
+    assert out.record is not None and out.record.first_layer == first and min(lengths) < 12 and max(lengths) == 12
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(1)).tolist()
     fresh = collate([out.examples[row] for row in order])
     recorded = replace(fresh, record=out.record, tree=out.record.tree(order))

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from punster.model.fused import Paths
+    from punster.model.recording import Recording
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class PrefixTree:
     first: Tensor  # (N,) index into B * T of the first token at each node
     positions: Tensor  # (1, N) length of the prefix before each node's token
     starts: list[int]  # for each row, the length of the prefix that an earlier row has
-    paths: Any = None  # the same as the kernels read it (see `model.fused.Paths`)
+    paths: Paths | None = None  # the same as the kernels read it (see `model.fused.Paths`)
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", left: bool = False) -> PrefixTree:
@@ -85,7 +89,7 @@ class Batch:
     lengths: Tensor
     tree: PrefixTree
     trunk: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    record: Any = None  # a `model.recording.Recording` of these rows; then the tree is its own
+    record: Recording | None = None  # of these rows, by the sampler; then the tree is its own
 
     @property
     def response_lengths(self) -> Tensor:

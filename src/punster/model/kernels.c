@@ -480,7 +480,7 @@ void punster_attend_back(const Tree *t, const int64_t *from, const int64_t *begi
         if (size == 64) of_query(q, g, &s, 64, total, heads, share + at, slope + at, dq);
         else of_query(q, g, &s, size, total, heads, share + at, slope + at, dq);
       }
-#pragma omp for schedule(dynamic, 16)
+#pragma omp for schedule(dynamic, 1) /* what many share comes first, and is a good part of all */
     for (long j = 0; j < t->count; j++)
       for (int kv = 0; kv < t->kv_heads; kv++) {
         float *dk = dqkv + j * wide + (heads + kv) * size;
@@ -514,11 +514,12 @@ static Kept places(const Decode *s, const Layer *l, const Kept *k) {
   if (!k || !k->x) return (Kept){.normed = s->narrow, .low = s->low, .qkv = s->qkv, .found = s->narrow, .low_found = s->low,
                                  .normed_between = s->narrow, .low_up = s->low, .wide = s->wide, .act = s->narrow, .low_down = s->low};
   const long n = s->offset, d = s->d, inner = (long)s->heads * s->size;
-  return (Kept){k->x + n * d, k->normed + n * d, k->low + n * l->attend.update.ranks, k->stat + 2 * n,
-                k->qkv + n * (s->heads + 2 * s->kv_heads) * s->size, k->log_total + n * s->heads, k->found + n * inner,
-                k->low_found + n * l->output.update.ranks, k->between + n * d, k->normed_between + n * d,
-                k->low_up + n * l->up.update.ranks, k->stat_between + 2 * n, k->wide + n * l->up.out, k->act + n * s->width,
-                k->low_down + n * l->down.update.ranks};
+  return (Kept){.x = k->x + n * d, .normed = k->normed + n * d, .low = k->low + n * l->attend.update.ranks, .stat = k->stat + 2 * n,
+                .qkv = k->qkv + n * (s->heads + 2 * s->kv_heads) * s->size, .log_total = k->log_total + n * s->heads,
+                .found = k->found + n * inner, .low_found = k->low_found + n * l->output.update.ranks, .between = k->between + n * d,
+                .normed_between = k->normed_between + n * d, .low_up = k->low_up + n * l->up.update.ranks,
+                .stat_between = k->stat_between + 2 * n, .wide = k->wide + n * l->up.out, .act = k->act + n * s->width,
+                .low_down = k->low_down + n * l->down.update.ranks};
 }
 static void copy_rows(const float *x, long rows, int d, float *y) {
   if (!y) return;

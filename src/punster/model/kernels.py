@@ -53,7 +53,13 @@ class CLayer(c.Structure):
 
 
 class CKept(c.Structure):
-    _fields_ = tuple((f"part{number}", c.c_void_p) for number in range(15))  # as fused.attention and fused.feed_forward save them
+    _fields_ = tuple(
+        (name, c.c_void_p)
+        for name in (  # in the order in which fused.attention and fused.feed_forward save them
+            "x", "normed", "low", "stat", "qkv", "log_total", "found", "low_found",
+            "between", "normed_between", "low_up", "stat_between", "wide", "act", "low_down",
+        )
+    )  # fmt: skip
 
 
 class CDecode(c.Structure):
@@ -175,6 +181,7 @@ class Packed:
                  half: bool = False) -> Tensor:  # fmt: skip
         """x (n, in) bf16 -> x W^T + bias + low b, (n, out) fp32, or bf16 if half; `base` (n, out) and that where it is given."""
         x = x.contiguous()
+        assert base is None or not half
         y = torch.empty(len(x), self.out, dtype=torch.bfloat16 if half else torch.float32)
         mode = ADD if base is not None else STORE_BF16 if half else STORE
         call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), low, base, y, mode)
@@ -233,6 +240,7 @@ class LowRank:
         """Of A and B of each part, in turn. low (n, R) = x a^T, dy (n, out), pulled (n, R) = dy b^T, x (n, in); dy and x bf16."""
         if self.ends is None or not any(wanted):
             return [None] * len(wanted)
+        assert low.shape == pulled.shape == (len(x), self.ranks)
         of_b, of_a = torch.empty(self.ranks, dy.shape[1]), torch.empty(self.ranks, x.shape[1])
         ends = self.ends.clone()
         ends[0], ends[1] = 0, (ends[3] > 0) * x.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,24 +26,24 @@ class Recording:
 
     @classmethod
     def of(
-        cls, stepper: Stepper, first: int, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
+        cls, stepper: Stepper, first_layer: int, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
     ) -> Recording | None:
         """None where some layer is not the kernels', or a path would be too long for their attention."""
         possible = len(stepper.steps) == len(stepper.stages)
         if not possible or max(map(len, prompts)) + new_tokens > LONGEST:
             return None
-        return cls(stepper, first, sum(map(len, prompts)) + len(prompts) * samples * new_tokens)
+        return cls(stepper, first_layer, sum(map(len, prompts)) + len(prompts) * samples * new_tokens)
 
-    def __init__(self, stepper: Stepper, first: int, capacity: int):
-        config, self.first, self.count = stepper.model.config, first, 0
-        self.rows: list[int] = []  # which of the rollout's rows each of ours is
+    def __init__(self, stepper: Stepper, first_layer: int, capacity: int):
+        config, self.first_layer, self.count = stepper.model.config, first_layer, 0
+        self.rows: list[int] = []  # which of the rollout's rows each of ours is, set by who shuffles them
         d, inner, qkv = config.d_model, config.n_head * config.d_head, (config.n_head + 2 * config.n_kv_head) * config.d_head
         wide = config.d_ff * (2 if config.family == "llama" else 1)
         self.layers: dict[int, list[Tensor]] = {}
         self.last = torch.empty(capacity, d)  # states behind the last layer
         self.fed: list[tuple[Tensor, int]] = []  # for each step the rows and the first one's node
         self.prompts: list[Tensor] = []  # for each row its prompt's nodes
-        for layer in range(first, len(stepper.steps)):
+        for layer in range(first_layer, len(stepper.steps)):
             ranks = [max(1, step.low.ranks) for step in stepper.steps[layer]]
             floats, halves = torch.float32, torch.bfloat16
             widths = (
@@ -63,6 +64,7 @@ class Recording:
         """The prompts were run: for each row the nodes of its own, and how many there are."""
         self.prompts, self.count = prompts, nodes
 
+    @cached_property
     def structs(self) -> Any:
         """For `punster_decode`: one CKept a layer, empty below the first."""
         made = (CKept * (max(self.layers) + 1))()

@@ -89,7 +89,8 @@ class Role:
     def nodes(self, batch: Batch) -> Tensor:
         """(1, N, d) states of the tree's nodes, from the batch's trunk activations where they fit; each prefix runs once."""
         if batch.record is not None:
-            state, first = batch.record.before(batch.record.first)[None], batch.record.first
+            first = batch.record.first_layer
+            state = batch.record.before(first)[None]
             return self.model.blocks(state, first, self.last_layer, adapters=self.adapters, tree=batch.tree, record=batch.record)
         fitting = [depth for depth, key in batch.trunk if depth <= self.frozen_depth and key == self.trunk_key(depth)]
         depth = max(fitting, default=0)

@@ -282,7 +282,8 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """Run layers first..last-1 on (B, T, d), or with a tree on (1, N, d).
 
-        tree: products run on the N distinct prefixes of a batch; attention alone sees whole rows.
+        tree: products run on the N distinct prefixes of a batch; attention looks along their paths (on the kernels, where a mask is
+        not read) or sees whole rows.
         positions: (B, T) or None for 0..T-1. mask: boolean (B, T, S), true where a query may look, or None for plain
         causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.

@@ -103,7 +103,7 @@ class Stepper:
         ]
         rope = (None, None) if turn is None else fused.rope_rows(*turn, x.shape)
         keys, values = ((c.c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (cache.keys, cache.values))
-        kept = None if record is None else record.structs()
+        kept = None if record is None else record.structs
         task = CDecode(
             config.d_model, config.n_head, config.n_kv_head, config.d_head, config.d_ff, act, cache.capacity, rows, cache.length,
             at(stream.starts), *map(at, rope), c.addressof(keys), c.addressof(values), at(x), *map(at, scratch),

@@ -42,7 +42,7 @@ class _LogProbs(torch.autograd.Function):
             part = slice(start, start + chunk)
             log_probs[part], probs = target_log_probs(head, hidden[part], targets[part], temperature, slopes is not None)
             if slopes is not None and probs is not None:
-                slopes[part] = slope(head, log_probs[part], probs, targets[part], temperature)
+                slopes[part] = slopes_of(head, log_probs[part], probs, targets[part], temperature)
         ctx.slopes = slopes
         ctx.save_for_backward(*((hidden, targets) if ctx.needs_input_grad[1] else ()))
         ctx.head, ctx.temperature, ctx.chunk = head, temperature, chunk
@@ -65,7 +65,7 @@ class _LogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def slope(head: LogitHead, log_probs: Tensor, probs: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def slopes_of(head: LogitHead, log_probs: Tensor, probs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """(n, d) gradient of each log-prob in its state; probs (n, V) of the other tokens."""
     # d log p(y) / d logits = onehot(y) - p; expm1 gives 1 - p(y) without cancellation
     own = -torch.expm1(log_probs[:, None]) * head.weight.detach()[targets]
@@ -135,7 +135,7 @@ def compare_policies(
             if slopes is not None:
                 log_probs, probs = on_kernels(logits, aims, temperature, True)
                 assert probs is not None
-                slopes[part] = slope(head, log_probs, probs, aims, temperature)
+                slopes[part] = slopes_of(head, log_probs, probs, aims, temperature)
         else:
             log_p = log_softmax(head, hidden[part], temperature)
             log_q = log_softmax(reference_head, reference[part], temperature)

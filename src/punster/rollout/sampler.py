@@ -16,7 +16,6 @@ from torch import Tensor
 from punster.data.batch import Example, PrefixTree
 from punster.errors import UserError
 from punster.model.kernels import call, compiled
-from punster.model.lora import join
 from punster.model.recording import Recording
 from punster.model.role import Role, Trunk
 from punster.model.transformer import KeyValueCache, causal_mask
@@ -108,9 +107,6 @@ def generate(
     kept_depths = sorted(depth for depth in keep if 0 < depth <= min(role.frozen_depth, role.last_layer - 1) and roomy)
     keys = {depth: role.trunk_key(depth) for depth in kept_depths}
     uniforms = torch.rand(len(prompts) * samples, decoding.max_new_tokens, generator=generator, dtype=torch.float64).float()
-    trained_from = role.frozen_depth
-    if role.adapters:
-        role = Role(role.model, (join(role.adapters),))
     stepper = Stepper.of(role.model, role.adapters, role.last_layer)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     per_call = max(1, max_rows // samples)
@@ -124,7 +120,7 @@ def generate(
         drawn = uniforms[rows].to(role.model.device)
         recording = None
         if record and len(order) <= per_call:
-            recording = Recording.of(stepper, trained_from, prompts, samples, decoding.max_new_tokens)
+            recording = Recording.of(stepper, role.frozen_depth, prompts, samples, decoding.max_new_tokens)
         results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn, list(keys), recording)
         if recording is not None:
             recording.rows = rows
@@ -261,7 +257,7 @@ def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | N
 
 
 def choose_plainly(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """`choose` without truncation, on the kernels: log-probs are those of `rollout.logprobs` to the last bit."""
+    """`choose` without truncation, on the kernels: log-probs are those of `rollout.logprobs` on a bf16 head, to the last bit."""
     logits = logits.contiguous()
     token, log_prob = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
     size = c.c_long(len(logits)), logits.shape[1]

@@ -210,14 +210,14 @@ def collect(
     device = policy.model.device
     names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler")
     tensors = {name: torch.zeros(shape, device=device) for name in names}
-    kept = None
+    kept = record = None
     for number, rows in enumerate(group for minibatch in groups for group in minibatch):
         batch = trunk.collate(examples, rows, device)
         width = batch.mask.shape[1]
         keeps = with_graph and number == 0 and len(groups[0]) == 1
-        record = rollout.record if keeps else None
+        record = rollout.record if keeps else record
         with torch.set_grad_enabled(keeps):
-            sampled = batch if record is None else replace(batch, record=record, tree=record.tree(rows))
+            sampled = replace(batch, record=record, tree=record.tree(rows)) if keeps and record is not None else batch
             states = policy.response_hidden(sampled)
             joined = critic is not None and critic.adapters is policy.adapters
             values = None if critic is None or joined else critic.values(batch)
@@ -237,6 +237,8 @@ def collect(
             tensors["values"][rows, :width] = values
     for row, log_probs in enumerate(rollout.log_probs):
         tensors["sampler"][row, : len(log_probs)] = log_probs
+    if record is not None and (gap := float((tensors["sampler"] - tensors["log_prob"]).abs().max())) > 1e-4:
+        raise RuntimeError(f"what was sampled and what is trained on are {gap:.2e} apart in a log-prob")
     return Experience(
         examples=examples, texts=texts, prompts=prompts, trunk=trunk, groups=groups,
         mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device),
