@@ -31,11 +31,11 @@ LIMIT = 480  # seconds of one cell
 def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     """Name -> (verb, seed, what differs from the demo recipe's section of that verb). Steps are set for about equal wall time."""
     table: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("none", 1, {}), "sft": ("none", 1, {})}
-    ppo, grpo = {"steps": 10}, {"steps": 13}
+    ppo, grpo = {"steps": 24}, {"steps": 24}
     dpo: dict[str, Any] = {
-        "online": False, "pairs": "sampled", "prompt_limit": 130, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.001,
+        "online": False, "pairs": "sampled", "prompt_limit": 260, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.001,
     }  # fmt: skip
-    online: dict[str, Any] = {"online": True, "steps": 14}
+    online: dict[str, Any] = {"online": True, "steps": 18}
     for seed in (1, 2, 3):
         table[f"ppo-{seed}"] = ("ppo", seed, ppo)
         table[f"grpo-{seed}"] = ("grpo", seed, grpo)
@@ -46,7 +46,7 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
         table[f"ppo-beta-{beta}"] = ("ppo", 1, {**ppo, "beta": beta})
     for kind in ("clamped", "k2", "k3", "js", "none", "exact"):
         table[f"ppo-kl-{kind}"] = ("ppo", 1, {**ppo, "kl_penalty": kind})
-    table["ppo-all-layers"] = ("ppo", 1, {**ppo, "top_layers": "all", "steps": 6})
+    table["ppo-all-layers"] = ("ppo", 1, {**ppo, "top_layers": "all", "steps": 8})
     table["ppo-joined-critic"] = ("ppo", 1, {**ppo, "critic": "joined", "value_coef": 0.1})
     for mode in ("hydra", "lora", "separate"):
         table[f"ppo-memory-{mode}"] = ("ppo", 1, {**ppo, "memory": mode, "steps": 6})
