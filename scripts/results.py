@@ -33,7 +33,7 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     table: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("none", 1, {}), "sft": ("none", 1, {})}
     ppo, grpo = {"steps": 24}, {"steps": 24}
     dpo: dict[str, Any] = {
-        "online": False, "pairs": "sampled", "prompt_limit": 260, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.001,
+        "online": False, "pairs": "sampled", "prompt_limit": 260, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.0005,
     }  # fmt: skip
     online: dict[str, Any] = {"online": True, "steps": 18}
     for seed in (1, 2, 3):
@@ -42,7 +42,7 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
         table[f"rloo-{seed}"] = ("grpo", seed, {**grpo, "variant": "rloo"})
         table[f"dpo-{seed}"] = ("dpo", seed, dpo)
         table[f"online-dpo-{seed}"] = ("dpo", seed, online)
-    for beta in (0.005, 0.05, 0.2):
+    for beta in (0.05, 0.1, 0.2):
         table[f"ppo-beta-{beta}"] = ("ppo", 1, {**ppo, "beta": beta})
     for kind in ("clamped", "k2", "k3", "js", "none", "exact"):
         table[f"ppo-kl-{kind}"] = ("ppo", 1, {**ppo, "kl_penalty": kind})
@@ -182,8 +182,8 @@ def line(name: str, summary: dict[str, Any]) -> list[str]:
     row = summary["row"]
     return [
         name + (" (stopped)" if summary["aborted"] else ""), show(row["held_out_reward"], signed=True),
-        show(row["win_rate_vs_sft"], 0, percent=True), show(row.get("success"), 1, percent=True), show_kl(row), show(row["distinct_2"]),
-        show(row.get("self_bleu")), show(row["length"], 1), show(row["eos_rate"], 0, percent=True),
+        show(row["win_rate_vs_sft"], 0, percent=True), show(row.get("success_rate"), 0, percent=True), show_kl(row), show(row["distinct_2"]),
+        show(row.get("self_bleu_4")), show(row["length"], 1), show(row["eos_rate"], 0, percent=True),
         show(row["copy_rate"], 1, percent=True), f"{summary['sampled']['tokens']:,}", show(summary["train_seconds"] / 60, 1),
         show(summary["peak_memory_gb"]),
     ]  # fmt: skip

@@ -49,5 +49,7 @@ def test_a_cell_is_made_once_and_shown(make_model: Callable[..., Path], tmp_path
     table = run("--table", *where)
     assert table.returncode == 0, table.stderr[-2000:]
     lines = (tmp_path / "results" / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["sft", "ppo-1"]
+    heads, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:4]))
+    assert [row[0] for row in rows] == ["sft", "ppo-1"]
+    assert all(float(row[heads.index("self-BLEU")]) >= 0 for row in rows)  # each column finds its key in the summaries
     assert (tmp_path / "results" / "gold-against-kl.png").stat().st_size > 5000
