@@ -31,7 +31,7 @@ LIMIT = 480  # seconds of one cell
 def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     """Name -> (verb, seed, what differs from the demo recipe's section of that verb). Steps are set for about equal wall time."""
     table: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("none", 1, {}), "sft": ("none", 1, {})}
-    ppo, grpo = {"steps": 24}, {"steps": 24}
+    ppo, grpo = {"steps": 24, "beta": 0.1}, {"steps": 30, "beta": 0.1}
     dpo: dict[str, Any] = {
         "online": False, "pairs": "sampled", "prompt_limit": 260, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.0005,
     }  # fmt: skip
@@ -42,7 +42,7 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
         table[f"rloo-{seed}"] = ("grpo", seed, {**grpo, "variant": "rloo"})
         table[f"dpo-{seed}"] = ("dpo", seed, dpo)
         table[f"online-dpo-{seed}"] = ("dpo", seed, online)
-    for beta in (0.05, 0.1, 0.2):
+    for beta in (0.02, 0.05, 0.2):
         table[f"ppo-beta-{beta}"] = ("ppo", 1, {**ppo, "beta": beta})
     for kind in ("clamped", "k2", "k3", "js", "none", "exact"):
         table[f"ppo-kl-{kind}"] = ("ppo", 1, {**ppo, "kl_penalty": kind})
