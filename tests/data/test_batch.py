@@ -30,8 +30,12 @@ def test_masks_by_hand() -> None:
 
 def test_predictors_are_the_states_one_before() -> None:
     batch = collate(EXAMPLES)
-    at = torch.arange(5)[None, :, None] + 10 * torch.arange(3)[:, None, None]  # (3, 5, 1): 10 * row + column
-    assert batch.select_predictors(at)[:, 0].tolist() == [2, 3, 10, 11, 12, 13, 21]
+    assert batch.tree.nodes.tolist() == [
+        [0, 1, 2, 3, 4],
+        [0, 5, 6, 7, 8],
+        [9, 10, 11, 0, 0],
+    ]  # rows 0 and 1 begin with the same token
+    assert batch.predictors().tolist() == [2, 3, 0, 5, 6, 7, 10]
 
 
 def test_scatter_is_the_inverse_of_reading_by_the_mask() -> None:

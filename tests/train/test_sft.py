@@ -99,7 +99,7 @@ def test_prompt_tokens_have_no_weight_and_eos_has(tiny_llama: Path, tokenizer: T
     role = Role(load_model(str(tiny_llama)))
     batch = collate(examples)
     hidden = role.hidden(batch).detach().requires_grad_(True)
-    log_probs = token_log_probs(batch.select_predictors(hidden), role.model.head, batch.targets())
+    log_probs = token_log_probs(hidden[:, :-1][batch.response_span()[:, 1:]], role.model.head, batch.targets())
     (-log_probs.sum()).backward()
     assert hidden.grad is not None
     for row, example in enumerate(examples):

@@ -110,12 +110,8 @@ class Batch:
         """(N,) ids of all response tokens, row after row."""
         return self.ids[self.response_span()]
 
-    def select_predictors(self, hidden: Tensor) -> Tensor:
-        """(B, T, d) -> (N, d): the states one position before each response token (those that predict it)."""
-        return hidden[:, :-1][self.response_span()[:, 1:]]
-
     def predictors(self) -> Tensor:
-        """(N,) the tree's nodes one position before each response token."""
+        """(N,) the tree's nodes one position before each response token, row after row: their states predict it."""
         return self.tree.nodes[:, : self.ids.shape[1] - 1][self.response_span()[:, 1:]]
 
     def scatter(self, flat: Tensor) -> Tensor:

@@ -149,6 +149,8 @@ def add_out_back(gradient: Tensor, saved: Saved, step: Step, wanted: Sequence[bo
 
 
 class _AddOut(torch.autograd.Function):
+    """`add_out`, behind PyTorch's attention."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: Tensor, step: Step, *factors: Tensor) -> Tensor:
         saved, y = add_out(x, found.contiguous(), step)
@@ -232,6 +234,7 @@ class Paths:
         return found, total
 
     def pull_back(self, qkv: Tensor, total: Tensor, gradient: Tensor, heads: Heads) -> Tensor:
+        """The gradient of qkv from that of what was found (N, H h)."""
         share, slope = torch.empty(2, self.entries * heads.queries)
         result = torch.empty_like(qkv)
         call("punster_attend_back", c.byref(self.struct(heads)), *self.readers, qkv, total, gradient, share, slope, result)
@@ -322,11 +325,10 @@ def block(model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], ro
         saved, flat = attention(flat, into, paths, out)
         rows = seen.tree.spread(saved[QKV].view(*x.shape[:-1], -1, config.d_head)[:, :, config.n_head :])
         seen.cache.append(layer, *rows.transpose(1, 2).chunk(2, 1))
-        if record is not None and layer in record.layers:
-            of_rest, last = feed_forward(flat, between, up, down, act)
+        of_rest, last = feed_forward(flat, between, up, down, act)
+        if record is not None:
             record.put(layer, (*saved, *of_rest), last)
-            return last.view(x.shape)
-        record = None
+        return last.view(x.shape)
     else:
         recorded = None if record is None else record.attention(layer)
         flat = _Attention.apply(flat, into, paths, out, recorded, *attend.factors(), *out.factors())

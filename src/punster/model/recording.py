@@ -26,17 +26,17 @@ class Recording:
 
     @classmethod
     def of(
-        cls, stepper: Stepper, first_layer: int, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
-    ) -> Recording | None:
+        cls, stepper: Stepper, first_layer: int, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int, rows: list[int]
+    ) -> Recording | None:  # fmt: skip
         """None where some layer is not the kernels', or a path would be too long for their attention."""
         possible = len(stepper.steps) == len(stepper.stages)
         if not possible or max(map(len, prompts)) + new_tokens > LONGEST:
             return None
-        return cls(stepper, first_layer, sum(map(len, prompts)) + len(prompts) * samples * new_tokens)
+        return cls(stepper, first_layer, sum(map(len, prompts)) + len(prompts) * samples * new_tokens, rows)
 
-    def __init__(self, stepper: Stepper, first_layer: int, capacity: int):
+    def __init__(self, stepper: Stepper, first_layer: int, capacity: int, rows: list[int]):
         config, self.first_layer, self.count = stepper.model.config, first_layer, 0
-        self.rows: list[int] = []  # which of the rollout's rows each of ours is, set by who shuffles them
+        self.rows = rows  # which of the rollout's rows each of ours is
         d, inner, qkv = config.d_model, config.n_head * config.d_head, (config.n_head + 2 * config.n_kv_head) * config.d_head
         wide = config.d_ff * (2 if config.family == "llama" else 1)
         self.layers: dict[int, list[Tensor]] = {}
@@ -54,7 +54,9 @@ class Recording:
             self.layers[layer] = [torch.empty(capacity, width, dtype=dtype) for width, dtype in widths]
 
     def put(self, layer: int, saved: Saved, result: Tensor) -> None:
-        """The prompts' rows."""
+        """The prompts' rows; of layers that are not recorded nothing."""
+        if layer not in self.layers:
+            return
         for buffer, rows in zip(self.layers[layer], saved, strict=True):
             buffer[: len(rows)] = rows
         if layer + 1 not in self.layers:

@@ -20,6 +20,7 @@ from punster.model.recording import Recording
 from punster.model.role import Role, Trunk
 from punster.model.transformer import KeyValueCache, causal_mask
 from punster.rollout.decode import Stepper, Stream, decode_one_token
+from punster.rollout.logprobs import sizes
 
 ROWS = 128  # sampled at once
 
@@ -120,10 +121,8 @@ def generate(
         drawn = uniforms[rows].to(role.model.device)
         recording = None
         if record and len(order) <= per_call:
-            recording = Recording.of(stepper, role.frozen_depth, prompts, samples, decoding.max_new_tokens)
+            recording = Recording.of(stepper, role.frozen_depth, prompts, samples, decoding.max_new_tokens, rows)
         results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn, list(keys), recording)
-        if recording is not None:
-            recording.rows = rows
         for row, (ids, logs, kept) in zip(rows, results, strict=True):
             examples[row] = Example(tuple(prompts[row // samples]), tuple(ids))
             log_probs[row] = logs
@@ -260,8 +259,7 @@ def choose_plainly(logits: Tensor, temperature: float, uniform: Tensor) -> tuple
     """`choose` without truncation, on the kernels: log-probs are those of `rollout.logprobs` on a bf16 head, to the last bit."""
     logits = logits.contiguous()
     token, log_prob = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
-    size = c.c_long(len(logits)), logits.shape[1]
-    call("punster_choose", logits, *size, c.c_float(1 / temperature), uniform.contiguous(), token, log_prob)
+    call("punster_choose", logits, *sizes(logits), c.c_float(1 / temperature), uniform.contiguous(), token, log_prob)
     return token, log_prob
 
 

@@ -210,14 +210,13 @@ def collect(
     device = policy.model.device
     names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler")
     tensors = {name: torch.zeros(shape, device=device) for name in names}
-    kept = record = None
+    kept, record = None, rollout.record  # a record is of a rollout that is one micro-batch
     for number, rows in enumerate(group for minibatch in groups for group in minibatch):
         batch = trunk.collate(examples, rows, device)
         width = batch.mask.shape[1]
         keeps = with_graph and number == 0 and len(groups[0]) == 1
-        record = rollout.record if keeps else record
         with torch.set_grad_enabled(keeps):
-            sampled = replace(batch, record=record, tree=record.tree(rows)) if keeps and record is not None else batch
+            sampled = batch if record is None else replace(batch, record=record, tree=record.tree(rows))
             states = policy.response_hidden(sampled)
             joined = critic is not None and critic.adapters is policy.adapters
             values = None if critic is None or joined else critic.values(batch)
