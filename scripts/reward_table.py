@@ -49,6 +49,13 @@ class Measure:
 
 
 # ---- what is measured ---------------------------------------------------------------------------------------------
+def own_pairs(kind: str) -> list[Row]:
+    """Of the corpus's test part, without pun words of which training has another form (raise and raised)."""
+    trained = {lemma(record["pun_word"]) for record in corpus.part("train")}
+    fresh = {record["id"] for record in corpus.part("test") if lemma(record["pun_word"]) not in trained}
+    return [row for row in corpus.preference_rows((kind,), "test") if row["id"] in fresh]
+
+
 def measures(pool: Pool) -> list[Measure]:
     """The held-out measures; He's pairs are those of the val part (cross-validation has its own)."""
     semeval = [((GENERIC_PROMPT, r["text"]), bool(r["is_pun"]), lemma(r["pun_word"]) if r.get("pun_word") else r["id"])
@@ -70,9 +77,9 @@ def measures(pool: Pool) -> list[Measure]:
         Measure("davidbau, punny over straight", 0.90, tuple(sided(pool.rows("davidbau_puns", "val"), "sentence"))),
         Measure("PunEval success, one prompt", 0.76, tuple(groups)),
         *he_measures([row for row in pool.rows("pungen_he2019", "val") if "completions" in row]),
-        Measure("own minimal pairs: literal", 0.90, tuple(sided(corpus.preference_rows(("literal",), "test"), "id"))),
-        Measure("own minimal pairs: synonym", 0.90, tuple(sided(corpus.preference_rows(("synonym_swap",), "test"), "id"))),
-        Measure("own minimal pairs: homophone in a plain text", None, tuple(sided(corpus.preference_rows(("homophone",), "test"), "id"))),
+        Measure("own minimal pairs: literal", 0.90, tuple(sided(own_pairs("literal"), "id"))),
+        Measure("own minimal pairs: synonym", 0.90, tuple(sided(own_pairs("synonym_swap"), "id"))),
+        Measure("own minimal pairs: homophone in a plain text", None, tuple(sided(own_pairs("homophone"), "id"))),
         Measure("PunEval, pun over synonym", None, tuple(sided((r for r in puneval if "chosen" in r), "semeval_id"))),
         Measure("own templates, AUC", 0.80, texts=tuple(
             ((GENERIC_PROMPT, row[side]), side == "chosen", row["template"]) for row in template for side in ("chosen", "rejected"))),
