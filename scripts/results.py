@@ -26,11 +26,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 480  # seconds of one cell
+ENSEMBLE = "reward-ensemble"  # a second reward model: the first one's recipe, three members
 
 
 def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     """Name -> (verb, seed, what differs from the demo recipe's section of that verb). Steps are set for about equal wall time."""
     table: dict[str, tuple[str, int, dict[str, Any]]] = {"base": ("none", 1, {}), "sft": ("none", 1, {})}
+    table |= {f"sft-{seed}": ("none", seed, {}) for seed in (2, 3)}  # the same model, other samples: the best-of-n curve again
     ppo, grpo = {"steps": 24, "beta": 0.1}, {"steps": 30, "beta": 0.1}
     dpo: dict[str, Any] = {
         "online": False, "pairs": "sampled", "prompt_limit": 260, "pairs_per_prompt": 2, "batch_size": 8, "steps": None, "epochs": 1.0, "lr": 0.0005,
@@ -52,6 +54,11 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
         table[f"ppo-memory-{mode}"] = ("ppo", 1, {**ppo, "memory": mode, "steps": 6})
     table["ppo-long-1"] = ("ppo", 1, {**ppo, "steps": 48})  # twice as long as the others: how far it goes
     table["grpo-long"] = ("grpo", 1, {**grpo, "steps": 60})
+    # Three reward models, their mean less their spread (Coste et al. 2023), and best-of-n by the same.
+    table["sft-ensemble"] = ("none", 1, {"reward": ENSEMBLE})
+    table["ppo-ensemble"] = ("ppo", 1, {**ppo, "reward": ENSEMBLE})
+    for seed in (1, 2, 3):
+        table[f"grpo-ensemble-{seed}"] = ("grpo", seed, {**grpo, "reward": ENSEMBLE})
     table["kto"] = ("dpo", 1, {**dpo, "loss_type": "kto"})
     table["distill"] = ("distill", 1, {})
     table["direct"] = ("ppo", 1, {**ppo, "actor": "base", "missing_eos_penalty": 2.0})
@@ -73,9 +80,16 @@ def train_shared(options: argparse.Namespace, stage: str) -> None:
     from punster.cli import resolve
     from punster.train.pipeline import STAGES, stage_config
 
-    settings = stage_config(recipe(options), stage)
+    settings = stage_config(recipe(options), "reward" if stage == ENSEMBLE else stage)
+    if stage == ENSEMBLE:
+        settings = replace(settings, name=ENSEMBLE, members=3, combine="cautious")
     settings.resume = (Path(settings.out) / stage / "config.yaml").exists()
-    resolve(STAGES[stage][1])(settings)
+    resolve(STAGES["reward" if stage == ENSEMBLE else stage][1])(settings)
+
+
+def judge_of(name: str) -> str:
+    """The reward model that a cell is trained against."""
+    return str(cells()[name][2].get("reward", "reward"))
 
 
 def train_cell(options: argparse.Namespace, name: str) -> Path | None:
@@ -103,8 +117,9 @@ def train_cell(options: argparse.Namespace, name: str) -> Path | None:
         )  # fmt: skip
         target = "punster.train.distill:distill"
     else:
-        setattr(config, verb, {**getattr(config, verb), **changes})
-        settings = replace(stage_config(config, verb), name=name, seed=seed)
+        own = {key: value for key, value in changes.items() if key != "reward"}
+        setattr(config, verb, {**getattr(config, verb), **own})
+        settings = replace(stage_config(config, verb), name=name, seed=seed, reward_model=str(folder / judge_of(name)))
         target = STAGES[verb][1]
     settings.resume = (folder / name / "config.yaml").exists()
     run: Path = resolve(target)(settings)
@@ -145,17 +160,17 @@ def make(options: argparse.Namespace, name: str) -> None:
         run = folder / name
     trained, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     settings: EvaluateConfig = evaluation_config(config, folder)
-    best_of = {"best_of": 16, "pool": 32} if name == "sft" else {"best_of": 0, "pool": 0}
+    best_of = {"best_of": 16, "pool": 32} if name.startswith("sft") else {"best_of": 0, "pool": 0}
     shown = "base" if name == "base" else str(run or folder / "sft")
     settings = replace(
-        settings, models=[shown], reference=str(folder / "sft"), gold=str(folder / "gold"), proxy=str(folder / "reward"), out=None,
-        quiet=True, **best_of,
+        settings, models=[shown], reference=str(folder / "sft"), gold=str(folder / "gold"), proxy=str(folder / judge_of(name)), out=None,
+        quiet=True, seed=cells()[name][1] if cells()[name][0] == "none" else 1, **best_of,
     )  # fmt: skip
     rows = evaluate(settings)
     data = hashlib.sha256((ROOT / "src" / "punster" / "data" / "puns.jsonl").read_bytes()).hexdigest()
     summary = {
         "cell": name, "row": rows["models"][Path(shown).name], "best_of_n": rows.get("best_of_n"), "best_of": rows["models"].get("best_of_16"),
-        "proxy": "reward", "gold": "gold", "sampled": sampled, "train_seconds": round(trained, 1),
+        "proxy": judge_of(name), "gold": "gold", "sampled": sampled, "train_seconds": round(trained, 1),
         "wall_seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak, 3), "aborted": json.loads((run / "summary.json").read_text()).get("aborted") if run else None,
         "seed": cells()[name][1], "commit": commit(), "data_sha256": data, "scale": options.scale, "prompts": rows["prompts"],
         "samples": rows["samples"], "decoding": rows["decoding"], "model": config.model, "settings": cells()[name][2],
@@ -194,7 +209,7 @@ def line(name: str, summary: dict[str, Any]) -> list[str]:
 def seed_lines(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Mean and range of the gold reward over the seeds of a method."""
     lines = []
-    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo"):
+    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo", "grpo-ensemble"):
         golds = [found[f"{method}-{s}"]["row"]["held_out_reward"]["mean"] for s in (1, 2, 3) if f"{method}-{s}" in found]
         kls = [found[f"{method}-{s}"]["row"]["exact_kl"] for s in (1, 2, 3) if f"{method}-{s}" in found]
         if len(golds) > 1:
@@ -209,42 +224,49 @@ def seed_lines(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def best_of_lines(found: dict[str, dict[str, Any]]) -> str:
+    """Gold reward of best-of-n: by three sets of samples, and by the ensemble."""
+    names = [name for name in ("sft", "sft-2", "sft-3", "sft-ensemble") if found.get(name, {}).get("best_of_n")]
+    if not names:
+        return ""
+    curves = {name: found[name]["best_of_n"] for name in names}
+    text = "\n| best of n | KL at most | " + " | ".join(f"gold reward ({name})" for name in names) + " |\n|" + "---|" * (len(names) + 2) + "\n"
+    for place, n in enumerate(curves[names[0]]["n"]):
+        golds = " | ".join(f"{curve['gold'][place]:+.2f}" for curve in curves.values())
+        text += f"| {n:.0f} | {curves[names[0]]['kl_bound'][place]:.2f} | {golds} |\n"
+    return text
+
+
 def write_table(folder: Path) -> None:
     found = load_cells(folder)
     text = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
     text += "".join("| " + " | ".join(line(name, summary)) + " |\n" for name, summary in found.items())
-    curve = found.get("sft", {}).get("best_of_n")
-    if curve:
-        text += "\n| best of n | gold reward | KL at most |\n|---|---|---|\n"
-        text += "".join(
-            f"| {n:.0f} | {g:+.2f} | {k:.2f} |\n" for n, g, k in zip(curve["n"], curve["gold"], curve["kl_bound"], strict=True)
-        )
+    text += best_of_lines(found)
     if lines := seed_lines(found):
         text += "\n| method | gold reward, mean and range | exact KL |\n|---|---|---|\n"
         text += "".join("| " + " | ".join(cell) + " |\n" for cell in lines)
     (folder / "table.md").write_text(text)
-    plot(found, curve, folder / "gold-against-kl.png")
+    plot(found, folder / "gold-against-kl.png")
     print(text)
 
 
-def plot(found: dict[str, dict[str, Any]], curve: dict[str, list[float]] | None, path: Path) -> None:
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Gold reward against KL: a point a cell, and the best-of-n curve, which a policy should lie above."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(10, 6))
     for name, summary in found.items():
-        row = summary["row"]
-        if name != "base" and row["exact_kl"] is not None:
-            axes.plot(row["exact_kl"], row["held_out_reward"]["mean"], "o")
-            axes.annotate(
-                name, (row["exact_kl"], row["held_out_reward"]["mean"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
-    if curve:
-        axes.plot(curve["kl_bound"], curve["gold"], "k.-", label="best of n (KL at most)")
-        axes.legend()
+        kl, gold = summary["row"]["exact_kl"], summary["row"]["held_out_reward"]["mean"]
+        if name != "base" and kl:
+            axes.plot(kl, gold, "o", markersize=4)
+            axes.annotate(name, (kl, gold), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    for name, style in (("sft", "k.-"), ("sft-ensemble", "k.:")):
+        if curve := found.get(name, {}).get("best_of_n"):
+            axes.plot(curve["kl_bound"], curve["gold"], style, label=f"best of n, by {found[name]['proxy']} (KL at most)")
+            axes.legend()
     axes.set_xlabel("exact KL to SFT, nats a response")
     axes.set_ylabel("gold reward")
     figure.tight_layout()
@@ -289,7 +311,9 @@ def main() -> int:
     folder = options.runs / "results"
     wanted = [name for name in options.cells or cells() if name not in there]
     tasks = [
-        f"shared:{stage}" for stage in ("sft", "reward", "gold") if wanted and not (folder / stage / "summary.json").exists()
+        f"shared:{stage}"
+        for stage in ("sft", "gold", *sorted({"reward", *map(judge_of, wanted)}))
+        if wanted and not (folder / stage / "summary.json").exists()
     ]
     for task in [*tasks, *(f"cell:{name}" for name in wanted)]:
         if (time.monotonic() - started + LIMIT) / 60 > options.minutes:
