@@ -49,6 +49,8 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     for kind in ("clamped", "k2", "k3", "js", "none", "exact"):
         table[f"ppo-kl-{kind}"] = ("ppo", 1, {**ppo, "kl_penalty": kind})
     table["ppo-all-layers"] = ("ppo", 1, {**ppo, "top_layers": "all", "steps": 8})
+    for seed in (1, 2, 3):  # twice the time of the others
+        table[f"ppo-all-layers-long-{seed}"] = ("ppo", seed, {**ppo, "top_layers": "all", "steps": 16})
     table["ppo-joined-critic"] = ("ppo", 1, {**ppo, "critic": "joined", "value_coef": 0.1})
     for mode in ("hydra", "lora", "separate"):
         table[f"ppo-memory-{mode}"] = ("ppo", 1, {**ppo, "memory": mode, "steps": 6})
@@ -209,7 +211,7 @@ def line(name: str, summary: dict[str, Any]) -> list[str]:
 def seed_lines(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Mean and range of the gold reward over the seeds of a method."""
     lines = []
-    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo", "grpo-ensemble"):
+    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo", "grpo-ensemble", "ppo-all-layers-long"):
         golds = [found[f"{method}-{s}"]["row"]["held_out_reward"]["mean"] for s in (1, 2, 3) if f"{method}-{s}" in found]
         kls = [found[f"{method}-{s}"]["row"]["exact_kl"] for s in (1, 2, 3) if f"{method}-{s}" in found]
         if len(golds) > 1:
