@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from punster.data.batch import Batch, Example, collate
+from punster.data.batch import Batch, Example, PrefixTree, collate
 from punster.model import fused, kernels, product
 from punster.model.kernels import LowRank, Packed
 from punster.model.load import random_model
@@ -137,7 +137,51 @@ def test_attention_over_a_prefix_tree_and_its_gradient(heads: int, keys: int, si
     wanted = tree.gather(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))[0]
     torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6)
     (wanted * upstream).sum().backward()
-    torch.testing.assert_close(paths.pull_back(qkv, total, upstream, shape).double(), exact.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(paths.pull_back(qkv, found.bfloat16(), total, upstream, shape).double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "keys", "size"), [(9, 3, 64), (2, 2, 32), (4, 1, 96)])
+@pytest.mark.parametrize("left", [False, True])
+def test_long_paths_are_attended_in_blocks(heads: int, keys: int, size: int, left: bool) -> None:
+    """Against fp64, as near as PyTorch's attention in bf16 is; rows that share prefixes, one twice, one within another."""
+    generator = torch.Generator().manual_seed(6)
+    long = torch.randint(0, 331, (700,), generator=generator).tolist()
+    rows = [long, long[:130] + long[300:420], long, long[:64], [7, 8, 9], long[:131] + [5], long[:640] + long[:61]]
+    tree = PrefixTree.of(rows, left=left)
+    count = tree.first.numel()
+    qkv = 1.5 * torch.randn(count, (heads + 2 * keys) * size, generator=generator)
+    upstream = torch.randn(count, heads * size, generator=generator)
+    paths, shape = fused.Paths(tree), fused.Heads(heads, keys, size)
+    assert paths.long
+    found, total = paths.attend(qkv, shape)
+    own = paths.pull_back(qkv, found.bfloat16(), total, upstream, shape)
+    mask = torch.zeros(len(rows), 1, 701, 701, dtype=torch.bool)
+    for row, sequence in enumerate(rows):
+        begin = 701 - len(sequence) if left else 0
+        mask[row, 0, begin : begin + len(sequence), begin : begin + len(sequence)] = True
+    mask = mask.tril() | torch.eye(701, dtype=torch.bool)
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = qkv.double().requires_grad_()
+        q, k, v = tree.spread(x.to(dtype).view(1, count, -1, size)).transpose(1, 2).split((heads, keys, keys), 1)
+        k, v = (t.repeat_interleave(heads // keys, 1) for t in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = tree.gather(out.transpose(1, 2).flatten(2))[0]
+        (out.double() * upstream).sum().backward()
+        assert x.grad is not None
+        return out.detach().double(), x.grad
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b).norm() / b.norm())
+
+    (wanted, gradient), (rough, rough_gradient) = plain(torch.float64), plain(torch.bfloat16)
+    assert error(found, wanted) <= 1.2 * error(rough, wanted) < 0.01
+    parts = [x.split((heads * size, keys * size, keys * size), 1) for x in (own, gradient, rough_gradient)]
+    for mine, true, theirs in zip(*parts, strict=True):
+        assert error(mine, true) <= 1.2 * error(theirs, true) < 0.02
+    again = paths.attend(qkv, shape)
+    assert torch.equal(again[0], found) and torch.equal(paths.pull_back(qkv, found.bfloat16(), total, upstream, shape), own)
 
 
 @needs_kernels

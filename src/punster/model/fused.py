@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from punster.data.batch import PrefixTree
 from punster.model import kernels
-from punster.model.kernels import ACTIVATIONS, LONGEST, SILU, CNorm, CTree, LowRank, Packed, at, call, empty_low, rounded
+from punster.model.kernels import ACTIVATIONS, LONGEST, SIDE, SILU, CNorm, CRuns, CTree, LowRank, Packed, at, call, empty_low, rounded
 from punster.model.lora import Adapter
 
 if TYPE_CHECKING:
@@ -193,23 +193,26 @@ class _Attention(torch.autograd.Function):
         middle = 5 + len(into.step.factors())
         gradient = gradient.contiguous()
         found, of_out = add_out_back(gradient, (narrow, low), out, ctx.needs_input_grad[middle:])
-        own = paths.pull_back(qkv, total, found, into.heads)
+        own = paths.pull_back(qkv, narrow, total, found, into.heads)
         base = gradient if ctx.needs_input_grad[0] else None
         dx, of_in = into.pull_back(own, tuple(saved), base, ctx.needs_input_grad[5:middle])
         return dx, None, None, None, None, *of_in, *of_out
 
 
 class Paths:
-    """Attention of a prefix tree's N nodes, each to its own path from the root."""
+    """Attention of a prefix tree's N nodes, each to its own path from the root.
+
+    Short paths: one query at a time, in fp32, with the very numbers of decoding. Long ones: in blocks of rows rounded to bf16.
+    """
 
     def __init__(self, tree: PrefixTree):
         self.nodes, self.first, self.position = tree.nodes.contiguous(), tree.first, tree.positions[0]
         self.entries = int(self.position.sum()) + len(self.first)
+        self.long = self.nodes.shape[1] > LONGEST
 
     @classmethod
     def of(cls, seen: Attention) -> Paths | None:
-        """Where paths are short: for long ones PyTorch's blocks of rows are faster."""
-        if seen.tree is None or seen.tree.nodes.shape[1] > LONGEST:
+        if seen.tree is None:
             return None
         found: Paths | None = seen.tree.paths
         if found is None:
@@ -217,7 +220,7 @@ class Paths:
         return found
 
     def struct(self, heads: Heads) -> CTree:
-        return CTree(heads.queries, heads.keys, heads.size, len(self.first), at(self.nodes), at(self.first), at(self.position))
+        return CTree(*heads, len(self.first), at(self.nodes), at(self.first), at(self.position))
 
     @cached_property
     def readers(self) -> tuple[Tensor, ...]:
@@ -227,17 +230,43 @@ class Paths:
         call("punster_readers", c.byref(self.struct(Heads(1, 1, 1))), *made)
         return made
 
+    @cached_property
+    def runs(self) -> tuple[Tensor, ...]:
+        """What each row adds to the tree, see blocked.h: start, from, end and at of every run, and their padded length together."""
+        rows, which = torch.unique(self.first // self.nodes.shape[1], return_inverse=True)
+        lowest, highest = torch.full((2, len(rows)), self.nodes.shape[1])
+        lowest = lowest.scatter_reduce(0, which, self.position, "amin")
+        highest = highest.scatter_reduce(0, which, self.position, "amax", include_self=False) + 1
+        start = torch.empty_like(rows).scatter(0, which, self.first - self.position)
+        padded = (highest + SIDE - 1) // SIDE * SIDE
+        return start, lowest, highest, padded.cumsum(0) - padded, padded.sum()
+
+    def blocks(self, heads: Heads) -> tuple[CRuns, Tensor]:
+        """The runs, and room for their packed keys and values."""
+        *places, padded = self.runs
+        packed = torch.empty(4 * heads.keys * int(padded) * heads.size, dtype=torch.bfloat16)
+        return CRuns(*heads, len(places[0]), int(padded), at(self.nodes), *map(at, places)), packed
+
     def attend(self, qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
         """(N, (H + 2K) h) -> what is found (N, H h), logs of the partition sums (N, H)."""
         found, total = torch.empty(len(qkv), heads.queries * heads.size), torch.empty(len(qkv), heads.queries)
-        call("punster_attend", c.byref(self.struct(heads)), qkv, found, total)
+        if self.long:
+            runs, packed = self.blocks(heads)
+            call("punster_attend_runs", c.byref(runs), qkv, packed, found, total)
+        else:
+            call("punster_attend", c.byref(self.struct(heads)), qkv, found, total)
         return found, total
 
-    def pull_back(self, qkv: Tensor, total: Tensor, gradient: Tensor, heads: Heads) -> Tensor:
-        """The gradient of qkv from that of what was found (N, H h)."""
-        share, slope = torch.empty(2, self.entries * heads.queries)
+    def pull_back(self, qkv: Tensor, found: Tensor, total: Tensor, gradient: Tensor, heads: Heads) -> Tensor:
+        """The gradient of qkv from that of what was found (N, H h); `found` itself in bf16."""
         result = torch.empty_like(qkv)
-        call("punster_attend_back", c.byref(self.struct(heads)), *self.readers, qkv, total, gradient, share, slope, result)
+        if self.long:
+            runs, packed = self.blocks(heads)
+            sums = torch.empty(heads.queries * 2 * int(self.runs[-1]) * heads.size)
+            call("punster_attend_runs_back", c.byref(runs), qkv, packed, found, total, gradient, sums, result, c.c_long(len(qkv)))
+        else:
+            share, slope = torch.empty(2, self.entries * heads.queries)
+            call("punster_attend_back", c.byref(self.struct(heads)), *self.readers, qkv, total, gradient, share, slope, result)
         return result
 
 

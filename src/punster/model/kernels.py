@@ -1,4 +1,4 @@
-"""The kernels of kernels.c: built once by the system's C compiler, kept in the cache folder, left out where something is missing.
+"""The kernels of csrc: built once by the system's C compiler, kept in the cache folder, left out where something is missing.
 
 They serve bf16 weights on CPUs with AVX512_BF16 (and without AMX, for which PyTorch's own products are better). Everything has a
 plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one. n rows, R ranks of all low-rank updates of a product together.
@@ -26,7 +26,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
 
-LONGEST = 512  # tokens of a path that the kernels attend to
+LONGEST = 192  # tokens of a path up to which every query is attended alone, as in decoding; in blocks beyond
+SIDE = 64  # queries, and keys, of a block
 PANEL = 48  # columns of packed weights that lie together
 STORE, ADD, STORE_BF16 = 0, 1, 2
 SILU, GELU_TANH = 0, 1
@@ -78,6 +79,13 @@ class CTree(c.Structure):
     )  # fmt: skip
 
 
+class CRuns(c.Structure):
+    _fields_ = (
+        *((name, c.c_int32) for name in ("heads", "kv_heads", "size")), ("runs", c.c_int64), ("padded", c.c_int64),
+        *((name, c.c_void_p) for name in ("nodes", "start", "from", "end", "at")),
+    )  # fmt: skip
+
+
 NO_UPDATE = CUpdate(None, None, 0, None, None)
 
 
@@ -107,13 +115,14 @@ def build(compiler: str) -> Path:
     """Compile once for this source, compiler and machine; linked with PyTorch's own OpenMP, so that one pool of threads serves both."""
     from punster.model.load import cache_folder
 
-    source = Path(__file__).with_name("kernels.c")
+    source = Path(__file__).with_name("csrc") / "kernels.c"
+    text = "".join(path.read_text() for path in sorted(source.parent.glob("*.[ch]")))
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     command = [compiler, "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", str(source)]
     command += [*map(str, openmp[:1]), "-lm"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
-    name = hashlib.sha256("\0".join((source.read_text(), *command, version, cpu)).encode()).hexdigest()[:20]
+    name = hashlib.sha256("\0".join((text, *command, version, cpu)).encode()).hexdigest()[:20]
     target = cache_folder() / "kernels" / f"{name}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

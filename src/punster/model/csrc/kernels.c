@@ -1,0 +1,55 @@
+/* What a step of a Llama or GPT-2 block does on CPUs with AVX512_BF16: products of bf16 rows with packed bf16 weights, their
+   low-rank updates added in the same registers, and all that lies between the products in one pass each. Sums are fp32.
+
+   Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2].
+   Low-rank updates: y += low b, low (rows, ranks) = x a^T; a (ranks, in), b (ranks, out). Rank r lives in the columns
+   from[r] <= column < to[r] of the output and is zero elsewhere, as q, k and v have updates of their own.
+   The functions named *_rows are worksharing: inside a parallel region every thread does its part, with a barrier behind. */
+#include "blocked.h"
+#include "decode.h"
+#include "vocabulary.h"
+
+/* What follows is a call each, for whole sequences and their gradients. */
+void punster_pack(const bf16 *w, int out, int in, long row_stride, long column_stride, uint32_t *packed) {
+#pragma omp parallel for schedule(static)
+  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+    for (int k = 0; k < in / 2; k++)
+      for (int c = 0; c < PANEL; c++) {
+        const long column = (long)panel * PANEL + c;
+        const bf16 *at = w + column * row_stride + 2L * k * column_stride;
+        packed[((long)panel * (in / 2) + k) * PANEL + c] = column < out ? at[0] | (uint32_t)at[column_stride] << 16 : 0;
+      }
+}
+void punster_product(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
+#pragma omp parallel
+  product_rows(x, rows, p, low, base, y, mode);
+}
+void punster_norm(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
+#pragma omp parallel
+  norm_rows(x, rows, d, n, u, y, low, stat);
+}
+void punster_norm_back(const float *dy, const float *x, const float *stat, long rows, int d, const Norm *n, const float *base,
+                       float *dx) {
+#pragma omp parallel
+  norm_back_rows(dy, x, stat, rows, d, n, base, dx);
+}
+void punster_round(const float *x, long rows, int columns, const Update *u, const int32_t *from, const int32_t *to, bf16 *y, float *low) {
+#pragma omp parallel
+  round_rows(x, rows, columns, u, from, to, y, low);
+}
+void punster_act(const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *h, float *low) {
+#pragma omp parallel
+  act_rows(y, rows, width, kind, u, h, low);
+}
+void punster_act_back(const float *dh, const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *dy, float *pulled) {
+#pragma omp parallel
+  act_back_rows(dh, y, rows, width, kind, u, dy, pulled);
+}
+void punster_outer(const float *low, const bf16 *x, long rows, int columns, int ranks, const int32_t *from, const int32_t *to, float *y) {
+#pragma omp parallel
+  outer_rows(low, x, rows, columns, ranks, from, to, y);
+}
+void punster_rope(float *x, long rows, int heads, int turned, int size, const float *cosine, const float *sine, float sign) {
+#pragma omp parallel
+  rope_rows(x, rows, heads, turned, size, cosine, sine, sign);
+}
