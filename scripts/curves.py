@@ -1,7 +1,7 @@
 """The measured curves of the method pages: docs/curves/PAGE.png, out of the metrics of cells that scripts/results.py has trained.
 
-    python scripts/results.py ppo-1 ppo-2 ppo-3      # for instance
-    python scripts/curves.py                         # every page whose cells are there
+python scripts/results.py ppo-1 ppo-2 ppo-3      # for instance
+python scripts/curves.py                         # every page whose cells are there
 """
 
 from __future__ import annotations

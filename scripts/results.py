@@ -232,7 +232,13 @@ def best_of_lines(found: dict[str, dict[str, Any]]) -> str:
     if not names:
         return ""
     curves = {name: found[name]["best_of_n"] for name in names}
-    text = "\n| best of n | KL at most | " + " | ".join(f"gold reward ({name})" for name in names) + " |\n|" + "---|" * (len(names) + 2) + "\n"
+    text = (
+        "\n| best of n | KL at most | "
+        + " | ".join(f"gold reward ({name})" for name in names)
+        + " |\n|"
+        + "---|" * (len(names) + 2)
+        + "\n"
+    )
     for place, n in enumerate(curves[names[0]]["n"]):
         golds = " | ".join(f"{curve['gold'][place]:+.2f}" for curve in curves.values())
         text += f"| {n:.0f} | {curves[names[0]]['kl_bound'][place]:.2f} | {golds} |\n"

@@ -137,7 +137,9 @@ def test_attention_over_a_prefix_tree_and_its_gradient(heads: int, keys: int, si
     wanted = tree.gather(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))[0]
     torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6)
     (wanted * upstream).sum().backward()
-    torch.testing.assert_close(paths.pull_back(qkv, found.bfloat16(), total, upstream, shape).double(), exact.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        paths.pull_back(qkv, found.bfloat16(), total, upstream, shape).double(), exact.grad, rtol=1e-5, atol=1e-5
+    )
 
 
 @needs_kernels
@@ -147,7 +149,7 @@ def test_long_paths_are_attended_in_blocks(heads: int, keys: int, size: int, lef
     """Against fp64, as near as PyTorch's attention in bf16 is; rows that share prefixes, one twice, one within another."""
     generator = torch.Generator().manual_seed(6)
     long = torch.randint(0, 331, (700,), generator=generator).tolist()
-    rows = [long, long[:130] + long[300:420], long, long[:64], [7, 8, 9], long[:131] + [5], long[:640] + long[:61]]
+    rows = [long, long[:130] + long[300:420], long, long[:64], [7, 8, 9], [*long[:131], 5], long[:640] + long[:61]]
     tree = PrefixTree.of(rows, left=left)
     count = tree.first.numel()
     qkv = 1.5 * torch.randn(count, (heads + 2 * keys) * size, generator=generator)

@@ -19,7 +19,21 @@ from torch.autograd.function import once_differentiable
 
 from punster.data.batch import PrefixTree
 from punster.model import kernels
-from punster.model.kernels import ACTIVATIONS, LONGEST, SIDE, SILU, CNorm, CRuns, CTree, LowRank, Packed, at, call, empty_low, rounded
+from punster.model.kernels import (
+    ACTIVATIONS,
+    LONGEST,
+    SIDE,
+    SILU,
+    CNorm,
+    CRuns,
+    CTree,
+    LowRank,
+    Packed,
+    at,
+    call,
+    empty_low,
+    rounded,
+)
 from punster.model.lora import Adapter
 
 if TYPE_CHECKING:
