@@ -254,6 +254,10 @@ def write_table(folder: Path) -> None:
         text += "\n| method | gold reward, mean and range | exact KL |\n|---|---|---|\n"
         text += "".join("| " + " | ".join(cell) + " |\n" for cell in lines)
     (folder / "table.md").write_text(text)
+    page = ROOT / "docs" / "RESULTS.md"
+    before, begin, rest = page.read_text().partition("<!-- cells -->\n")
+    if folder == ROOT / "results" and begin:
+        page.write_text(before + begin + text + "<!-- end -->" + rest.partition("<!-- end -->")[2])
     plot(found, folder / "gold-against-kl.png")
     print(text)
 
@@ -274,6 +278,8 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     for name, style in (("sft", "k.-"), ("sft-ensemble", "k.:")):
         if curve := found.get(name, {}).get("best_of_n"):
             axes.plot(curve["kl_bound"], curve["gold"], style, label=f"best of n, by {found[name]['proxy']} (KL at most)")
+            if 16 in curve["n"]:  # where a policy crosses this line, training has bought what sixteen samples buy
+                axes.axhline(curve["gold"][curve["n"].index(16)], color="k", linestyle=style[-1], linewidth=0.5)
             axes.legend()
     axes.set_xlabel("exact KL to SFT, nats a response")
     axes.set_ylabel("gold reward")
