@@ -59,6 +59,7 @@ def cells() -> dict[str, tuple[str, int, dict[str, Any]]]:
     # Three reward models, their mean less their spread (Coste et al. 2023), and best-of-n by the same.
     table["sft-ensemble"] = ("none", 1, {"reward": ENSEMBLE})
     table["ppo-ensemble"] = ("ppo", 1, {**ppo, "reward": ENSEMBLE})
+    table |= {f"ppo-ensemble-{seed}": ("ppo", seed, {**ppo, "reward": ENSEMBLE}) for seed in (2, 3)}
     for seed in (1, 2, 3):
         table[f"grpo-ensemble-{seed}"] = ("grpo", seed, {**grpo, "reward": ENSEMBLE})
     table["kto"] = ("dpo", 1, {**dpo, "loss_type": "kto"})
