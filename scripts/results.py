@@ -83,11 +83,10 @@ def train_shared(options: argparse.Namespace, stage: str) -> None:
     from punster.cli import resolve
     from punster.train.pipeline import STAGES, stage_config
 
-    settings = stage_config(recipe(options), "reward" if stage == ENSEMBLE else stage)
-    if stage == ENSEMBLE:
-        settings = replace(settings, name=ENSEMBLE, members=3, combine="cautious")
+    kind, more = ("reward", {"name": ENSEMBLE, "members": 3, "combine": "cautious"}) if stage == ENSEMBLE else (stage, {})
+    settings = replace(stage_config(recipe(options), kind), **more)
     settings.resume = (Path(settings.out) / stage / "config.yaml").exists()
-    resolve(STAGES["reward" if stage == ENSEMBLE else stage][1])(settings)
+    resolve(STAGES[kind][1])(settings)
 
 
 def judge_of(name: str) -> str:
@@ -212,18 +211,13 @@ def line(name: str, summary: dict[str, Any]) -> list[str]:
 def seed_lines(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Mean and range of the gold reward over the seeds of a method."""
     lines = []
-    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo", "grpo-ensemble", "ppo-all-layers-long"):
-        golds = [found[f"{method}-{s}"]["row"]["held_out_reward"]["mean"] for s in (1, 2, 3) if f"{method}-{s}" in found]
-        kls = [found[f"{method}-{s}"]["row"]["exact_kl"] for s in (1, 2, 3) if f"{method}-{s}" in found]
-        if len(golds) > 1:
-            mean = sum(golds) / len(golds)
-            lines.append(
-                [
-                    f"{method}, {len(golds)} seeds",
-                    f"{mean:+.2f} ({min(golds):+.2f} to {max(golds):+.2f})",
-                    f"{sum(kls) / len(kls):.1f}",
-                ]
-            )
+    for method in ("ppo", "grpo", "rloo", "dpo", "online-dpo", "ppo-ensemble", "grpo-ensemble", "ppo-all-layers-long"):
+        names = [name for name in (method, *(f"{method}-{seed}" for seed in (1, 2, 3))) if name in found]
+        if len(names) > 1:
+            rows = [found[name]["row"] for name in names]
+            golds, kl = [row["held_out_reward"]["mean"] for row in rows], sum(row["exact_kl"] for row in rows) / len(rows)
+            gold = f"{sum(golds) / len(golds):+.2f} ({min(golds):+.2f} to {max(golds):+.2f})"
+            lines.append([f"{method}, {len(names)} seeds", gold, f"{kl:.1f}"])
     return lines
 
 
@@ -233,13 +227,8 @@ def best_of_lines(found: dict[str, dict[str, Any]]) -> str:
     if not names:
         return ""
     curves = {name: found[name]["best_of_n"] for name in names}
-    text = (
-        "\n| best of n | KL at most | "
-        + " | ".join(f"gold reward ({name})" for name in names)
-        + " |\n|"
-        + "---|" * (len(names) + 2)
-        + "\n"
-    )
+    heads = ["best of n", "KL at most", *(f"gold reward ({name})" for name in names)]
+    text = "\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads) + "\n"
     for place, n in enumerate(curves[names[0]]["n"]):
         golds = " | ".join(f"{curve['gold'][place]:+.2f}" for curve in curves.values())
         text += f"| {n:.0f} | {curves[names[0]]['kl_bound'][place]:.2f} | {golds} |\n"

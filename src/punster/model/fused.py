@@ -37,7 +37,8 @@ from punster.model.kernels import (
 from punster.model.lora import Adapter
 
 if TYPE_CHECKING:
-    from punster.model.transformer import Attention, Decoder
+    from punster.model.recording import Recording
+    from punster.model.transformer import Decoder, KeyValueCache
 
 QKV = 4  # place in what attention saves
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (n, h / 2) each
@@ -129,25 +130,6 @@ class Into:
         return dx, self.step.low.gradients(low, dy, pulled, normed, wanted)
 
 
-class _AttendIn(torch.autograd.Function):
-    """x (n, d) -> (n, (H + 2K) h), for PyTorch's attention."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, into: Into, *factors: Tensor) -> Tensor:
-        saved, qkv = into(x)
-        ctx.save_for_backward(*saved)
-        ctx.into = into
-        return qkv
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        base = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[0] else None
-        own = gradient.clone(memory_format=torch.contiguous_format)
-        dx, grads = ctx.into.pull_back(own, ctx.saved_tensors, base, ctx.needs_input_grad[2:])
-        return dx, None, *grads
-
-
 def add_out(x: Tensor, found: Tensor, step: Step) -> tuple[Saved, Tensor]:
     """x (n, d) + the output product of what attention found (n, H h)."""
     low = empty_low(len(x), step.low)
@@ -160,23 +142,6 @@ def add_out_back(gradient: Tensor, saved: Saved, step: Step, wanted: Sequence[bo
     narrow, low = saved
     dy, pulled = step.rounded_gradient(gradient)
     return step.pull_back(dy, pulled), step.low.gradients(low, dy, pulled, narrow, wanted)
-
-
-class _AddOut(torch.autograd.Function):
-    """`add_out`, behind PyTorch's attention."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, found: Tensor, step: Step, *factors: Tensor) -> Tensor:
-        saved, y = add_out(x, found.contiguous(), step)
-        ctx.save_for_backward(*saved)
-        ctx.step = step
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        back, grads = add_out_back(gradient.contiguous(), ctx.saved_tensors, ctx.step, ctx.needs_input_grad[3:])
-        return gradient, back, None, *grads
 
 
 def attention(x: Tensor, into: Into, paths: Paths, out: Step) -> tuple[Saved, Tensor]:
@@ -225,12 +190,10 @@ class Paths:
         self.long = self.nodes.shape[1] > LONGEST
 
     @classmethod
-    def of(cls, seen: Attention) -> Paths | None:
-        if seen.tree is None:
-            return None
-        found: Paths | None = seen.tree.paths
+    def of(cls, tree: PrefixTree) -> Paths:
+        found = tree.paths
         if found is None:
-            found = seen.tree.paths = cls(seen.tree)
+            found = tree.paths = cls(tree)
         return found
 
     def struct(self, heads: Heads) -> CTree:
@@ -351,30 +314,27 @@ def rope_rows(cos: Tensor, turned: Tensor, shape: torch.Size) -> Rope:
     return cosines, sines
 
 
-def block(model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], rope: Rope | None, seen: Attention) -> Tensor:
-    """(B, T, d) -> (B, T, d), or with a tree (1, N, d)."""
+def block(
+    model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], rope: Rope | None, tree: PrefixTree,
+    cache: KeyValueCache | None, record: Recording | None,
+) -> Tensor:  # fmt: skip
+    """(1, N, d) states of a tree's nodes -> (1, N, d)."""
     config, prefix = model.config, model.config.block_prefix(layer)
     before, between = (Norm(model, prefix + name) for name in config.norm_sites)
     attend, out, up, down = (Step(model, layer, which, adapters) for which in ("attend", "out", "up", "down"))
     act = ACTIVATIONS[config.family, config.activation]
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    into, paths = Into(before, attend, rope, Heads(config.n_head, config.n_kv_head, config.d_head)), Paths.of(seen)
-    record = seen.record
-    if paths is None:
-        found: Tensor = _AttendIn.apply(flat, into, *attend.factors())
-        found = model._attend(found.view(*x.shape[:-1], -1, config.d_head), layer, seen)
-        flat = _AddOut.apply(flat, found.reshape(-1, found.shape[-1]), out, *out.factors())
-    elif seen.cache is not None and seen.tree is not None:  # prompts, without gradients
+    flat = x[0].contiguous()
+    into, paths = Into(before, attend, rope, Heads(config.n_head, config.n_kv_head, config.d_head)), Paths.of(tree)
+    if cache is not None:  # prompts, without gradients
         saved, flat = attention(flat, into, paths, out)
-        rows = seen.tree.spread(saved[QKV].view(*x.shape[:-1], -1, config.d_head)[:, :, config.n_head :])
-        seen.cache.append(layer, *rows.transpose(1, 2).chunk(2, 1))
-        of_rest, last = feed_forward(flat, between, up, down, act)
+        rows = tree.spread(saved[QKV].view(1, len(flat), -1, config.d_head)[:, :, config.n_head :])
+        cache.append(layer, *rows.transpose(1, 2).chunk(2, 1))
+        of_rest, result = feed_forward(flat, between, up, down, act)
         if record is not None:
-            record.put(layer, (*saved, *of_rest), last)
-        return last.view(x.shape)
-    else:
-        recorded = None if record is None else record.attention(layer)
-        flat = _Attention.apply(flat, into, paths, out, recorded, *attend.factors(), *out.factors())
+            record.put(layer, (*saved, *of_rest), result)
+        return result[None]
+    recorded = None if record is None else record.attention(layer)
+    flat = _Attention.apply(flat, into, paths, out, recorded, *attend.factors(), *out.factors())
     recorded = None if record is None else record.feed_forward(layer)
-    result: Tensor = _FeedForward.apply(flat, between, up, down, act, recorded, *up.factors(), *down.factors())
-    return result.view(x.shape)
+    last: Tensor = _FeedForward.apply(flat, between, up, down, act, recorded, *up.factors(), *down.factors())
+    return last[None]

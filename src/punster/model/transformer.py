@@ -148,15 +148,11 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Attention:
-    """What queries may look at: a mask (None: causal over the tokens given), earlier keys, and how nodes make up rows.
-
-    record: with a cache what the prompts' gradients need is put there; without one it was, by a sampling pass, and is used.
-    """
+    """What queries may look at: a mask (None: causal over the tokens given), earlier keys, and how nodes make up rows."""
 
     mask: Tensor | None = None
     cache: KeyValueCache | None = None
     tree: PrefixTree | None = None
-    record: Recording | None = None
 
 
 class Decoder:
@@ -282,21 +278,22 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """Run layers first..last-1 on (B, T, d), or with a tree on (1, N, d).
 
-        tree: products run on the N distinct prefixes of a batch; attention looks along their paths (on the kernels, where a mask is
-        not read) or sees whole rows.
+        tree: products run on the N distinct prefixes of a batch; attention looks along their paths (on the kernels, which serve
+        trees alone and read no mask) or sees whole rows.
         positions: (B, T) or None for 0..T-1. mask: boolean (B, T, S), true where a query may look, or None for plain
         causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
+        record: with a cache what the prompts' gradients need is put there; without one it was, by a sampling pass, and is used.
         """
         positions = tree.positions if tree is not None else positions
         turn = None
         if self.config.family == "llama":
             turn = self.turn(torch.arange(hidden.shape[1], device=self.device)[None] if positions is None else positions)
-        seen, rope = Attention(mask, cache, tree, record), None
+        seen, rope = Attention(mask, cache, tree), None
         for layer in range(first, last):
-            if fused.usable(self, layer):
+            if tree is not None and fused.usable(self, layer):
                 rope = rope if rope is not None or turn is None else fused.rope_rows(*turn, hidden.shape)
-                hidden = fused.block(self, hidden, layer, adapters, rope, seen)
+                hidden = fused.block(self, hidden, layer, adapters, rope, tree, cache, record)
             else:
                 hidden = self._block(hidden, layer, adapters, turn, seen)
         return hidden

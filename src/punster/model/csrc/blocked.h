@@ -74,18 +74,17 @@ INLINE void strip(const int rows, const int lanes, const bf16 *a, long a_stride,
     for (int l = 0; l < lanes; l++) _mm512_storeu_ps(y + r * y_stride + 16 * l, sum[r][l]);
 }
 /* the same for any even number of rows */
-static void times(const int lanes, int rows, const bf16 *a, long a_stride, const uint32_t *b, long b_stride, int pairs, float *y,
-                  long y_stride, int add) {
+INLINE void strips(const int lanes, int rows, const bf16 *a, long a_stride, const uint32_t *b, long b_stride, int pairs, float *y,
+                   long y_stride, int add) {
   for (int r = 0; r < rows; r += 6, a += 6 * a_stride, y += 6 * y_stride)
-    if (lanes == 4) {
-      if (rows - r >= 6) strip(6, 4, a, a_stride, b, b_stride, pairs, y, y_stride, add);
-      else if (rows - r == 4) strip(4, 4, a, a_stride, b, b_stride, pairs, y, y_stride, add);
-      else strip(2, 4, a, a_stride, b, b_stride, pairs, y, y_stride, add);
-    } else {
-      if (rows - r >= 6) strip(6, 2, a, a_stride, b, b_stride, pairs, y, y_stride, add);
-      else if (rows - r == 4) strip(4, 2, a, a_stride, b, b_stride, pairs, y, y_stride, add);
-      else strip(2, 2, a, a_stride, b, b_stride, pairs, y, y_stride, add);
-    }
+    if (rows - r >= 6) strip(6, lanes, a, a_stride, b, b_stride, pairs, y, y_stride, add);
+    else if (rows - r == 4) strip(4, lanes, a, a_stride, b, b_stride, pairs, y, y_stride, add);
+    else strip(2, lanes, a, a_stride, b, b_stride, pairs, y, y_stride, add);
+}
+static void times(int lanes, int rows, const bf16 *a, long a_stride, const uint32_t *b, long b_stride, int pairs, float *y, long y_stride,
+                  int add) {
+  if (lanes == 4) strips(4, rows, a, a_stride, b, b_stride, pairs, y, y_stride, add);
+  else strips(2, rows, a, a_stride, b, b_stride, pairs, y, y_stride, add);
 }
 /* y (rows, h) += a (rows, 64) b, b a block of pairs of rows (32, h, 2) */
 INLINE void times_wide(int rows, const bf16 *a, const uint32_t *b, int size, float *y) {
@@ -94,8 +93,9 @@ INLINE void times_wide(int rows, const bf16 *a, const uint32_t *b, int size, flo
   if (c < size) times(2, rows, a, SIDE, b + c, size, SIDE / 2, y + c, size, 1);
 }
 
-/* Keys and values (which = 0, 1) of every run, packed. */
-static void pack_rows(const Runs *t, const float *qkv, bf16 *packed) {
+enum { KEYS = 0, VALUES = 1 };
+/* Keys and values of every run, packed; one of the two also turned. */
+static void pack_rows(const Runs *t, const float *qkv, bf16 *packed, int turned) {
   const long wide = (t->heads + 2L * t->kv_heads) * t->size;
 #pragma omp for schedule(dynamic, 1) collapse(2)
   for (long run = 0; run < t->runs; run++)
@@ -103,7 +103,7 @@ static void pack_rows(const Runs *t, const float *qkv, bf16 *packed) {
       for (long p = 0; p < t->end[run]; p += SIDE) {
         const Copy copy = copy_of(t, packed, part / t->kv_heads, part % t->kv_heads, t->at[run] + p);
         gather_rows(t, run, p, qkv + (t->heads + part) * t->size, wide, 1, copy.rows);
-        turn_rows(copy.rows, t->size, copy.turned);
+        if (part / t->kv_heads == turned) turn_rows(copy.rows, t->size, copy.turned);
       }
 }
 
@@ -128,7 +128,7 @@ static void attend_block(const Runs *t, const float *qkv, bf16 *packed, long run
   __m512 most[4], total[4];
   for (int l = 0; l < 4; l++) most[l] = _mm512_set1_ps(-INFINITY), total[l] = _mm512_setzero_ps();
   for (long p = 0; p < t->end[run] && p < query + SIDE; p += SIDE) {
-    const Copy k = copy_of(t, packed, 0, kv, t->at[run] + p), v = copy_of(t, packed, 1, kv, t->at[run] + p);
+    const Copy k = copy_of(t, packed, KEYS, kv, t->at[run] + p), v = copy_of(t, packed, VALUES, kv, t->at[run] + p);
     const int keys = keys_in(p, query);
     times(4, keys, k.rows, size, q, SIDE, size / 2, s.score, SIDE, 0);
     for (int l = 0; l < 4; l++) {
@@ -164,7 +164,7 @@ static void attend_block(const Runs *t, const float *qkv, bf16 *packed, long run
 void punster_attend_runs(const Runs *t, const float *qkv, bf16 *packed, float *out, float *log_total) {
 #pragma omp parallel
   {
-    pack_rows(t, qkv, packed);
+    pack_rows(t, qkv, packed, VALUES);
 #pragma omp for schedule(dynamic, 1) collapse(2)
     for (long run = 0; run < t->runs; run++)
       for (int head = 0; head < t->heads; head++)
@@ -198,7 +198,7 @@ static void attend_block_back(const Runs *t, const float *qkv, bf16 *packed, con
     total[i] = log_total[at];
   }
   for (long p = 0; p < t->end[run] && p < query + SIDE; p += SIDE) {
-    const Copy k = copy_of(t, packed, 0, kv, t->at[run] + p), v = copy_of(t, packed, 1, kv, t->at[run] + p);
+    const Copy k = copy_of(t, packed, KEYS, kv, t->at[run] + p), v = copy_of(t, packed, VALUES, kv, t->at[run] + p);
     const int keys = keys_in(p, query);
     times(4, keys, k.rows, size, q, SIDE, size / 2, s.score, SIDE, 0);
     times(4, keys, v.rows, size, g, SIDE, size / 2, d.score, SIDE, 0);
@@ -234,7 +234,7 @@ void punster_attend_runs_back(const Runs *t, const float *qkv, bf16 *packed, con
   const long wide = (t->heads + 2L * t->kv_heads) * size, all = t->padded * size;
 #pragma omp parallel
   {
-    pack_rows(t, qkv, packed);
+    pack_rows(t, qkv, packed, KEYS);
 #pragma omp for schedule(dynamic, 1) collapse(2)
     for (long run = 0; run < t->runs; run++)
       for (int head = 0; head < t->heads; head++) {
