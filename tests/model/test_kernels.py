@@ -143,13 +143,13 @@ def test_attention_over_a_prefix_tree_and_its_gradient(heads: int, keys: int, si
 
 
 @needs_kernels
-@pytest.mark.parametrize(("heads", "keys", "size"), [(9, 3, 64), (2, 2, 32), (4, 1, 96)])
+@pytest.mark.parametrize(("heads", "keys", "size"), [(9, 3, 64), (2, 2, 32), (4, 1, 96), (2, 1, 128)])
 @pytest.mark.parametrize("left", [False, True])
 def test_long_paths_are_attended_in_blocks(heads: int, keys: int, size: int, left: bool) -> None:
     """Against fp64, as near as PyTorch's attention in bf16 is; rows that share prefixes, one twice, one within another."""
     generator = torch.Generator().manual_seed(6)
     long = torch.randint(0, 331, (700,), generator=generator).tolist()
-    rows = [long, long[:130] + long[300:420], long, long[:64], [7, 8, 9], [*long[:131], 5], long[:640] + long[:61]]
+    rows = [long, long[:130] + long[300:420], long, long[:64], [7, 8, 9], long[:131] + long[400:519], long[:640] + long[:61]]
     tree = PrefixTree.of(rows, left=left)
     count = tree.first.numel()
     qkv = 1.5 * torch.randn(count, (heads + 2 * keys) * size, generator=generator)

@@ -21,7 +21,7 @@ class Recording:
     """What the gradients of a sampling pass need, so that the training pass with the same weights need not be made.
 
     Rows are nodes of a tree: the prompts' first, then one for each token that was fed. Nothing is merged among responses. The
-    kernels make every row's numbers the same whatever stands beside it, so these are the training pass's own.
+    kernels make every short path's numbers the same whatever stands beside it, so these are the training pass's own.
     """
 
     @classmethod
