@@ -56,6 +56,9 @@ class RewardConfig(TrainConfig):
     epochs: float = opt(1.0, "passes over the pairs", above=0)
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up", above=0)
     neutral: float = opt(0.0, "share of the prompts replaced by 'make a pun', so that the score hangs on the text", low=0, high=1)
+    families: bool = opt(
+        False, "rows about one text or group are learned from in one step, in which each text runs once; -b then counts families"
+    )
     balance: bool = opt(False, "pairs of a source: as many with the longer text right as with the shorter, in buckets of length")
     pun_head: float = opt(
         0.5, "labelled texts: weight of 'is it a pun', whose log-odds are the score times and plus a number", low=0

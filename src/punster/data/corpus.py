@@ -47,7 +47,8 @@ def part(split: str) -> list[dict[str, str]]:
 
 
 def sft_rows(split: str = "train") -> list[Row]:
-    return [{"prompt": r["prompt"], "completion": r["pun"], "id": r["id"], "pun_word": r["pun_word"]} for r in part(split)]
+    kept = ("prompt", "id", "pun_word", "alternative_word")
+    return [{**{name: record[name] for name in kept}, "completion": record["pun"]} for record in part(split)]
 
 
 def prompts(split: str = "train") -> list[str]:

@@ -17,6 +17,7 @@ from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation
 from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
+from punster.data.replace import Propose, foreign_pairs, likely_pairs
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
@@ -30,7 +31,8 @@ class Ingredient:
     source: str = ""
     file: str = ""
     columns: list[str] = field(default_factory=list)
-    # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating.
+    # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
+    # likely, foreign: puns against themselves with a word in the pun word's place that is likely there, or another pun's.
     use: Literal[
         "",
         "groups",
@@ -43,13 +45,16 @@ class Ingredient:
         "synonym_swap",
         "homophone",
         "weak",
+        "likely",
+        "foreign",
         "puns",
         "texts",
     ] = ""
     ids: str = ""  # only rows whose id begins so
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
+    total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
     limit: int = 0  # at most so many rows, drawn (0: all)
-    cap: int = 10  # groups: pairs of one group; ratings: pairs of one text
+    cap: int = 10  # groups: pairs of one group; ratings, likely, foreign: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
     by: str = "rating"  # the rating that is compared
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
@@ -68,6 +73,7 @@ class Recipe:
     parts: list[Ingredient] = field(default_factory=list)
 
 
+REPLACED = ("likely", "foreign")
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -109,10 +115,10 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: give either a source or a file")
         if part.source and part.source != "embedded" and find_source(part.source).tie == "none" and recipe.split == "train":
             raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
-        if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0:
-            raise UserError(f"{where}: weight must be above 0; limit, cap and gap at least 0")
-        if part.use == "ratings" and not part.cap:
-            raise UserError(f"{where}: cap must be at least 1 for pairs made of ratings")
+        if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
+            raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
+        if part.use in ("ratings", *REPLACED) and not part.cap:
+            raise UserError(f"{where}: cap must be at least 1 for pairs made of {part.use}")
         if part.file and not Path(part.file).is_absolute() and not Path(part.file).exists():
             part.file = str(path.parent / part.file)
     return recipe
@@ -145,10 +151,13 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
-def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> tuple[list[Row], Row]:
+def build(
+    recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None, propose: Propose | None = None
+) -> tuple[list[Row], Row]:  # fmt: skip
     """The rows of a mixture, and the statement of what went in and what was left out.
 
     folder: local copies of the public sources (default: PUNSTER_DATA); not needed by recipes of files alone.
+    propose: finds likely words for blanks, for parts with `use: likely`.
     """
     public = any(part.source not in ("", "embedded") for part in recipe.parts)
     pool = Pool(data_folder(folder)) if public else None
@@ -156,7 +165,8 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     rows: list[Row] = []
     statements = []
     for number, part in enumerate(recipe.parts):
-        taken, said = _part(part, recipe, pool, guard, random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}"))
+        draw = random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}")
+        taken, said = _part(part, recipe, pool, guard, draw, propose)
         rows += taken
         statements.append(said)
     statement: Row = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
@@ -185,7 +195,9 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     return rows, statement
 
 
-def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random) -> tuple[list[Row], Row]:
+def _part(
+    part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random, propose: Propose | None
+) -> tuple[list[Row], Row]:  # fmt: skip
     """The rows of one part, and its line in the statement."""
     rows, licence, is_open, rude = _source_rows(part, recipe, pool)
     statement: Row = {"part": part.source or part.file, "use": part.use, "licence": licence, "open": is_open, "read": len(rows)}
@@ -204,8 +216,8 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
             dropped[reason] += 1
         else:
             kept.append(row)
-    made = _made(kept, part, recipe, draw)
-    if guard and any(kind_of(row) == "group" for row in kept):
+    made = _made(kept, part, recipe, draw, propose)
+    if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
         dropped["near to an evaluation text"] += len(made) - len(clean)
         made = clean
@@ -213,6 +225,8 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     if part.limit and len(made) > part.limit:
         made = draw.sample(made, part.limit)
     made = made * int(part.weight) + draw.sample(made, round(part.weight % 1 * len(made)))
+    if part.total:
+        made = [{**row, "weight": part.total / len(made)} for row in made]
     if part.margin:
         made = [{**row, "margin": round(part.margin * row["gap"], 4)} if "gap" in row else row for row in made]
     return made, {**statement, "dropped": dict(dropped), "weight": part.weight, "taken": len(made)}
@@ -228,7 +242,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
             rows = list(corpus.template_rows("train" if recipe.split == "train" else "test"))
         elif part.use in corpus.NEGATIVES:
             rows = corpus.preference_rows((part.use,), recipe.split, recipe.seed)
-        elif recipe.kind == "preference":
+        elif recipe.kind == "preference" and part.use not in REPLACED:
             rows = corpus.groups(recipe.split)
         else:
             rows = [{**row, "is_pun": True} for row in corpus.sft_rows(recipe.split)]
@@ -236,6 +250,13 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     assert pool is not None
     source = SOURCES[part.source]
     rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
+    if part.use in REPLACED:
+        return (
+            [row for row in rows if row.get("is_pun") and row.get("system", "human") == "human"],
+            source.licence,
+            source.open,
+            source.rude,
+        )
     wanted = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}.get(part.use)
     if recipe.kind == "preference":
         found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
@@ -247,10 +268,16 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     return rows, source.licence, source.open, source.rude
 
 
-def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random) -> list[Row]:
+def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random, propose: Propose | None) -> list[Row]:
     """What the recipe asks for, made of rows that may be used."""
     if recipe.kind != "preference":
         return list(rows)
+    if part.use == "foreign":
+        return foreign_pairs(rows, part.cap, part.prompt, draw)
+    if part.use == "likely":
+        if propose is None:
+            raise UserError("use: likely needs a model that proposes words: train with this mixture, or leave the part out")
+        return likely_pairs(rows, part.cap, part.prompt, draw, propose)
     if part.use == "labels":
         return labelled(rows, part.by, part.prompt)
     if part.use == "ranked":
@@ -284,9 +311,11 @@ def is_mixture(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and name in built_in())
 
 
-def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:
+def mixture(
+    name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None, propose: Propose | None = None
+) -> list[Row]:  # fmt: skip
     """Rows of a mixture for training; "puns" is the default mixture of the kind."""
     recipe = load_mixture(DEFAULTS[kind] if name == "puns" and kind in DEFAULTS else name)
     if recipe.kind != kind:
         raise UserError(f"{name}: this mixture has rows of the kind {recipe.kind}; {kind} is needed here")
-    return build(recipe, folder, say)[0]
+    return build(recipe, folder, say, propose)[0]

@@ -119,6 +119,9 @@ class Role:
         if self.also:
             depths = [replace(self, depth=depth, others=()).hidden(batch) for depth in (*self.also, self.last_layer)]
             return torch.cat([self._pool(batch, hidden) for hidden in depths], 1)
+        if self.pooling == "last":
+            rows = torch.arange(len(batch.ids), device=batch.ids.device)
+            return self.model.final_norm(self.nodes(batch)[0][batch.tree.nodes[rows, batch.lengths - 1]])
         return self._pool(batch, self.hidden(batch))
 
     def _pool(self, batch: Batch, hidden: Tensor) -> Tensor:

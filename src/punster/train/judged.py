@@ -17,7 +17,7 @@ from punster.algorithms.losses import plackett_luce
 from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
 from punster.data.batch import Example, token_batches
-from punster.data.schema import Row
+from punster.data.schema import Row, texts_of
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
@@ -34,6 +34,7 @@ class Item:
     texts: tuple[int, ...]
     ratings: tuple[float, ...]
     margin: float = 0.0  # that the best text must be ahead by, in a pair
+    weight: float = 1.0  # of its loss
     label: float = math.nan  # of a single text: is it a pun
     rating: float = math.nan  # of a single text: how funny, standardised
 
@@ -52,14 +53,39 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
         places = tuple(range(len(examples) - len(texts), len(examples)))
         ratings = tuple(row.get("scores") or range(len(texts), 0, -1))
         single = [math.nan if row.get(name) is None or len(texts) > 1 else float(row[name]) for name in ("label", "rating")]
-        items.append(Item(places, ratings, float(row.get("margin") or 0.0), *single))
+        items.append(Item(places, ratings, float(row.get("margin") or 0.0), float(row.get("weight", 1.0)), *single))
     return examples, items
 
 
+def weighed(rows: Sequence[Row]) -> list[Row]:
+    """The rows with weights whose mean is 1; a row without one counts 1 before that."""
+    mean = sum(row.get("weight", 1.0) for row in rows) / max(1, len(rows))
+    return [{**row, "weight": row.get("weight", 1.0) / mean} for row in rows]
+
+
+def families(rows: Sequence[Row]) -> list[list[int]]:
+    """Places of the rows that are about one text or group: they share their first text, or the group that they come from."""
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        found.setdefault(str(row.get("group") or texts_of(row)[0]), []).append(place)
+    return list(found.values())
+
+
 def item_batches(examples: Sequence[Example], items: Sequence[Item], max_tokens: int) -> list[list[int]]:
-    """Items in micro-batches of at most max_tokens padded tokens (at least one item)."""
-    sizes = [len(item.texts) * max(examples[text].length for text in item.texts) for item in items]
-    return token_batches(sizes, max_tokens)
+    """Items in micro-batches, in their order: at most max_tokens tokens of distinct texts (at least one item)."""
+    groups: list[list[int]] = []
+    seen: set[Example] = set()
+    size = 0
+    for place, item in enumerate(items):
+        new = {examples[text] for text in item.texts} - seen
+        size += sum(example.length for example in new)
+        seen |= new
+        if not groups or size > max_tokens:
+            groups.append([])
+            seen = {examples[text] for text in item.texts}
+            size = sum(example.length for example in seen)
+        groups[-1].append(place)
+    return groups
 
 
 def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -72,42 +98,47 @@ def item_loss(
     model: Role, trunk: Trunk | Tensor, examples: Sequence[Example], items: Sequence[Item], config: RewardConfig,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Sum over items of Plackett-Luce on the ranked, cross-entropy and squared error of the auxiliary heads on the single ones.
+    """Weighted sum over items: Plackett-Luce of the ranked, cross-entropy and squared error of the auxiliary heads of single ones.
 
     The head "pun" reads the score itself, so that labels train it; "funniness" reads the state. trunk: or all pooled states.
     Also sums over the ranked items: share of their comparisons that are right (accuracy), best minus worst score (margin).
     """
     assert model.head is not None
     places = [text for item in items for text in item.texts]
-    state = trunk[places] if isinstance(trunk, Tensor) else model.pooled(trunk.collate(examples, places, model.model.device))
+    distinct = {examples[text]: text for text in places}  # a text that several items have runs once
+    rows = list(distinct.values())
+    state = trunk[rows] if isinstance(trunk, Tensor) else model.pooled(trunk.collate(examples, rows, model.model.device))
     device = state.device
+    number = {example: row for row, example in enumerate(distinct)}
+    read = torch.tensor([number[examples[text]] for text in places], device=device)
+    weights = torch.tensor([item.weight for item in items], device=device)
     widest = max(len(item.texts) for item in items)
     ratings = torch.full((len(items), widest), math.nan)
     for row, item in enumerate(items):
         ratings[row, : len(item.texts)] = torch.tensor(item.ratings, dtype=torch.float32)
     there = ~ratings.isnan().to(device)
     scores = torch.zeros(ratings.shape, device=device).masked_scatter(
-        there, model.head(state, partial(thinned, config.dropout, generator))
+        there, model.head(state, partial(thinned, config.dropout, generator))[read]
     )
     ranked = there.sum(1) > 1
     ratings = torch.where(ranked[:, None], ratings.to(device), math.nan)
     ahead = F.pad(torch.tensor([item.margin for item in items], device=device)[:, None], (0, widest - 1))
-    loss = plackett_luce(scores - ahead, ratings).sum()
+    loss = (weights * plackett_luce(scores - ahead, ratings)).sum()
     count = there.sum(1)
     centre, square = (scores.sum(1) * 2 / count).square(), scores.square().sum(1) * 2 / count  # of a pair: (w + l)^2, w^2 + l^2
-    loss = loss + ((config.center_rewards * centre + config.l2_rewards * square) * ranked).sum()
+    loss = loss + ((config.center_rewards * centre + config.l2_rewards * square) * ranked * weights).sum()
     first = there.long().cumsum(1).flatten()[there.flatten()] == 1  # the states of the items' first texts
     for name, weight in (("pun", config.pun_head), ("funniness", config.funniness_head)):
         target = torch.tensor([item.label if name == "pun" else item.rating for item in items], device=device)
         if name in model.aux and (known := ~target.isnan()).any():
-            read = scores[:, :1] if name == "pun" else state[first]
-            value, wanted = model.aux[name](read[known]), target[known]
+            seen = scores[:, :1] if name == "pun" else state[read[first]]
+            value, wanted = model.aux[name](seen[known]), target[known]
             errors = (
-                F.binary_cross_entropy_with_logits(value, wanted, reduction="sum")
+                F.binary_cross_entropy_with_logits(value, wanted, reduction="none")
                 if name == "pun"
-                else (value - wanted).square().sum()
+                else (value - wanted).square()
             )
-            loss = loss + weight * errors
+            loss = loss + weight * (weights[known] * errors).sum()
     with torch.no_grad():
         better = ratings[:, :, None] > ratings[:, None, :]
         right = ((scores[:, :, None] > scores[:, None, :]) & better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)

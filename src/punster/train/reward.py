@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, collate, epoch_order, prefix_batches
@@ -24,6 +25,7 @@ from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
+from punster.rollout.likely import likely_words
 from punster.rollout.sampler import Decoding, generate
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.held_out import pair_table
@@ -33,11 +35,13 @@ from punster.train.judged import (
     balanced,
     calibration,
     encode_items,
+    families,
     item_batches,
     item_loss,
     neutral,
     reliability,
     shuffled,
+    weighed,
 )
 from punster.train.optim import (
     Cursor,
@@ -76,35 +80,38 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     start = sampled_from if config.start == "sft" else plain
 
     def judged(sources: Sequence[str] | Sequence[Row]) -> list[Row]:
-        found = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns)
+        found = judged_rows(config, sources, sampled_from, tokenizer)
         found = balanced(found, tokenizer) if config.balance else found
-        return neutral(shuffled(found, config), config.neutral, config.seed)
+        return weighed(neutral(shuffled(found, config), config.neutral, config.seed))
 
     first = judged(config.pretrain) if config.pretrain else []
     given = judged(rows if rows is not None else config.data)
     examples, items = encode_items(first + given, tokenizer, start.model)
     held_out = judged_pairs(config, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
-    first_steps = math.ceil(len(first) / config.batch_size)
-    steps = config.steps or first_steps + total_steps(config, len(given), config.epochs)
+    # What a step draws: rows, or families of them.
+    units = [[[place] for place in range(len(rows))] if not config.families else families(rows) for rows in (first, given)]
+    units[1] = [[len(first) + place for place in unit] for unit in units[1]]
+    first_steps = math.ceil(len(units[0]) / config.batch_size)
+    steps = config.steps or first_steps + total_steps(config, len(units[1]), config.epochs)
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     if announce(config, "reward", model, steps, examples):
         return None
-    bags = [bag(len(given), config, number) for number in range(config.members)]
+    bags = [bag(len(units[1]), config, number) for number in range(config.members)]
     optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {}
     cursors: dict[str, Cursor] = {}
     for number, member in enumerate(members):
         label = f"reward{number + 1 if number else ''}"
         optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
         cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
-                    for part, places in (("first", first), ("data", bags[number])) if places}  # fmt: skip
+                    for part, places in (("first", units[0]), ("data", bags[number])) if places}  # fmt: skip
     drops = {label: seeded(config.seed + number, "dropout") for number, label in enumerate(optimizers)}
     generators = {name: cursor.generator for name, cursor in cursors.items()} | {f"{label}|drop": g for label, g in drops.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
     with Run(config, "reward", steps, started) as run:
         restore(run, state)
-        used = {text for row in rows_needed(config, len(first), len(given), first_steps, steps) for text in items[row].texts}
+        used = {text for row in rows_needed(config, units, first_steps, steps) for text in items[row].texts}
         trunk: Trunk | Tensor
         if config.hidden:
             trunk = within_memory(state, lambda tokens: pooled_states(model, examples, sorted(used), tokens), "trunk_tokens")
@@ -122,12 +129,13 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             metrics: dict[str, float] = {}
             for number, (member, (label, (optimizer, _))) in enumerate(zip(members, optimizers.items(), strict=True)):
                 if step <= first_steps:
-                    batch = [items[row] for row in cursors[f"{label}|first"].next(config.batch_size)]
+                    drawn, part = cursors[f"{label}|first"].next(config.batch_size), units[0]
                 else:
-                    drawn = cursors[f"{label}|data"].next(config.batch_size)
-                    batch = [items[len(first) + bags[number][row]] for row in drawn]
+                    drawn, part = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)], units[1]
+                batch = [items[row] for place in drawn for row in part[place]]
+                each = len(drawn) * sum(map(len, part)) / len(part)  # rows that so many units have on average
                 for name, value in within_memory(
-                    state, partial(train_step, config, member, trunk, examples, batch, drops[label])
+                    state, partial(train_step, config, member, trunk, examples, batch, each, drops[label])
                 ).items():
                     sums[name] += value / len(members)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
@@ -188,6 +196,15 @@ def pooled_states(role: Role, examples: Sequence[Example], used: Sequence[int], 
     return torch.stack([states.get(example, absent) for example in examples])
 
 
+def judged_rows(
+    config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
+) -> list[Row]:
+    """The rows that are named, negatives included that are made with the plain base or sampled from the SFT model."""
+    base = Role(plain_base(sampled_from, config))
+    propose = partial(likely_words, base, tokenizer, GENERIC_PROMPT)
+    return load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, propose)
+
+
 def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     """The rows that a member learns from: all of them, or of an ensemble's a drawn four fifths."""
     if config.members == 1:
@@ -195,15 +212,19 @@ def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
 
 
-def rows_needed(config: RewardConfig, first: int, given: int, first_steps: int, steps: int) -> set[int]:
+def rows_needed(config: RewardConfig, units: Sequence[Sequence[Sequence[int]]], first_steps: int, steps: int) -> set[int]:
     """The rows (pre-training first) that any member will see: all of them, unless the run is short."""
     needed: set[int] = set()
     for number in range(config.members):
-        places = bag(given, config, number)
-        seed = config.seed + number
-        needed |= rows_used(first, seed, min(steps, first_steps) * config.batch_size) if first else set()
+        first, given = units
+        places, seed = bag(len(given), config, number), config.seed + number
+        drawn = (
+            [first[place] for place in rows_used(len(first), seed, min(steps, first_steps) * config.batch_size)] if first else []
+        )
         if steps > first_steps:
-            needed |= {first + places[row] for row in rows_used(len(places), seed, (steps - first_steps) * config.batch_size)}
+            taken = rows_used(len(places), seed, (steps - first_steps) * config.batch_size)
+            drawn += [given[places[place]] for place in taken]
+        needed.update(row for unit in drawn for row in unit)
     return needed
 
 
@@ -217,16 +238,16 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
 
 def train_step(
     config: RewardConfig, member: Role, trunk: Trunk | Tensor, examples: Sequence[Example], batch: Sequence[Item],
-    generator: torch.Generator, max_tokens: int,
+    each: float, generator: torch.Generator, max_tokens: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Accumulate the gradient of one member's step; the loss is a mean over items, the rest over those that rank texts."""
+    """Accumulate the gradient of one member's step: the sum over the items / `each`; the rest are means over those that rank texts."""
     ranked = max(1, sum(len(item.texts) > 1 for item in batch))
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     whole = [list(range(len(batch)))]
     for group in whole if isinstance(trunk, Tensor) else item_batches(examples, batch, max_tokens):
         loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config, generator)
-        (loss / len(batch)).backward()
-        sums["loss"] += float(loss.detach()) / len(batch)
+        (loss / each).backward()
+        sums["loss"] += float(loss.detach()) / each
         for name, value in found.items():
             sums[name] += value / ranked
     return sums

@@ -14,6 +14,7 @@ from punster.config import SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
+from punster.data.replace import Propose
 from punster.data.schema import Row, read_rows
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL, load_model
@@ -178,8 +179,13 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
-def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = ()) -> list[Row]:
-    """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given."""
+def load_rows(
+    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (), propose: Propose | None = None
+) -> list[Row]:  # fmt: skip
+    """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
+
+    propose: finds likely words for the blanks of mixtures that have negatives made so.
+    """
     rows: list[Row] = []
     for source in sources:
         if isinstance(source, dict):
@@ -190,7 +196,9 @@ def load_rows(sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, 
             rows += embedded()
         else:
             mixed = "preference" if kind == "judged" else kind
-            rows += mixture(source, mixed, say=to_stderr) if is_mixture(source) else read_rows(source, kind, columns)
+            rows += (
+                mixture(source, mixed, say=to_stderr, propose=propose) if is_mixture(source) else read_rows(source, kind, columns)
+            )
     if not rows:
         raise UserError("no rows of data were given")
     return rows

@@ -1,0 +1,81 @@
+"""Negatives that differ from a pun in the pun word alone: a word that is likely in its place, or another pun's word."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from punster.data.schema import Row
+from punster.data.split import lemma
+
+ENDINGS = ("ing", "ed", "ly", "er", "s")  # words with one of these are replaced by words with the same
+AMONG = 4  # a likely word is drawn from so many of the likeliest
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A text with its pun word taken out, and the lemmas that must not be put back."""
+
+    before: str
+    word: str
+    after: str
+    avoid: frozenset[str]
+
+    def filled(self, word: str) -> str:
+        """The text with another word, in the case of the one that was there."""
+        shout = len(self.word) > 1 and self.word.isupper()
+        return self.before + (word.upper() if shout else word.capitalize() if self.word[0].isupper() else word) + self.after
+
+    def takes(self, word: str) -> bool:
+        """Not the pun word nor what it sounds like, in any form (raise and raising begin alike)."""
+        return lemma(word) not in self.avoid and word[:4] != self.word[:4].lower()
+
+
+# Blanks and a number -> for each blank at most so many words that are likely there, the likeliest first.
+Propose = Callable[[Sequence[Blank], int], list[list[str]]]
+
+
+def blank_of(row: Row) -> Blank | None:
+    """Where the pun word of a row stands last in its text, as a whole word after a space; None if it does not."""
+    text, word = str(row.get("completion") or row["text"]), str(row.get("pun_word") or "")
+    hits = list(re.finditer(rf"(?<= ){re.escape(word)}(?![\w'])", text, re.IGNORECASE)) if word else []
+    if not hits:
+        return None
+    first, last = hits[-1].span()
+    others = {str(row[name]).lower() for name in ("pun_word", "alternative_word") if row.get(name)}
+    return Blank(text[:first], text[first:last], text[last:], frozenset(map(lemma, others)))
+
+
+def likely_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, propose: Propose) -> list[Row]:
+    """Each located pun against at most `cap` versions of it with a word that the model finds likely in the place."""
+    found = [(row, blank) for row in rows if (blank := blank_of(row))]
+    options = propose([blank for _, blank in found], max(cap, AMONG))
+    drawn = [draw.sample(words, min(cap, len(words))) for words in options]
+    return [_pair(row, blank, word, prompt) for (row, blank), words in zip(found, drawn, strict=True) for word in words]
+
+
+def foreign_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random) -> list[Row]:
+    """Each located pun against versions of it with the words of other puns, which have the same ending."""
+    found = [(row, blank) for row in rows if (blank := blank_of(row))]
+    by_ending: dict[str, list[str]] = {}
+    for _, blank in found:
+        by_ending.setdefault(_ending(blank.word), []).append(blank.word.lower())
+    pairs = []
+    for row, blank in found:
+        words = by_ending[_ending(blank.word)]
+        fitting = filter(blank.takes, (draw.choice(words) for _ in range(8 * cap)))
+        pairs += [_pair(row, blank, word, prompt) for word in list(dict.fromkeys(fitting))[:cap]]
+    return pairs
+
+
+def _ending(word: str) -> str:
+    return next((ending for ending in ENDINGS if word.lower().endswith(ending)), "")
+
+
+def _pair(row: Row, blank: Blank, word: str, prompt: str) -> Row:
+    shared = {name: row[name] for name in ("source", "licence", "pun_word", "alternative_word") if row.get(name)}
+    asked = {"prompt": row.get("prompt") or prompt, "topic": row.get("topic")}
+    texts = {"chosen": blank.filled(blank.word), "rejected": blank.filled(word)}
+    return {**shared, **asked, **texts, "replaced_by": word, "id": f"{row['id']}/{word}"}

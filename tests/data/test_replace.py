@@ -1,0 +1,81 @@
+"""Negatives that differ from a pun in the pun word alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from punster.data.mix import build, load_mixture
+from punster.data.replace import Blank, blank_of, foreign_pairs, likely_pairs
+from punster.data.schema import Row
+from punster.errors import UserError
+
+
+def row(text: str, word: str, **more: str) -> Row:
+    return {"id": "a", "text": text, "pun_word": word, "is_pun": True, "source": "s", "licence": "l", **more}
+
+
+@pytest.mark.parametrize(
+    "text, word, filled",
+    [
+        ("The church needs to be souled.", "souled", "The church needs to be painted."),
+        ("Old pacifists just go to PEACES.", "peaces", "Old pacifists just go to PAINTED."),
+        ("Bread is Dough, dough is bread.", "dough", "Bread is Dough, painted is bread."),
+        ('He said "I saw a Saw!"', "saw", 'He said "I saw a Painted!"'),
+    ],
+)
+def test_the_last_whole_word_is_replaced_in_its_case(text: str, word: str, filled: str) -> None:
+    blank = blank_of(row(text, word))
+    assert blank is not None and blank.filled(blank.word) == text
+    assert blank.filled("painted") == filled
+
+
+@pytest.mark.parametrize("text, word", [("The souls are here.", "soul"), ("Soul food.", "soul"), ("No pun here.", ""), ("A soul's.", "soul")])
+def test_a_word_that_is_not_there_is_not_found(text: str, word: str) -> None:
+    assert blank_of(row(text, word)) is None
+
+
+def test_neither_the_pun_word_nor_what_it_sounds_like_goes_back() -> None:
+    blank = blank_of(row("Thieves know how to steal.", "steal", alternative_word="steel"))
+    assert blank is not None
+    assert not any(map(blank.takes, ("steal", "stealing", "steel", "steels")))
+    assert blank.takes("iron")
+
+
+def test_likely_pairs_take_what_the_model_proposes() -> None:
+    asked: list[tuple[list[Blank], int]] = []
+
+    def propose(blanks: list[Blank], count: int) -> list[list[str]]:
+        asked.append((list(blanks), count))
+        return [["money", "bread", "time", "cash"][: 4 - place] for place, _ in enumerate(blanks)]
+
+    rows = [row("He makes a lot of dough.", "dough"), row("Nothing is located here.", "dough"), row("Her bills are due.", "due")]
+    pairs = likely_pairs(rows, 2, "make a pun", random.Random(1), propose)  # type: ignore[arg-type]
+    assert asked[0][1] == 4 and [blank.word for blank in asked[0][0]] == ["dough", "due"]
+    assert [pair["chosen"] for pair in pairs] == ["He makes a lot of dough."] * 2 + ["Her bills are due."] * 2
+    assert all(pair["rejected"] == pair["chosen"].replace(pair["pun_word"], pair["replaced_by"]) for pair in pairs)
+    assert len({pair["rejected"] for pair in pairs}) == 4 and {pair["prompt"] for pair in pairs} == {"make a pun"}
+
+
+def test_foreign_words_have_the_same_ending_and_are_never_the_own() -> None:
+    rows = [row(f"Here they are {word}.", word) for word in ("running", "baking", "raised", "dyed", "dough", "flour")]
+    rows += [row("All alone it stands: reads.", "reads")]
+    pairs = foreign_pairs(rows, 1, "make a pun", random.Random(1))
+    found = {pair["pun_word"]: pair["replaced_by"] for pair in pairs}
+    assert found["running"] == "baking" and found["baking"] == "running"
+    assert found["raised"] == "dyed" and found["dough"] == "flour"
+    assert "reads" not in found, "no other word has its ending"
+
+
+def test_a_mixture_guards_replaced_texts_and_needs_a_model(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("parts: [{source: embedded, use: likely, cap: 2, total: 30}, {source: embedded, use: literal}]\n")
+    with pytest.raises(UserError, match="needs a model"):
+        build(load_mixture(str(recipe)))
+    rows, statement = build(load_mixture(str(recipe)), propose=lambda blanks, count: [["thing", "one", "way"]] * len(blanks))
+    likely = [found for found in rows if "replaced_by" in found]
+    assert statement["parts"][0]["taken"] == len(likely) > 800
+    assert sum(found["weight"] for found in likely) == pytest.approx(30)
+    assert not any("weight" in found for found in rows if "replaced_by" not in found)

@@ -1,0 +1,78 @@
+"""Which words a model finds likely in a blank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from punster.data.replace import Blank
+from punster.model.load import load_model
+from punster.model.role import Role
+from punster.model.tokenizer import Tokenizer
+from punster.rollout.likely import FOLLOWING, common_words, likely_words
+
+
+@pytest.fixture(scope="module")
+def role(tiny_llama: Path) -> Role:
+    return Role(load_model(str(tiny_llama)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return Tokenizer.load(str(tiny_llama))
+
+
+def blank(before: str, after: str, *avoid: str) -> Blank:
+    return Blank(before, "zzzz", after, frozenset(avoid))
+
+
+def test_scores_are_those_of_plain_passes(role: Role, tokenizer: Tokenizer) -> None:
+    """The order of the words is that of log p(word, next tokens | before), each text in a pass of its own."""
+    blanks = [blank("The baker makes a lot of ", " every day of the week."), blank("She was only the ", ".")]
+    found = likely_words(role, tokenizer, "make a pun", blanks, 5)
+    words = common_words(tokenizer)
+    by_word = {word: token for token, word in words.items()}
+    asked = tokenizer.prompt_ids("make a pun")
+    for place, proposed in zip(blanks, found, strict=True):
+        before = [*asked, *tokenizer.text_ids(place.before.rstrip(" "))]
+
+        def value(word: str, place: Blank = place, before: list[int] = before) -> float:
+            start = len(asked) + len(tokenizer.text_ids(place.before + word))
+            whole = [*asked, *tokenizer.response_ids(place.before + word + place.after)][: start + FOLLOWING]
+            logs = role.model.forward(torch.tensor([whole]))[0].log_softmax(-1)
+            first = role.model.forward(torch.tensor([before]))[0, -1].log_softmax(-1)[by_word[word]]
+            return float(first + sum(logs[at - 1, whole[at]] for at in range(start, len(whole))))
+
+        values = [value(word) for word in proposed]
+        assert len(proposed) == 5 and values == sorted(values, reverse=True)
+
+
+def test_words_that_the_blank_refuses_are_left_out(role: Role, tokenizer: Tokenizer) -> None:
+    (first,) = likely_words(role, tokenizer, "make a pun", [blank("A lot of ", ".")], 3)
+    (second,) = likely_words(role, tokenizer, "make a pun", [blank("A lot of ", ".", first[0])], 3)
+    assert first[0] not in second
+
+
+def test_proposed_words_are_common_whole_and_clean(tokenizer: Tokenizer) -> None:
+    words = set(common_words(tokenizer).values())
+    assert all(word.isalpha() and word.islower() and len(word) >= 3 for word in words)
+    assert not words & {"qzx", "fuck", "shit"}
+
+
+@pytest.mark.slow
+def test_the_default_model_finds_the_plain_word() -> None:
+    from types import SimpleNamespace
+
+    from punster.model.load import DEFAULT_MODEL
+    from punster.train.setup import open_base
+
+    base, own = open_base(SimpleNamespace(device="auto", dtype="auto", model=DEFAULT_MODEL, prompt_format="auto"))  # type: ignore[arg-type]
+    blanks = [
+        blank("The baker quit his job because he couldn't make enough ", ".", "dough"),
+        blank("Wet paint on the walls made the whole ", " smell."),
+        blank("I noticed that the sun was ", ", and nobody had bothered to look."),
+    ]
+    found = likely_words(Role(base), own, "make a pun", blanks, 4)
+    assert "money" in found[0] and {"house", "room", "place"} & set(found[1]) and "shining" in found[2]
