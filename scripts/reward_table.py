@@ -185,18 +185,18 @@ def overlap(rows: Sequence[Row], wanted: Sequence[Measure]) -> list[tuple[str, s
 def training_rows(config: RewardConfig) -> list[Row]:
     """What `punster reward` with this configuration learns from (without samples of a policy), pre-training included."""
     from punster.model.role import Role
-    from punster.train.reward import embedded_pairs
-    from punster.train.setup import load_rows, open_base
+    from punster.train.reward import judged_rows
+    from punster.train.setup import open_base
 
     base, tokenizer = open_base(config)
-    return load_rows([*config.pretrain, *config.data], "judged", lambda: embedded_pairs(config, Role(base), tokenizer))
+    return judged_rows(config, [*config.pretrain, *config.data], Role(base), tokenizer)
 
 
 def from_source(row: Row, source: str) -> bool:
     """Rows that --leave-out drops: of PunEval the synonym pairs only, of the embedded corpus all but the templates."""
     if source == "puneval":
         return row.get("source") == "puneval" and "replaced_by" in row
-    return row.get("source") == source or (source == "embedded" and "source" not in row and row.get("kind") != "template")
+    return row.get("source", "embedded") == source and row.get("kind") != "template"
 
 
 def cross_validated(config: RewardConfig, pool: Pool, folds: int) -> list[tuple[Measure, dict[Text, float]]]:

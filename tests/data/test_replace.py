@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from punster.data.mix import build, load_mixture
-from punster.data.replace import Blank, blank_of, foreign_pairs, likely_pairs
+from punster.data.replace import Blank, blank_of, foreign_pairs, likely_pairs, near_pairs
 from punster.data.schema import Row
 from punster.errors import UserError
 
@@ -18,7 +18,7 @@ def row(text: str, word: str, **more: str) -> Row:
 
 
 @pytest.mark.parametrize(
-    "text, word, filled",
+    ("text", "word", "filled"),
     [
         ("The church needs to be souled.", "souled", "The church needs to be painted."),
         ("Old pacifists just go to PEACES.", "peaces", "Old pacifists just go to PAINTED."),
@@ -32,7 +32,9 @@ def test_the_last_whole_word_is_replaced_in_its_case(text: str, word: str, fille
     assert blank.filled("painted") == filled
 
 
-@pytest.mark.parametrize("text, word", [("The souls are here.", "soul"), ("Soul food.", "soul"), ("No pun here.", ""), ("A soul's.", "soul")])
+@pytest.mark.parametrize(
+    ("text", "word"), [("The souls are here.", "soul"), ("Soul food.", "soul"), ("No pun here.", ""), ("A soul's.", "soul")]
+)
 def test_a_word_that_is_not_there_is_not_found(text: str, word: str) -> None:
     assert blank_of(row(text, word)) is None
 
@@ -47,16 +49,31 @@ def test_neither_the_pun_word_nor_what_it_sounds_like_goes_back() -> None:
 def test_likely_pairs_take_what_the_model_proposes() -> None:
     asked: list[tuple[list[Blank], int]] = []
 
-    def propose(blanks: list[Blank], count: int) -> list[list[str]]:
-        asked.append((list(blanks), count))
-        return [["money", "bread", "time", "cash"][: 4 - place] for place, _ in enumerate(blanks)]
+    class Words:
+        def likely(self, blanks: list[Blank], count: int) -> list[list[str]]:
+            asked.append((list(blanks), count))
+            return [["money", "bread", "time", "cash"][: 4 - place] for place, _ in enumerate(blanks)]
 
     rows = [row("He makes a lot of dough.", "dough"), row("Nothing is located here.", "dough"), row("Her bills are due.", "due")]
-    pairs = likely_pairs(rows, 2, "make a pun", random.Random(1), propose)  # type: ignore[arg-type]
+    pairs = likely_pairs(rows, 2, "make a pun", random.Random(1), Words())  # type: ignore[arg-type]
     assert asked[0][1] == 4 and [blank.word for blank in asked[0][0]] == ["dough", "due"]
     assert [pair["chosen"] for pair in pairs] == ["He makes a lot of dough."] * 2 + ["Her bills are due."] * 2
     assert all(pair["rejected"] == pair["chosen"].replace(pair["pun_word"], pair["replaced_by"]) for pair in pairs)
     assert len({pair["rejected"] for pair in pairs}) == 4 and {pair["prompt"] for pair in pairs} == {"make a pun"}
+
+
+def test_near_pairs_take_turns_between_the_senses() -> None:
+    class Words:
+        def near(self, word: str, count: int) -> list[str]:
+            assert count >= 6
+            return {"sole": ["sole", "only", "alone"], "soul": ["souls", "spirit"], "mane": ["hair"]}[word]
+
+    rows = [row("The cobbler saved my sole.", "sole", alternative_word="soul"), row("It is the mane thing.", "mane")]
+    pairs = near_pairs(rows, 2, "make a pun", random.Random(1), Words())  # type: ignore[arg-type]
+    by_word = [pair["replaced_by"] for pair in pairs]
+    assert by_word[0] in ("only", "alone") and by_word[1:] == ["spirit", "hair"]
+    assert pairs[1]["rejected"] == "The cobbler saved my spirit."
+    assert [pair["replaced_by"] for pair in near_pairs(rows[:1], 1, "", random.Random(1), Words())] == by_word[:1]  # type: ignore[arg-type]
 
 
 def test_foreign_words_have_the_same_ending_and_are_never_the_own() -> None:
@@ -74,7 +91,12 @@ def test_a_mixture_guards_replaced_texts_and_needs_a_model(tmp_path: Path) -> No
     recipe.write_text("parts: [{source: embedded, use: likely, cap: 2, total: 30}, {source: embedded, use: literal}]\n")
     with pytest.raises(UserError, match="needs a model"):
         build(load_mixture(str(recipe)))
-    rows, statement = build(load_mixture(str(recipe)), propose=lambda blanks, count: [["thing", "one", "way"]] * len(blanks))
+
+    class Words:
+        def likely(self, blanks: list[Blank], count: int) -> list[list[str]]:
+            return [["thing", "one", "way"]] * len(blanks)
+
+    rows, statement = build(load_mixture(str(recipe)), proposer=Words())  # type: ignore[arg-type]
     likely = [found for found in rows if "replaced_by" in found]
     assert statement["parts"][0]["taken"] == len(likely) > 800
     assert sum(found["weight"] for found in likely) == pytest.approx(30)

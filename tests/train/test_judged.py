@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,19 @@ from punster.model.export import export
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples, scores_and_spreads
 from punster.train.checkpoint import load_run
-from punster.train.judged import balanced, calibration, encode_items, item_loss, neutral, reliability, shuffled
+from punster.train.judged import (
+    Item,
+    balanced,
+    calibration,
+    encode_items,
+    families,
+    item_batches,
+    item_loss,
+    neutral,
+    reliability,
+    shuffled,
+    weighed,
+)
 from punster.train.optim import seeded
 from punster.train.reward import bag, train_reward
 
@@ -78,6 +91,90 @@ def test_loss_is_a_sum_over_items_however_they_are_batched(untrained: tuple[Role
     together = item_loss(role, trunk, examples, items, config)[0]
     alone = sum(item_loss(role, trunk, examples, [item], config)[0] for item in items)
     assert float(together) == pytest.approx(float(alone), abs=1e-4)
+
+
+def test_a_text_of_several_rows_runs_once_and_counts_in_each(untrained: tuple[Role, Any], make: Make) -> None:
+    """Loss and gradient of rows that share texts are the sums over rows, each weighted."""
+    role, tokenizer = untrained
+    shared = [
+        PAIR,
+        {**PAIR, "rejected": "a wail", "weight": 2.5},
+        {**LABELLED, "weight": 0.25},
+        {**PLAIN, "completion": PAIR["rejected"]},
+    ]
+    examples, items = encode_items(shared, tokenizer, role.model)
+    assert [item.weight for item in items] == [1, 2.5, 0.25, 1]
+    seen: list[int] = []
+    plain = Trunk.compute(role.model, examples, [])
+
+    class Counted(Trunk):
+        def collate(self, examples: Any, rows: Any, device: Any = "cpu") -> Any:
+            seen.append(len(rows))
+            return super().collate(examples, rows, device)
+
+    def gradient(chosen: list[Item]) -> torch.Tensor:
+        fresh = replace(role, head=ScalarHead.create(32, seeded(1, "head")).trainable())
+        loss = item_loss(fresh, Counted(plain.rows), examples, chosen, make(RewardConfig))[0]
+        loss.backward()
+        assert fresh.head is not None and fresh.head.weight.grad is not None
+        return torch.cat((fresh.head.weight.grad, loss.detach()[None]))
+
+    together = gradient(items)
+    assert seen == [3], "three distinct texts of six"
+    alone = sum((item.weight * gradient([replace(item, weight=1.0)]) for item in items), torch.zeros(33))
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_rows_about_one_text_or_group_are_a_family() -> None:
+    group = [{"chosen": "d", "rejected": "e", "group": "g"}, {"chosen": "f", "rejected": "e", "group": "g"}]
+    rows = [{"chosen": "a", "rejected": "b"}, {"completion": "c", "label": True}, {"chosen": "a", "rejected": "c"},
+            {"completion": "a", "label": True}, *group, GROUP]  # fmt: skip
+    assert families(rows) == [[0, 2, 3], [1], [4, 5], [6]]
+
+
+def test_weights_are_relative() -> None:
+    weights = [row["weight"] for row in weighed([{"weight": 3.0}, {"weight": 1.0}, {}, {}])]
+    assert weights == pytest.approx([2.0, 2 / 3, 2 / 3, 2 / 3])
+
+
+def test_micro_batches_keep_the_order_and_count_a_text_once(untrained: tuple[Role, Any]) -> None:
+    role, tokenizer = untrained
+    examples, items = encode_items([PAIR, {**PAIR, "rejected": "a wail"}, LABELLED, PLAIN, GROUP], tokenizer, role.model)
+    whole = sum(example.length for example in set(examples))
+    assert item_batches(examples, items, whole) == [[0, 1, 2, 3, 4]]
+    groups = item_batches(examples, items, whole - 1)
+    assert [place for group in groups for place in group] == [0, 1, 2, 3, 4] and len(groups) == 2
+    assert item_batches(examples, items, 1) == [[0], [1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize("pretrain", [False, True])
+def test_families_pass_every_row_once_an_epoch(
+    pretrain: bool, tiny_llama: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import punster.train.reward as module
+
+    rows = [PAIR, {**PAIR, "rejected": "a wail"}, LABELLED, PLAIN, GROUP, RATED]
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    drawn: list[list[Item]] = []
+    real = module.train_step
+
+    def spied(config: Any, member: Any, trunk: Any, examples: Any, batch: Any, *rest: Any) -> Any:
+        drawn.append(list(batch))
+        return real(config, member, trunk, examples, batch, *rest)
+
+    monkeypatch.setattr(module, "train_step", spied)
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), batch_size=1, families=True, epochs=2,
+                  normalise_samples=0, pretrain=[str(first)] if pretrain else [])  # fmt: skip
+    run = train_reward(config, rows)
+    assert run is not None
+    sizes = sorted(map(len, drawn))
+    # Three rows about the pun, and three alone; before them once the three of the file, which are one family.
+    assert sizes == [1] * 6 + [3] * (2 + pretrain)
+    texts = Counter(item.texts for batch in drawn for item in batch)
+    assert set(texts.values()) == ({1, 2} if pretrain else {2})
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8 + pretrain
 
 
 def test_labels_train_the_score_and_ratings_a_head_of_their_own(untrained: tuple[Role, Any], make: Make) -> None:

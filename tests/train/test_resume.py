@@ -42,6 +42,8 @@ def jobs(out: str, model: str, sft_run: str, reward_run: str, make: Make) -> dic
         "sft": (make(SftConfig, **shared, batch_size=5, weight_decay=0.01), sft),
         "sft-none": (make(SftConfig, **shared, batch_size=5, adapter="none"), sft),
         "reward": (make(RewardConfig, **shared, batch_size=5, pretrained=sft_run, normalise_samples=8), train_reward),
+        "reward-families": (make(RewardConfig, **shared, batch_size=5, negatives=["literal", "weak"], families=True, members=2,
+                                 normalise_samples=0), train_reward),
         "ppo": (
             make(PpoConfig, **policy, batch_size=6, reward_model=reward_run, epochs=2, minibatches=2, target_kl=0.5, kl_horizon=50),
             lambda config: ppo(config, None, vowels),
@@ -54,7 +56,7 @@ def jobs(out: str, model: str, sft_run: str, reward_run: str, make: Make) -> dic
     }  # fmt: skip
 
 
-NAMES = ("sft", "sft-none", "reward", "ppo", "ppo-none", "grpo", "dpo", "dpo-online")
+NAMES = ("sft", "sft-none", "reward", "reward-families", "ppo", "ppo-none", "grpo", "dpo", "dpo-online")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,7 @@ from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation
 from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
-from punster.data.replace import Propose, foreign_pairs, likely_pairs
+from punster.data.replace import Proposer, foreign_pairs, likely_pairs, near_pairs
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
@@ -32,7 +32,8 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
-    # likely, foreign: puns against themselves with a word in the pun word's place that is likely there, or another pun's.
+    # likely, near, foreign: puns against themselves with a word in the pun word's place that is likely there, near in meaning
+    # to it or to what it sounds like, or another pun's.
     use: Literal[
         "",
         "groups",
@@ -46,6 +47,7 @@ class Ingredient:
         "homophone",
         "weak",
         "likely",
+        "near",
         "foreign",
         "puns",
         "texts",
@@ -54,7 +56,7 @@ class Ingredient:
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
     limit: int = 0  # at most so many rows, drawn (0: all)
-    cap: int = 10  # groups: pairs of one group; ratings, likely, foreign: pairs of one text
+    cap: int = 10  # groups: pairs of one group; ratings, likely, near, foreign: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
     by: str = "rating"  # the rating that is compared
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
@@ -73,7 +75,7 @@ class Recipe:
     parts: list[Ingredient] = field(default_factory=list)
 
 
-REPLACED = ("likely", "foreign")
+REPLACED = ("likely", "near", "foreign")
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -152,12 +154,12 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 # ---- building -----------------------------------------------------------------------------------------------------
 def build(
-    recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None, propose: Propose | None = None
+    recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None, proposer: Proposer | None = None
 ) -> tuple[list[Row], Row]:  # fmt: skip
     """The rows of a mixture, and the statement of what went in and what was left out.
 
     folder: local copies of the public sources (default: PUNSTER_DATA); not needed by recipes of files alone.
-    propose: finds likely words for blanks, for parts with `use: likely`.
+    proposer: knows words, for parts with `use: likely` or `near`.
     """
     public = any(part.source not in ("", "embedded") for part in recipe.parts)
     pool = Pool(data_folder(folder)) if public else None
@@ -166,7 +168,7 @@ def build(
     statements = []
     for number, part in enumerate(recipe.parts):
         draw = random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}")
-        taken, said = _part(part, recipe, pool, guard, draw, propose)
+        taken, said = _part(part, recipe, pool, guard, draw, proposer)
         rows += taken
         statements.append(said)
     statement: Row = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
@@ -196,7 +198,7 @@ def build(
 
 
 def _part(
-    part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random, propose: Propose | None
+    part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random, proposer: Proposer | None
 ) -> tuple[list[Row], Row]:  # fmt: skip
     """The rows of one part, and its line in the statement."""
     rows, licence, is_open, rude = _source_rows(part, recipe, pool)
@@ -216,7 +218,7 @@ def _part(
             dropped[reason] += 1
         else:
             kept.append(row)
-    made = _made(kept, part, recipe, draw, propose)
+    made = _made(kept, part, recipe, draw, proposer)
     if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
         dropped["near to an evaluation text"] += len(made) - len(clean)
@@ -268,16 +270,16 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     return rows, source.licence, source.open, source.rude
 
 
-def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random, propose: Propose | None) -> list[Row]:
+def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random, proposer: Proposer | None) -> list[Row]:
     """What the recipe asks for, made of rows that may be used."""
     if recipe.kind != "preference":
         return list(rows)
     if part.use == "foreign":
         return foreign_pairs(rows, part.cap, part.prompt, draw)
-    if part.use == "likely":
-        if propose is None:
-            raise UserError("use: likely needs a model that proposes words: train with this mixture, or leave the part out")
-        return likely_pairs(rows, part.cap, part.prompt, draw, propose)
+    if part.use in ("likely", "near"):
+        if proposer is None:
+            raise UserError(f"use: {part.use} needs a model that proposes words: train with this mixture, or leave the part out")
+        return (likely_pairs if part.use == "likely" else near_pairs)(rows, part.cap, part.prompt, draw, proposer)
     if part.use == "labels":
         return labelled(rows, part.by, part.prompt)
     if part.use == "ranked":
@@ -312,10 +314,10 @@ def is_mixture(name: str) -> bool:
 
 
 def mixture(
-    name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None, propose: Propose | None = None
+    name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None, proposer: Proposer | None = None
 ) -> list[Row]:  # fmt: skip
     """Rows of a mixture for training; "puns" is the default mixture of the kind."""
     recipe = load_mixture(DEFAULTS[kind] if name == "puns" and kind in DEFAULTS else name)
     if recipe.kind != kind:
         raise UserError(f"{name}: this mixture has rows of the kind {recipe.kind}; {kind} is needed here")
-    return build(recipe, folder, say, propose)[0]
+    return build(recipe, folder, say, proposer)[0]

@@ -1,17 +1,19 @@
-"""Negatives that differ from a pun in the pun word alone: a word that is likely in its place, or another pun's word."""
+"""Negatives that differ from a pun in the pun word alone: a word likely in its place, one near in meaning, another pun's word."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Protocol
 
 from punster.data.schema import Row
 from punster.data.split import lemma
 
 ENDINGS = ("ing", "ed", "ly", "er", "s")  # words with one of these are replaced by words with the same
-AMONG = 4  # a likely word is drawn from so many of the likeliest
+AMONG = 6  # a word that is near in meaning is drawn from so many of the nearest, a likely one from fewer
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,16 @@ class Blank:
         return lemma(word) not in self.avoid and word[:4] != self.word[:4].lower()
 
 
-# Blanks and a number -> for each blank at most so many words that are likely there, the likeliest first.
-Propose = Callable[[Sequence[Blank], int], list[list[str]]]
+class Proposer(Protocol):
+    """What a model has to say about words."""
+
+    def likely(self, blanks: Sequence[Blank], count: int) -> list[list[str]]:
+        """For each blank at most `count` words that are likely there, the likeliest first."""
+        ...
+
+    def near(self, word: str, count: int) -> list[str]:
+        """At most `count` words near in meaning, the nearest first."""
+        ...
 
 
 def blank_of(row: Row) -> Blank | None:
@@ -48,12 +58,24 @@ def blank_of(row: Row) -> Blank | None:
     return Blank(text[:first], text[first:last], text[last:], frozenset(map(lemma, others)))
 
 
-def likely_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, propose: Propose) -> list[Row]:
+def likely_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, proposer: Proposer) -> list[Row]:
     """Each located pun against at most `cap` versions of it with a word that the model finds likely in the place."""
     found = [(row, blank) for row in rows if (blank := blank_of(row))]
-    options = propose([blank for _, blank in found], max(cap, AMONG))
+    options = proposer.likely([blank for _, blank in found], max(cap, AMONG - 2))
     drawn = [draw.sample(words, min(cap, len(words))) for words in options]
     return [_pair(row, blank, word, prompt) for (row, blank), words in zip(found, drawn, strict=True) for word in words]
+
+
+def near_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, proposer: Proposer) -> list[Row]:
+    """Each located pun against at most `cap` versions with a word near in meaning to the pun word or, by turns, to the alternative."""
+    pairs = []
+    for row, blank in [(row, blank) for row in rows if (blank := blank_of(row))]:
+        senses = dict.fromkeys((blank.word.lower(), str(row.get("alternative_word") or blank.word).lower()))
+        options = [list(filter(blank.takes, proposer.near(sense, 4 * AMONG)))[:AMONG] for sense in senses]
+        drawn = [draw.sample(words, min(cap, len(words))) for words in options]
+        mixed = [word for turn in zip_longest(*drawn) for word in turn if word]
+        pairs += [_pair(row, blank, word, prompt) for word in list(dict.fromkeys(mixed))[:cap]]
+    return pairs
 
 
 def foreign_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random) -> list[Row]:

@@ -25,8 +25,8 @@ from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
-from punster.rollout.likely import likely_words
 from punster.rollout.sampler import Decoding, generate
+from punster.rollout.words import WordModel
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.held_out import pair_table
 from punster.train.judged import (
@@ -200,9 +200,8 @@ def judged_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
     """The rows that are named, negatives included that are made with the plain base or sampled from the SFT model."""
-    base = Role(plain_base(sampled_from, config))
-    propose = partial(likely_words, base, tokenizer, GENERIC_PROMPT)
-    return load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, propose)
+    words = WordModel(Role(plain_base(sampled_from, config)), tokenizer, GENERIC_PROMPT)
+    return load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words)
 
 
 def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:

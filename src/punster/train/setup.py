@@ -14,7 +14,7 @@ from punster.config import SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
-from punster.data.replace import Propose
+from punster.data.replace import Proposer
 from punster.data.schema import Row, read_rows
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL, load_model
@@ -180,11 +180,11 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
 def load_rows(
-    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (), propose: Propose | None = None
+    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (), proposer: Proposer | None = None
 ) -> list[Row]:  # fmt: skip
     """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
 
-    propose: finds likely words for the blanks of mixtures that have negatives made so.
+    proposer: knows words, for mixtures whose negatives are made with a model.
     """
     rows: list[Row] = []
     for source in sources:
@@ -197,7 +197,9 @@ def load_rows(
         else:
             mixed = "preference" if kind == "judged" else kind
             rows += (
-                mixture(source, mixed, say=to_stderr, propose=propose) if is_mixture(source) else read_rows(source, kind, columns)
+                mixture(source, mixed, say=to_stderr, proposer=proposer)
+                if is_mixture(source)
+                else read_rows(source, kind, columns)
             )
     if not rows:
         raise UserError("no rows of data were given")

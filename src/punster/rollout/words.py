@@ -1,12 +1,15 @@
-"""Which words a model finds likely in the blank of a text, by what stands before it and by what follows."""
+"""What a model has to say about words: likely in the blank of a text, by what stands around it, and near to another in meaning."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from wordfreq import zipf_frequency
 
 from punster.data.batch import Example, collate, prefix_batches
@@ -19,6 +22,36 @@ from punster.rollout.logprobs import CHUNK, log_softmax, target_log_probs
 COMMON = 3.3  # Zipf frequency from which on a word may be proposed: once in half a million words
 LOOKED_AT = 40  # of the likeliest words by what stands before
 FOLLOWING = 4  # tokens after the blank that a word is also judged by
+FUNCTION_WORDS = 5.9  # Zipf frequency from which on a word is near to everything and means little
+
+
+@dataclass
+class WordModel:
+    """The base as a `data.replace.Proposer`; blanks are read as answers to `prompt`."""
+
+    role: Role
+    tokenizer: Tokenizer
+    prompt: str
+
+    def likely(self, blanks: Sequence[Blank], count: int) -> list[list[str]]:
+        return likely_words(self.role, self.tokenizer, self.prompt, blanks, count)
+
+    def near(self, word: str, count: int) -> list[str]:
+        """By the cosine between input embeddings less their mean (of a word of several tokens: their average)."""
+        words, units, mean = self._meanings
+        tokens = self.tokenizer.text_ids(f" {word}")
+        query = F.normalize(self.role.model.embedding[tokens].float().mean(0) - mean, dim=0)
+        return [words[place] for place in (units @ query).topk(min(count, len(words))).indices.tolist()]
+
+    @cached_property
+    def _meanings(self) -> tuple[list[str], Tensor, Tensor]:
+        """The words that may be proposed, their unit vectors (n, d), and the mean embedding (d,) of all common words."""
+        known = common_words(self.tokenizer)
+        embeddings = self.role.model.embedding[list(known)].float()
+        mean = embeddings.mean(0)
+        telling = [place for place, word in enumerate(known.values()) if zipf_frequency(word, "en") < FUNCTION_WORDS]
+        words = list(known.values())
+        return [words[place] for place in telling], F.normalize(embeddings[telling] - mean, dim=1), mean
 
 
 @torch.no_grad()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from wordfreq import zipf_frequency
 
 from punster.data.replace import Blank
 from punster.model.load import load_model
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
-from punster.rollout.likely import FOLLOWING, common_words, likely_words
+from punster.rollout.words import FOLLOWING, FUNCTION_WORDS, WordModel, common_words, likely_words
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,17 @@ def test_proposed_words_are_common_whole_and_clean(tokenizer: Tokenizer) -> None
     assert not words & {"qzx", "fuck", "shit"}
 
 
+def test_near_words_by_the_cosine_of_centred_embeddings(role: Role, tokenizer: Tokenizer) -> None:
+    known = common_words(tokenizer)
+    table = role.model.embedding[list(known)].float()
+    centred = table - table.mean(0)
+    for place, word in list(enumerate(known.values()))[:3]:
+        telling = [i for i, other in enumerate(known.values()) if zipf_frequency(other, "en") < FUNCTION_WORDS]
+        cosines = torch.nn.functional.cosine_similarity(centred[telling], centred[place][None])
+        wanted = [list(known.values())[telling[i]] for i in cosines.argsort(descending=True)[:3].tolist()]
+        assert WordModel(role, tokenizer, "").near(word, 3) == wanted
+
+
 @pytest.mark.slow
 def test_the_default_model_finds_the_plain_word() -> None:
     from types import SimpleNamespace
@@ -76,3 +88,5 @@ def test_the_default_model_finds_the_plain_word() -> None:
     ]
     found = likely_words(Role(base), own, "make a pun", blanks, 4)
     assert "money" in found[0] and {"house", "room", "place"} & set(found[1]) and "shining" in found[2]
+    words = WordModel(Role(base), own, "make a pun")
+    assert {"weary", "exhausted"} <= set(words.near("tired", 6)) and "metal" in words.near("steel", 4)
