@@ -15,7 +15,7 @@ from punster.data import corpus
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
-from punster.data.pool import Pool, data_folder, embedded_evaluation
+from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
 from punster.data.replace import Proposer, foreign_pairs, likely_pairs, near_pairs
 from punster.data.schema import Row, kind_of, read_rows, texts_of
@@ -162,7 +162,7 @@ def build(
     proposer: knows words, for parts with `use: likely` or `near`.
     """
     public = any(part.source not in ("", "embedded") for part in recipe.parts)
-    pool = Pool(data_folder(folder)) if public else None
+    pool = pool_of(data_folder(folder)) if public else None
     guard = (pool.evaluation if pool else embedded_evaluation()) if recipe.split == "train" and recipe.guard else None
     rows: list[Row] = []
     statements = []

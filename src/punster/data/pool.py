@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from punster.data import corpus
@@ -111,3 +111,9 @@ class Pool:
             "rows": len(self.located(source.name)), "train": parts["train"], "val": parts["val"], "in_neither_part": parts[None],
             "skipped": skips.counts(), "skipped_where": [f"{place}: {reason}" for place, reason in skips.entries[:50]],
         }  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def pool_of(folder: Path) -> Pool:
+    """The pool of a folder, kept: a run reads its training mixture and its held-out one from the same sources."""
+    return Pool(folder)
