@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from punster.data.mix import build, load_mixture
 from punster.data.replace import Blank, blank_of, foreign_pairs, likely_pairs, near_pairs
 from punster.data.schema import Row
 from punster.errors import UserError
+
+
+class Words:
+    """A proposer that says what it was told to, and remembers what it was asked."""
+
+    def __init__(self, likely: Sequence[str] = (), near: dict[str, list[str]] | None = None) -> None:
+        self.words, self.nearest = list(likely), near or {}
+        self.asked: list[tuple[list[str], int]] = []
+
+    def likely(self, blanks: Sequence[Blank], count: int) -> list[list[str]]:
+        self.asked.append(([blank.word for blank in blanks], count))
+        return [self.words[: len(self.words) - place % 2] for place, _ in enumerate(blanks)]
+
+    def near(self, word: str, count: int) -> list[str]:
+        assert count >= 6
+        return self.nearest[word]
 
 
 def row(text: str, word: str, **more: str) -> Row:
@@ -33,7 +50,14 @@ def test_the_last_whole_word_is_replaced_in_its_case(text: str, word: str, fille
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("The souls are here.", "soul"), ("Soul food.", "soul"), ("No pun here.", ""), ("A soul's.", "soul")]
+    ("text", "word"),
+    [
+        ("The souls are here.", "soul"),
+        ("Soul food.", "soul"),
+        ("No pun here.", ""),
+        ("A soul's.", "soul"),
+        (" soul music", "soul"),
+    ],
 )
 def test_a_word_that_is_not_there_is_not_found(text: str, word: str) -> None:
     assert blank_of(row(text, word)) is None
@@ -47,33 +71,23 @@ def test_neither_the_pun_word_nor_what_it_sounds_like_goes_back() -> None:
 
 
 def test_likely_pairs_take_what_the_model_proposes() -> None:
-    asked: list[tuple[list[Blank], int]] = []
-
-    class Words:
-        def likely(self, blanks: list[Blank], count: int) -> list[list[str]]:
-            asked.append((list(blanks), count))
-            return [["money", "bread", "time", "cash"][: 4 - place] for place, _ in enumerate(blanks)]
-
+    words = Words(["money", "bread", "time", "cash"])
     rows = [row("He makes a lot of dough.", "dough"), row("Nothing is located here.", "dough"), row("Her bills are due.", "due")]
-    pairs = likely_pairs(rows, 2, "make a pun", random.Random(1), Words())  # type: ignore[arg-type]
-    assert asked[0][1] == 4 and [blank.word for blank in asked[0][0]] == ["dough", "due"]
+    pairs = likely_pairs(rows, 2, "make a pun", random.Random(1), words)
+    assert words.asked == [(["dough", "due"], 4)]
     assert [pair["chosen"] for pair in pairs] == ["He makes a lot of dough."] * 2 + ["Her bills are due."] * 2
     assert all(pair["rejected"] == pair["chosen"].replace(pair["pun_word"], pair["replaced_by"]) for pair in pairs)
     assert len({pair["rejected"] for pair in pairs}) == 4 and {pair["prompt"] for pair in pairs} == {"make a pun"}
 
 
 def test_near_pairs_take_turns_between_the_senses() -> None:
-    class Words:
-        def near(self, word: str, count: int) -> list[str]:
-            assert count >= 6
-            return {"sole": ["sole", "only", "alone"], "soul": ["souls", "spirit"], "mane": ["hair"]}[word]
-
+    words = Words(near={"sole": ["sole", "only", "alone"], "soul": ["souls", "spirit"], "mane": ["hair"]})
     rows = [row("The cobbler saved my sole.", "sole", alternative_word="soul"), row("It is the mane thing.", "mane")]
-    pairs = near_pairs(rows, 2, "make a pun", random.Random(1), Words())  # type: ignore[arg-type]
+    pairs = near_pairs(rows, 2, "make a pun", random.Random(1), words)
     by_word = [pair["replaced_by"] for pair in pairs]
     assert by_word[0] in ("only", "alone") and by_word[1:] == ["spirit", "hair"]
     assert pairs[1]["rejected"] == "The cobbler saved my spirit."
-    assert [pair["replaced_by"] for pair in near_pairs(rows[:1], 1, "", random.Random(1), Words())] == by_word[:1]  # type: ignore[arg-type]
+    assert [pair["replaced_by"] for pair in near_pairs(rows[:1], 1, "", random.Random(1), words)] == by_word[:1]
 
 
 def test_foreign_words_have_the_same_ending_and_are_never_the_own() -> None:
@@ -86,17 +100,19 @@ def test_foreign_words_have_the_same_ending_and_are_never_the_own() -> None:
     assert "reads" not in found, "no other word has its ending"
 
 
+@pytest.mark.parametrize("part", ["{file: a.jsonl, use: near}", "{source: embedded, use: foreign, cap: 0}"])
+def test_a_part_that_cannot_be_made_is_refused(part: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"parts: [{part}]\n")
+    with pytest.raises(UserError, match=r"r\.yaml, part 1: .*(not of a file|cap must be at least 1)"):
+        load_mixture(str(tmp_path / "r.yaml"))
+
+
 def test_a_mixture_guards_replaced_texts_and_needs_a_model(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("parts: [{source: embedded, use: likely, cap: 2, total: 30}, {source: embedded, use: literal}]\n")
     with pytest.raises(UserError, match="needs a model"):
         build(load_mixture(str(recipe)))
-
-    class Words:
-        def likely(self, blanks: list[Blank], count: int) -> list[list[str]]:
-            return [["thing", "one", "way"]] * len(blanks)
-
-    rows, statement = build(load_mixture(str(recipe)), proposer=Words())  # type: ignore[arg-type]
+    rows, statement = build(load_mixture(str(recipe)), proposer=Words(["thing", "one", "way"]))
     likely = [found for found in rows if "replaced_by" in found]
     assert statement["parts"][0]["taken"] == len(likely) > 800
     assert sum(found["weight"] for found in likely) == pytest.approx(30)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from wordfreq import zipf_frequency
 
+from punster.api import load
 from punster.data.replace import Blank
 from punster.model.load import load_model
 from punster.model.role import Role
@@ -56,6 +57,10 @@ def test_words_that_the_blank_refuses_are_left_out(role: Role, tokenizer: Tokeni
     assert first[0] not in second
 
 
+def test_no_blank_no_words(role: Role, tokenizer: Tokenizer) -> None:
+    assert likely_words(role, tokenizer, "make a pun", [], 3) == []
+
+
 def test_proposed_words_are_common_whole_and_clean(tokenizer: Tokenizer) -> None:
     words = set(common_words(tokenizer).values())
     assert all(word.isalpha() and word.islower() and len(word) >= 3 for word in words)
@@ -75,18 +80,13 @@ def test_near_words_by_the_cosine_of_centred_embeddings(role: Role, tokenizer: T
 
 @pytest.mark.slow
 def test_the_default_model_finds_the_plain_word() -> None:
-    from types import SimpleNamespace
-
-    from punster.model.load import DEFAULT_MODEL
-    from punster.train.setup import open_base
-
-    base, own = open_base(SimpleNamespace(device="auto", dtype="auto", model=DEFAULT_MODEL, prompt_format="auto"))  # type: ignore[arg-type]
+    base = load()
     blanks = [
         blank("The baker quit his job because he couldn't make enough ", ".", "dough"),
         blank("Wet paint on the walls made the whole ", " smell."),
         blank("I noticed that the sun was ", ", and nobody had bothered to look."),
     ]
-    found = likely_words(Role(base), own, "make a pun", blanks, 4)
+    found = likely_words(base.role, base.tokenizer, "make a pun", blanks, 4)
     assert "money" in found[0] and {"house", "room", "place"} & set(found[1]) and "shining" in found[2]
-    words = WordModel(Role(base), own, "make a pun")
+    words = WordModel(base.role, base.tokenizer, "make a pun")
     assert {"weary", "exhausted"} <= set(words.near("tired", 6)) and "metal" in words.near("steel", 4)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from punster.cli import main
 from punster.config import RewardConfig
-from punster.data.batch import collate
+from punster.data.batch import Example, collate
 from punster.data.schema import check_row
 from punster.errors import UserError
 from punster.model.export import export
@@ -145,6 +145,10 @@ def test_micro_batches_keep_the_order_and_count_a_text_once(untrained: tuple[Rol
     groups = item_batches(examples, items, whole - 1)
     assert [place for group in groups for place in group] == [0, 1, 2, 3, 4] and len(groups) == 2
     assert item_batches(examples, items, 1) == [[0], [1], [2], [3], [4]]
+    # One long text beside many short ones: padded, they would be far more than their tokens.
+    long = [Example((1,), (2,) * 99), *(Example((1,), (number,)) for number in range(40))]
+    singles = [Item((place,), (1.0,)) for place in range(41)]
+    assert len(item_batches(long, singles, 200)) > 1 and len(item_batches(long[1:], singles[:40], 200)) == 1
 
 
 @pytest.mark.parametrize("pretrain", [False, True])

@@ -75,7 +75,8 @@ class Recipe:
     parts: list[Ingredient] = field(default_factory=list)
 
 
-REPLACED = ("likely", "near", "foreign")
+NEED_WORDS = ("likely", "near")  # of a model
+REPLACED = (*NEED_WORDS, "foreign")
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -119,6 +120,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
+        if part.use in REPLACED and (part.file or recipe.kind != "preference"):
+            raise UserError(f"{where}: use: {part.use} makes pairs (kind: preference) of a source's puns, not of a file")
         if part.use in ("ratings", *REPLACED) and not part.cap:
             raise UserError(f"{where}: cap must be at least 1 for pairs made of {part.use}")
         if part.file and not Path(part.file).is_absolute() and not Path(part.file).exists():
@@ -168,6 +171,8 @@ def build(
     statements = []
     for number, part in enumerate(recipe.parts):
         draw = random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}")
+        if say and part.use in NEED_WORDS:
+            say(f"asking the base for words that are {part.use}: {part.source}")
         taken, said = _part(part, recipe, pool, guard, draw, proposer)
         rows += taken
         statements.append(said)
@@ -253,12 +258,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     source = SOURCES[part.source]
     rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
     if part.use in REPLACED:
-        return (
-            [row for row in rows if row.get("is_pun") and row.get("system", "human") == "human"],
-            source.licence,
-            source.open,
-            source.rude,
-        )
+        rows = [row for row in rows if row.get("is_pun") and row.get("system", "human") == "human"]
+        return rows, source.licence, source.open, source.rude
     wanted = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}.get(part.use)
     if recipe.kind == "preference":
         found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
@@ -276,7 +277,7 @@ def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Ra
         return list(rows)
     if part.use == "foreign":
         return foreign_pairs(rows, part.cap, part.prompt, draw)
-    if part.use in ("likely", "near"):
+    if part.use in NEED_WORDS:
         if proposer is None:
             raise UserError(f"use: {part.use} needs a model that proposes words: train with this mixture, or leave the part out")
         return (likely_pairs if part.use == "likely" else near_pairs)(rows, part.cap, part.prompt, draw, proposer)

@@ -103,6 +103,8 @@ def check_row(row: Any, kind: str, where: str) -> Row:
                 raise UserError(f"{where}: field {name!r} is empty")
     if "margin" in row and row["margin"] is not None and not isinstance(row["margin"], int | float):
         raise UserError(f"{where}: margin must be a number, found {row['margin']!r}")
+    if (weight := row.get("weight", 1.0)) is not None and not (type(weight) in (int, float) and 0 < weight < float("inf")):
+        raise UserError(f"{where}: weight must be a number above 0, found {weight!r}")
     return checked
 
 

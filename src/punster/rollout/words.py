@@ -60,13 +60,15 @@ def likely_words(role: Role, tokenizer: Tokenizer, prompt: str, blanks: Sequence
 
     Common words of one token only, none that the blank refuses. Twice `count` are judged by what follows.
     """
+    if not blanks:
+        return []
     asked = tuple(tokenizer.prompt_ids(prompt))
     known = common_words(tokenizer)
     allowed = torch.zeros(role.model.config.vocab_size, dtype=torch.bool)
     allowed[list(known)] = True
     before = [Example(asked, tuple(tokenizer.text_ids(blank.before.rstrip(" ")))) for blank in blanks]
     candidates: list[list[tuple[str, float]]] = []
-    states = _last_states(role, before)
+    states = _states(role, before)
     for start in range(0, len(blanks), CHUNK):
         logs = log_softmax(role.model.head, states[start : start + CHUNK], 1.0)
         best = logs.masked_fill(~allowed.to(logs.device), -torch.inf).topk(min(LOOKED_AT, len(known)))
@@ -85,13 +87,11 @@ def common_words(tokenizer: Tokenizer) -> dict[int, str]:
     return {place: word for place, word in words.items() if zipf_frequency(word, "en") >= COMMON and not is_profane(word)}
 
 
-def _last_states(role: Role, examples: Sequence[Example]) -> Tensor:
+def _states(role: Role, examples: Sequence[Example]) -> Tensor:
     """(n, d) states after the last token of each text."""
     states: list[Tensor] = [torch.empty(0)] * len(examples)
     for rows in prefix_batches(examples, 4096):
-        batch = collate([examples[row] for row in rows], device=role.model.device)
-        ends = batch.tree.nodes[torch.arange(len(rows)), batch.lengths - 1]
-        for row, state in zip(rows, role.model.final_norm(role.nodes(batch)[0][ends]), strict=True):
+        for row, state in zip(rows, role.pooled(collate([examples[row] for row in rows], device=role.model.device)), strict=True):
             states[row] = state
     return torch.stack(states)
 

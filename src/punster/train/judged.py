@@ -53,14 +53,14 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
         places = tuple(range(len(examples) - len(texts), len(examples)))
         ratings = tuple(row.get("scores") or range(len(texts), 0, -1))
         single = [math.nan if row.get(name) is None or len(texts) > 1 else float(row[name]) for name in ("label", "rating")]
-        items.append(Item(places, ratings, float(row.get("margin") or 0.0), float(row.get("weight", 1.0)), *single))
+        items.append(Item(places, ratings, float(row.get("margin") or 0.0), float(row.get("weight") or 1.0), *single))
     return examples, items
 
 
 def weighed(rows: Sequence[Row]) -> list[Row]:
     """The rows with weights whose mean is 1; a row without one counts 1 before that."""
-    mean = sum(row.get("weight", 1.0) for row in rows) / max(1, len(rows))
-    return [{**row, "weight": row.get("weight", 1.0) / mean} for row in rows]
+    weights = [row.get("weight") or 1.0 for row in rows]
+    return [{**row, "weight": weight * len(rows) / sum(weights)} for row, weight in zip(rows, weights, strict=True)]
 
 
 def families(rows: Sequence[Row]) -> list[list[int]]:
@@ -72,18 +72,19 @@ def families(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def item_batches(examples: Sequence[Example], items: Sequence[Item], max_tokens: int) -> list[list[int]]:
-    """Items in micro-batches, in their order: at most max_tokens tokens of distinct texts (at least one item)."""
+    """Items in micro-batches, in their order: at most max_tokens tokens of distinct texts (at least one item).
+
+    Some ways of attention see padded rows, so the padded size is bounded too, at four times as many tokens.
+    """
     groups: list[list[int]] = []
     seen: set[Example] = set()
-    size = 0
     for place, item in enumerate(items):
-        new = {examples[text] for text in item.texts} - seen
-        size += sum(example.length for example in new)
-        seen |= new
-        if not groups or size > max_tokens:
+        own = {examples[text] for text in item.texts}
+        seen |= own
+        lengths = [example.length for example in seen]
+        if not groups or sum(lengths) > max_tokens or len(lengths) * max(lengths) > 4 * max_tokens:
             groups.append([])
-            seen = {examples[text] for text in item.texts}
-            size = sum(example.length for example in seen)
+            seen = own
         groups[-1].append(place)
     return groups
 

@@ -89,8 +89,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     examples, items = encode_items(first + given, tokenizer, start.model)
     held_out = judged_pairs(config, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
-    # What a step draws: rows, or families of them.
-    units = [[[place] for place in range(len(rows))] if not config.families else families(rows) for rows in (first, given)]
+    # What a step draws, of the first rows and of the rest: families, or single rows.
+    units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
     units[1] = [[len(first) + place for place in unit] for unit in units[1]]
     first_steps = math.ceil(len(units[0]) / config.batch_size)
     steps = config.steps or first_steps + total_steps(config, len(units[1]), config.epochs)
