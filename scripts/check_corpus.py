@@ -1,6 +1,7 @@
-"""Check an embedded-corpus file: schema, originality, repetition, and surface shortcuts.
+"""Check a file of our own puns: schema, originality, repetition, and surface shortcuts.
 
     python scripts/check_corpus.py src/punster/data/puns.jsonl [--sources DIR]
+    python scripts/check_corpus.py src/punster/data/contrasts.jsonl [--sources DIR]
 
 Originality means: no pun or literal of ours has token-set Jaccard >= 0.5 with any text found under DIR (default:
 ``PUNSTER_DATA`` or ../shared/data), nor with a text of another of our records. Exit code 1 if anything is found.
@@ -96,9 +97,9 @@ def overlaps(queries: dict[str, list[str]], texts: Iterable[str], threshold: flo
     return best
 
 
-def own_overlaps(records: list[dict[str, str]], threshold: float = 0.5) -> list[str]:
-    """Pairs of texts of different records whose Jaccard reaches the threshold."""
-    items = [(r["id"], field, set(tokens(r[field]))) for r in records for field in ("pun", "literal")]
+def own_overlaps(texts: list[tuple[str, str, str]], threshold: float = 0.5) -> list[str]:
+    """Pairs of texts (record, field, text) of different records whose Jaccard reaches the threshold."""
+    items = [(record, field, set(tokens(text))) for record, field, text in texts]
     by_word: dict[str, list[int]] = defaultdict(list)
     for index, (_, _, words) in enumerate(items):
         for word in words:
@@ -176,7 +177,7 @@ def problems(path: Path, sources: Path | None) -> list[str]:
                 found.append(f"line {number}: {field} {record[field]!r} occurs twice")
             values.add(value)
         records.append(record)
-    found += own_overlaps(records)
+    found += own_overlaps([(r["id"], field, r[field]) for r in records for field in ("pun", "literal")])
     if sources is not None:
         queries = {f"{r['id']}.{field}": tokens(r[field]) for r in records for field in ("pun", "literal")}
         for key, (jaccard, text) in overlaps(queries, texts_under(sources)).items():
@@ -190,11 +191,46 @@ def problems(path: Path, sources: Path | None) -> list[str]:
     return found
 
 
+def contrast_problems(path: Path, sources: Path | None) -> list[str]:
+    """The same for contrasts: puns on a word, each with words that undo it, literal twins (of all of them or none), failed attempts."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found: list[str] = []
+    queries: dict[str, list[str]] = {}
+    longer: dict[str, list[float]] = defaultdict(list)
+    for number, record in enumerate(records, 1):
+        word, puns = record["pun_word"], [text for text, _ in record["puns"]]
+        if len(puns) < 2 or len(record["fails"]) < 2 or len(record["literals"]) not in (0, len(puns)):
+            found.append(f"line {number}: at least two puns and fails are needed, and as many literals as puns, or none")
+        if not all(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for text in puns):
+            found.append(f"line {number}: pun word {word!r} is not in each pun")
+        if not all(words and word not in words for _, words in record["puns"]):
+            found.append(f"line {number}: each pun needs words that can replace {word!r}")
+        for field, texts in (("pun", puns), ("literal", record["literals"]), ("fail", record["fails"])):
+            queries |= {f"line {number}, {field} {place + 1}": tokens(text) for place, text in enumerate(texts)}
+        for kind, pairs in (
+            ("literals", zip(puns, record["literals"], strict=False)),
+            ("fails", itertools.product(puns, record["fails"])),
+        ):
+            for sizes in ([len(tokens(text)) for text in pair] for pair in pairs):
+                longer[kind].append((sizes[0] > sizes[1]) + 0.5 * (sizes[0] == sizes[1]))
+    found += own_overlaps([(f"line {n}", "pun", text) for n, record in enumerate(records, 1) for text, _ in record["puns"]])
+    if sources is not None:
+        for key, (jaccard, text) in overlaps(queries, texts_under(sources)).items():
+            found.append(f"{key}: Jaccard {jaccard:.2f} with a public text: {text[:120]!r}")
+    for kind, wins in longer.items():
+        share = sum(wins) / len(wins)
+        print(f"{len(records)} records; the pun is longer than {kind}: {share:.3f} (0.5 is no shortcut)", file=sys.stderr)
+        if not 0.35 <= share <= 0.65:
+            found.append(f"length alone tells puns from {kind}: the pun is the longer in {share:.0%} (35 to 65 %)")
+    return found
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--sources", type=Path, default=Path(os.environ.get("PUNSTER_DATA", "../shared/data")))
     options = parser.parse_args()
-    result = problems(options.file, options.sources if options.sources.is_dir() else None)
+    judge = contrast_problems if options.file.name == "contrasts.jsonl" else problems
+    result = judge(options.file, options.sources if options.sources.is_dir() else None)
     print("\n".join(result) or "no problems")
     sys.exit(1 if result else 0)

@@ -75,6 +75,8 @@ def test_generate_best_of_prefers_what_the_reward_model_prefers(runs: Path) -> N
 
 
 def test_score_keeps_order_and_does_not_depend_on_neighbours(runs: Path, tmp_path: Path) -> None:
+    import punster
+
     rows: list[dict[str, str]] = [{"text": f"line {i} " * (1 + i % 3)} for i in range(7)]
     rows.append({"prompt": "make a pun about cats", "completion": "A cat."})
     file = tmp_path / "texts.jsonl"
@@ -82,6 +84,8 @@ def test_score_keeps_order_and_does_not_depend_on_neighbours(runs: Path, tmp_pat
     assert main(["score", str(runs / "reward"), str(file), "--out", str(tmp_path / "all.jsonl")]) == 0
     scores = [json.loads(line)["score"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(scores) == 8
+    exact = punster.load(str(runs / "reward"), dtype="fp32").score(["make a pun about cats"], ["A cat."])
+    assert scores[-1] == pytest.approx(exact[0], abs=1e-6), "in fp32, as the export scores"
     for row, score in zip(rows, scores, strict=True):
         file.write_text(json.dumps(row) + "\n")
         assert main(["score", str(runs / "reward"), str(file), "--out", str(tmp_path / "one.jsonl")]) == 0

@@ -291,7 +291,9 @@ def score_verb(rest: list[str]) -> int:
     parser.add_argument("file", type=str, help='JSONL with {"text"} or {"prompt", "completion"} a line')
     parser.add_argument("--out", type=str | None, default=None, help="write here instead of to the terminal")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--dtype", type=str, default="auto", help="auto, fp32, bf16")
+    parser.add_argument(
+        "--dtype", type=str, default="fp32", help="fp32 (as the export scores); bf16 or auto: faster, off by up to .1"
+    )
     o = parsed_values(parser, rest, ("model", "file", "out", "device", "dtype"))
     from punster.api import GENERIC_PROMPT, load
     from punster.data.schema import read_texts

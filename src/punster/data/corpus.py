@@ -3,6 +3,9 @@
 Each record: id, topic, prompt, pun, pun_word, alternative_word, kind, literal (the same set-up without wordplay),
 synonym_swap, plain (an ordinary sentence with the alternative word), weak (a clumsy attempt), split. The split is by pun
 word: train (SFT and the reward model that is trained against), gold (the yardstick reward model), val, test.
+
+Beside it, for reward models alone: contrasts, a few puns on a word with words that undo them, literal twins and failed attempts,
+and words that undo puns of SemEval, by id. Their pun words are none of the held-out ones.
 """
 
 from __future__ import annotations
@@ -12,15 +15,20 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
+from itertools import zip_longest
+from typing import Any
 
 import torch
 
+from punster.data.replace import blank_of
 from punster.data.schema import Row
 
+OWN = ("embedded", "contrasts")  # sources that come with the package
+CONTRASTS = ("synonym_swap", "literal", "weak")
 NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced")
 
 
-def _lines(name: str) -> tuple[dict[str, str], ...]:
+def _lines(name: str) -> tuple[dict[str, Any], ...]:
     text = (files("punster") / "data" / name).read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.split("\n") if line)
 
@@ -37,6 +45,36 @@ def template_rows(split: str = "train") -> tuple[Row, ...]:
         {"prompt": "make a pun", "chosen": r["pun"], "rejected": r["plain"], "kind": "template", "id": r["id"], "template": r["template"]}
         for r in _lines("templates.jsonl") if r["split"] == split
     )  # fmt: skip
+
+
+@cache
+def contrast_rows(kind: str) -> tuple[Row, ...]:
+    """Pairs of a pun with another word in the pun word's place (synonym_swap) or without wordplay (literal); or groups (weak).
+
+    weak: the puns on a word above failed attempts at one. Rows of one record share their group. All are for training.
+    """
+    rows: list[Row] = []
+    for number, record in enumerate(_lines("contrasts.jsonl")):
+        shared = {"prompt": "make a pun", "kind": kind, "licence": "MIT", "group": f"contrast-{number}",
+                  "pun_word": record["pun_word"], "alternative_word": record["alternative_word"]}  # fmt: skip
+        puns = [text for text, _ in record["puns"]]
+        if kind == "weak":
+            scores = [1] * len(puns) + [0] * len(record["fails"])
+            rows.append({**shared, "completions": [*puns, *record["fails"]], "scores": scores, "id": f"contrast-{number}"})
+        for place, ((text, words), literal) in enumerate(zip_longest(record["puns"], record["literals"])):
+            blank = blank_of({**shared, "text": text})
+            fitting = blank and [blank.filled(word) for word in words if blank.takes(word)]
+            others = {"synonym_swap": fitting or [], "literal": [literal] if literal else []}.get(kind, [])
+            rows += [{**shared, "chosen": text, "rejected": other, "id": f"contrast-{number}/{place}{turn}"}
+                     for turn, other in enumerate(others)]  # fmt: skip
+    return tuple(rows)
+
+
+@cache
+def replacements() -> dict[str, list[str]]:
+    """SemEval id -> words that, in the pun word's place, leave a plain sentence: near to either sense, or just plausible."""
+    text = (files("punster") / "data" / "replacements.tsv").read_text(encoding="utf-8")
+    return {identity: words.split("|") for identity, words in (line.split("\t") for line in text.split("\n") if line)}
 
 
 def part(split: str) -> list[dict[str, str]]:

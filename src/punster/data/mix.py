@@ -17,7 +17,7 @@ from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
-from punster.data.replace import Proposer, foreign_pairs, likely_pairs, near_pairs
+from punster.data.replace import Proposer, chosen_pairs, foreign_pairs, likely_pairs, near_pairs
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
@@ -26,14 +26,14 @@ from punster.errors import UserError, near_matches
 
 @dataclass
 class Ingredient:
-    """One entry of a recipe: rows of a source (or "embedded"), or of a file of one's own."""
+    """One entry of a recipe: rows of a source, or of a file of one's own."""
 
-    source: str = ""
+    source: str = ""  # of the catalogue, or "embedded" or "contrasts", which come with the package
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
-    # likely, near, foreign: puns against themselves with a word in the pun word's place that is likely there, near in meaning
-    # to it or to what it sounds like, or another pun's.
+    # likely, near, foreign, chosen: puns against themselves with a word in the pun word's place that is likely there, near in
+    # meaning to it or to what it sounds like, another pun's, or one that was chosen for the text (SemEval's).
     use: Literal[
         "",
         "groups",
@@ -49,6 +49,7 @@ class Ingredient:
         "likely",
         "near",
         "foreign",
+        "chosen",
         "puns",
         "texts",
     ] = ""
@@ -76,7 +77,7 @@ class Recipe:
 
 
 NEED_WORDS = ("likely", "near")  # of a model
-REPLACED = (*NEED_WORDS, "foreign")
+REPLACED = (*NEED_WORDS, "foreign", "chosen")
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -116,10 +117,20 @@ def load_mixture(name: str) -> Recipe:
         part = recipe.parts[number] = Ingredient(**_checked(given, Ingredient, where))
         if bool(part.source) == bool(part.file):
             raise UserError(f"{where}: give either a source or a file")
-        if part.source and part.source != "embedded" and find_source(part.source).tie == "none" and recipe.split == "train":
+        if part.source and part.source not in corpus.OWN and find_source(part.source).tie == "none" and recipe.split == "train":
             raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
+        if part.source == "contrasts" and (recipe.kind, recipe.split, part.use in corpus.CONTRASTS) != (
+            "preference",
+            "train",
+            True,
+        ):
+            raise UserError(
+                f"{where}: contrasts are pairs for training (kind: preference), with use: {' or '.join(corpus.CONTRASTS)}"
+            )
+        if part.use == "chosen" and part.source != "semeval2017_task7":
+            raise UserError(f"{where}: words were chosen for semeval2017_task7 alone")
         if part.use in REPLACED and (part.file or recipe.kind != "preference"):
             raise UserError(f"{where}: use: {part.use} makes pairs (kind: preference) of a source's puns, not of a file")
         if part.use in ("ratings", *REPLACED) and not part.cap:
@@ -164,7 +175,7 @@ def build(
     folder: local copies of the public sources (default: PUNSTER_DATA); not needed by recipes of files alone.
     proposer: knows words, for parts with `use: likely` or `near`.
     """
-    public = any(part.source not in ("", "embedded") for part in recipe.parts)
+    public = any(part.source not in ("", *corpus.OWN) for part in recipe.parts)
     pool = pool_of(data_folder(folder)) if public else None
     guard = (pool.evaluation if pool else embedded_evaluation()) if recipe.split == "train" and recipe.guard else None
     rows: list[Row] = []
@@ -244,6 +255,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     if part.file:
         rows = read_rows(part.file, recipe.kind, part.columns)
         return [{"source": part.file, **row} for row in rows], "your own", True, False
+    if part.source == "contrasts":
+        return list(corpus.contrast_rows(part.use)), "MIT", True, False
     if part.source == "embedded":
         if part.use == "templates":  # here rather than by --negatives: short templates are near to held-out puns on the same ones
             rows = list(corpus.template_rows("train" if recipe.split == "train" else "test"))
@@ -275,6 +288,8 @@ def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Ra
     """What the recipe asks for, made of rows that may be used."""
     if recipe.kind != "preference":
         return list(rows)
+    if part.use == "chosen":
+        return chosen_pairs(rows, part.cap, part.prompt, draw, corpus.replacements())
     if part.use == "foreign":
         return foreign_pairs(rows, part.cap, part.prompt, draw)
     if part.use in NEED_WORDS:

@@ -1,10 +1,10 @@
-"""Negatives that differ from a pun in the pun word alone: a word likely in its place, one near in meaning, another pun's word."""
+"""Negatives that differ from a pun in the pun word alone: a word likely in its place, near in meaning, another pun's, or chosen."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
@@ -75,6 +75,17 @@ def near_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, 
         drawn = [draw.sample(words, min(cap, len(words))) for words in options]
         mixed = [word for turn in zip_longest(*drawn) for word in turn if word]
         pairs += [_pair(row, blank, word, prompt) for word in list(dict.fromkeys(mixed))[:cap]]
+    return pairs
+
+
+def chosen_pairs(
+    rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, words: Mapping[str, Sequence[str]]
+) -> list[Row]:
+    """Each located pun against at most `cap` versions with a word that was chosen for it (by the row's id)."""
+    pairs = []
+    for row, blank in [(row, blank) for row in rows if row["id"] in words and (blank := blank_of(row))]:
+        fitting = list(filter(blank.takes, words[row["id"]]))
+        pairs += [_pair(row, blank, word, prompt) for word in draw.sample(fitting, min(cap, len(fitting)))]
     return pairs
 
 

@@ -156,11 +156,16 @@ def thinned(share: float, generator: torch.Generator | None, x: Tensor) -> Tenso
 
 
 def neutral(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """The rows with this share of the prompts, drawn by hash, replaced by the generic one."""
+    """The rows with this share of the prompts, drawn by hash, replaced by the generic one.
+
+    So is the prompt of a row about a text that another row already asks generically: such a text runs under one prompt alone.
+    """
+    plain = {texts_of(row)[0] for row in rows if row["prompt"] == GENERIC_PROMPT}
 
     def asked(row: Row) -> Row:
         drawn = zlib.crc32(f"{seed}/{row['prompt']}".encode()) % 10_000 < share * 10_000
-        return {**row, "prompt": GENERIC_PROMPT} if drawn else row
+        known = "group" not in row and texts_of(row)[0] in plain
+        return {**row, "prompt": GENERIC_PROMPT} if drawn or (share and known) else row
 
     return [asked(row) for row in rows]
 
