@@ -2,7 +2,7 @@
 
     python scripts/reward_table.py runs/human-1 runs/human-2 runs/human-3       the table, mean over runs
     python scripts/reward_table.py --config recipes/reward-human.yaml --folds 5      train and judge He's pairs by cross-validation
-    python scripts/reward_table.py --config recipes/reward-human.yaml --leave-out davidbau_puns    (or puneval, embedded)
+    python scripts/reward_table.py --config recipes/reward-human.yaml --leave-out davidbau_puns    (or puneval, embedded, own)
 
 Texts are scored as {"text"} rows are, under the generic prompt; --prompts scores them under their own. Intervals are 95 %, by
 bootstrap over groups (SemEval id, cloze sentence, pair of words, record, template). The baselines: the longer text, Naive Bayes
@@ -193,10 +193,14 @@ def training_rows(config: RewardConfig) -> list[Row]:
 
 
 def from_source(row: Row, source: str) -> bool:
-    """Rows that --leave-out drops: of PunEval the synonym pairs only, of the embedded corpus all but the templates."""
+    """Rows that --leave-out drops: of PunEval the synonym pairs only, of the embedded corpus all but the templates.
+
+    "own" drops the contrasts with the embedded corpus: they have other pun words, but the same hands wrote both.
+    """
     if source == "puneval":
         return row.get("source") == "puneval" and "replaced_by" in row
-    return row.get("source", "embedded") == source and row.get("kind") != "template"
+    own = row.get("source", "embedded")
+    return (own in corpus.OWN if source == "own" else own == source) and row.get("kind") != "template"
 
 
 def cross_validated(config: RewardConfig, pool: Pool, folds: int) -> list[tuple[Measure, dict[Text, float]]]:
@@ -232,7 +236,7 @@ def main() -> None:
     parser.add_argument("--prompts", action="store_true", help="score under the rows' own prompts")
     parser.add_argument("--config", help="train with this configuration, for --folds or --leave-out")
     parser.add_argument("--folds", type=int, default=0)
-    parser.add_argument("--leave-out", choices=("davidbau_puns", "puneval", "embedded"))
+    parser.add_argument("--leave-out", choices=("davidbau_puns", "puneval", "embedded", "own"))
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args()
     pool = Pool(data_folder(options.sources))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
@@ -15,9 +16,9 @@ from punster.data import corpus
 from punster.data.corpus import CONTRASTS, contrast_rows, records, replacements
 from punster.data.mix import build, load_mixture
 from punster.data.pool import Pool
-from punster.data.replace import chosen_pairs
+from punster.data.replace import blank_of, chosen_pairs
 from punster.data.schema import check_row, texts_of
-from punster.data.split import lemma
+from punster.data.split import lemma, part_of_lemma
 from punster.errors import UserError
 
 FILE = ROOT / "src" / "punster" / "data" / "contrasts.jsonl"
@@ -32,30 +33,102 @@ def test_no_text_is_taken_from_public_data(punster_data: Path) -> None:
     assert check.contrast_problems(FILE, punster_data) == []
 
 
-def test_no_pun_word_is_held_out() -> None:
+GOOD: dict[str, Any] = {
+    "pun_word": "anvil",
+    "alternative_word": "anvil",
+    "puns": [
+        ["The smith's new band is good but their anvil needs tuning.", ["drummer"]],
+        ["He quit, under the weight of one anvil.", []],
+    ],
+    "literals": ["The smith's new band is good but their singer needs lessons.", ""],
+    "fails": ["An anvil is heavy, said the smith, who lifted one."],
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ({}, ""),
+        ({"puns": None}, "line 1: pun_word, alternative_word"),
+        ({"fails": [3]}, "line 1: pun_word, alternative_word"),
+        ({"literals": ["One only."]}, "line 1: pun_word, alternative_word"),
+        ({"pun_word": next(r["pun_word"] for r in records() if r["split"] == "test")}, "is a held-out pun word"),
+        ({"alternative_word": next(r["pun_word"] for r in records() if r["split"] == "gold")}, "is a held-out pun word"),
+        ({"pun_word": "hammer"}, "pun 1: 'hammer' is not in it"),
+        ({"puns": [["An anvil is an anvil.", ["rose"]]], "literals": []}, "only where it stands once"),
+        ({"puns": [['He heard "anvil" and left.', ["rose"]]], "literals": []}, "only where it stands once"),
+        ({"puns": [["My smith lost an anvil.", ["hammer"]]], "literals": []}, "'hammer' cannot replace 'anvil'"),
+        ({"puns": [["My smith lost his anvil.", ["big hammer"]]], "literals": []}, "'big hammer' cannot replace 'anvil'"),
+        ({"puns": [["My smith lost his anvil.", ["anvils"]]], "literals": []}, "'anvils' cannot replace 'anvil'"),
+        ({"fails": [next(r["pun"] for r in records())]}, "with puns.jsonl"),
+    ],
+)
+def test_the_checking_script_finds_planted_faults(fault: dict[str, Any], found: str, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps(GOOD | fault) + "\n")
+    problems = [problem for problem in check.contrast_problems(tmp_path / "c.jsonl", None) if " alone tells " not in problem]
+    assert bool(problems) == bool(found) and found in " ".join(problems)
+
+
+def test_the_checking_script_finds_repetition_and_shortcuts(tmp_path: Path) -> None:
+    telling = {
+        **GOOD,
+        "fails": ["Whatever happens, nobody but the smith ever lifts it, since it is far too heavy for the rest of us."],
+    }
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(telling)}\n" + f"{json.dumps(telling)}\n" * 8)
+    problems = " ".join(check.contrast_problems(tmp_path / "c.jsonl", None))
+    assert "line 2.pun 1 ~ line 1.pun 1" in problems and "line 3.fail 1 ~ line 2.fail 1" in problems
+    assert "length alone tells pun from fail" in problems and "naive_bayes alone tells pun from fail" in problems
+
+
+def test_no_word_is_held_out() -> None:
     held_out = {lemma(record["pun_word"].lower()) for record in records() if record["split"] != "train"}
-    assert {lemma(row["pun_word"].lower()) for row in contrast_rows("weak")} & held_out == set()
+    for row in contrast_rows("synonym_swap"):
+        for word in (row["pun_word"], row["alternative_word"]):
+            assert lemma(word) not in held_out and part_of_lemma(word) != "val", word
 
 
 def test_a_replaced_word_is_all_that_differs() -> None:
     rows = contrast_rows("synonym_swap")
-    assert len(rows) > 5000
+    assert len(rows) == sum(len(words) for line in FILE.read_text().splitlines() for _, words in json.loads(line)["puns"])
     for row in rows:
         check_row(row, "preference", row["id"])
-        before = re.split(rf"(?<!\w){re.escape(row['pun_word'])}(?!\w)", row["chosen"], flags=re.IGNORECASE)
-        assert len(before) > 1 and row["rejected"].endswith(before[-1]) and row["rejected"] != row["chosen"]
+        before, after = re.split(rf"(?<!\w){re.escape(row['pun_word'])}(?!\w)", row["chosen"], flags=re.IGNORECASE)
+        rejected = row["rejected"]
+        assert rejected.startswith(before) and rejected.endswith(after) and rejected != row["chosen"]
+        assert len(rejected.split()) == len(row["chosen"].split())
 
 
 def test_rows_of_one_record_are_a_family() -> None:
-    rows = [row for kind in CONTRASTS for row in contrast_rows(kind)]
     by_group: dict[str, list[Any]] = {}
-    for row in rows:
+    for row in (row for kind in CONTRASTS for row in contrast_rows(kind)):
         by_group.setdefault(row["group"], []).append(row)
-    for group in by_group.values():
-        weak = next(row for row in group if row["kind"] == "weak")
-        puns = weak["scores"].count(1)
-        assert {row["chosen"] for row in group if "chosen" in row} <= set(weak["completions"][:puns])
-        assert weak["id"] == weak["group"] and weak["scores"] == [1] * puns + [0] * (len(weak["completions"]) - puns)
+    puns = {f"contrast-{n}": [t for t, _ in json.loads(line)["puns"]] for n, line in enumerate(FILE.read_text().splitlines())}
+    for group, rows in by_group.items():
+        assert {row["chosen"] for row in rows if "chosen" in row} <= set(puns[group])
+        for row in (row for row in rows if "scores" in row):
+            assert row["completions"][: row["scores"].count(1)] == [t for t in row["completions"] if t in puns[group]]
+            assert row["scores"] == sorted(row["scores"], reverse=True) and set(row["scores"]) == {0, 1}
+            assert len({corpus.ends_with(text, row["pun_word"]) for text in row["completions"]}) == 1
+
+
+def test_a_word_goes_in_as_it_is_written() -> None:
+    def filled(text: str, word: str, other: str) -> str:
+        blank = blank_of({"text": text, "pun_word": word})
+        assert blank is not None
+        return blank.filled(other)
+
+    assert filled("We read her Iliad.", "iliad", "Odyssey") == "We read her Odyssey."
+    assert filled("We read her Iliad.", "iliad", "iPad") == "We read her iPad."
+    assert filled("We read her Iliad.", "iliad", "letters") == "We read her Letters."
+    assert filled("We read her iliad.", "iliad", "NASA report") == "We read her NASA report."
+    assert filled("We read her ILIAD.", "iliad", "odyssey") == "We read her ODYSSEY."
+
+
+def test_a_word_fits_its_article() -> None:
+    after_an, after_the = (blank_of({"text": f"He had {article} hour.", "pun_word": "hour"}) for article in ("an", "the"))
+    assert after_an is not None and after_the is not None
+    assert [word for word in ("unit", "umbrella", "heir", "house") if after_an.takes(word)] == ["umbrella", "heir"]
+    assert all(after_the.takes(word) for word in ("unit", "umbrella", "heir", "house"))
 
 
 def test_words_were_chosen_by_id() -> None:
@@ -72,7 +145,7 @@ def test_words_were_chosen_by_id() -> None:
     pairs = chosen_pairs([row, other], 3, "make a pun", random.Random(1), words)
     assert {pair["rejected"] for pair in pairs} == {"The cobbler saved my spirit.", "The cobbler saved my shoe."}
     assert len(chosen_pairs([row], 1, "make a pun", random.Random(1), words)) == 1
-    assert all(2 <= len(words) <= 4 for words in replacements().values())
+    assert all(len(words) == 3 for words in replacements().values())
 
 
 def test_chosen_words_belong_to_training_puns(punster_data: Path) -> None:

@@ -132,12 +132,12 @@ def test_homographic_pairs_are_written_alike() -> None:
 
 
 def test_no_surface_shortcut_tells_pun_from_literal() -> None:
-    accuracy = check.shortcut_accuracy(list(records()))
+    accuracy = check.shortcut_accuracy([(record["id"], record["pun"], record["literal"]) for record in records()])
     print(accuracy)
     assert set(accuracy) == {"length", "naive_bayes"}
     assert max(accuracy.values()) <= 0.65, accuracy
     # The measure can fail: a corpus with a tell-tale word is caught.
-    marked = [{**record, "pun": record["pun"] + " ha ha ha ha"} for record in records()]
+    marked = [(record["id"], record["pun"] + " ha ha ha ha", record["literal"]) for record in records()]
     told = check.shortcut_accuracy(marked)
     assert told["naive_bayes"] > 0.9 and told["length"] > 0.9
 

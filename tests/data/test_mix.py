@@ -83,6 +83,13 @@ def test_preferences(mini: Path) -> None:
     assert {row["margin"] for row in rows if row["source"] == "puneval" and "group" in row} == {0.3}
 
 
+def test_a_part_can_be_asked_for_generically(mini: Path) -> None:
+    parts = [Ingredient("embedded", use="literal", generic=True), Ingredient("puneval", use="groups", gap=0.5)]
+    rows, _ = build(Recipe("preference", guard=False, parts=parts), mini)
+    prompts = {source: {row["prompt"] for row in rows if row.get("source", "own") == source} for source in ("own", "puneval")}
+    assert prompts["own"] == {"make a pun"} and "make a pun" not in prompts["puneval"]
+
+
 def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: Path) -> None:
     cases = {
         "kind: preference\nparts: [{source: kao_puns}]": "part 1: kao_puns is for the validation of metrics only",
@@ -100,6 +107,7 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         "kind: sft\nguard: 0.7\nparts: [{source: embedded}]": "guard must be true or false",
         "kind: sft\nrepeats: 2\nparts: [{source: embedded}]": "repeats must lie in [0, 1]",
         "kind: preference\nparts: [{source: rjokes, use: ratings, cap: 0}]": "cap must be at least 1",
+        "kind: sft\nparts: [{source: embedded, generic: true}]": "part 1: generic is for kind: preference",
         "kind: sft\nparts: [3]": "part 1: expected a mapping",
         "kind: sft\nparts: [": "line 2: not YAML",
         "- a": "expected a mapping",

@@ -56,6 +56,18 @@ def test_overlap_finds_a_version_of_a_trained_text(table: ModuleType) -> None:
     assert table.overlap([{"chosen": "two six seven", "rejected": "nothing"}], wanted) == []
 
 
+def test_what_is_left_out_with_a_source(table: ModuleType) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "own literal": {**corpus.preference_rows(("literal",))[0]}, "own group": {**corpus.groups()[0]},
+        "template": {**corpus.template_rows()[0]}, "contrast": {**corpus.contrast_rows("literal")[0]},
+        "davidbau": {"source": "davidbau_puns"}, "synonym": {"source": "puneval", "replaced_by": "x"}, "group": {"source": "puneval"},
+    }  # fmt: skip
+    left_out = {source: {name for name, row in rows.items() if table.from_source(row, source)}
+                for source in ("davidbau_puns", "puneval", "embedded", "own")}  # fmt: skip
+    assert left_out == {"davidbau_puns": {"davidbau"}, "puneval": {"synonym"}, "embedded": {"own literal", "own group"},
+                        "own": {"own literal", "own group", "contrast"}}  # fmt: skip
+
+
 def test_templates_are_matched_and_those_of_the_test_part_are_left_out_of_training() -> None:
     parts = {split: corpus.template_rows(split) for split in ("train", "test")}
     names = {split: {row["template"] for row in rows} for split, rows in parts.items()}

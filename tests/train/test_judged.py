@@ -344,6 +344,17 @@ def test_neutral_prompts_are_drawn_by_the_prompt() -> None:
     drawn = [row["prompt"] == "make a pun" for row in half]
     assert 150 < sum(drawn) < 250 and neutral(rows, 0.5, 1) == half and neutral(rows, 0.5, 2) != half
     assert neutral(rows, 0, 1) == rows and all(row["prompt"] == "make a pun" for row in neutral(rows, 1, 1))
+    chat: list[Any] = [{**PAIR, "prompt": [{"role": "user", "content": f"a pun about {i}"}]} for i in range(40)]
+    assert 5 < sum(row["prompt"] == "make a pun" for row in neutral(chat, 0.5, 1)) < 35
+
+
+def test_a_row_follows_another_that_asks_generically_for_its_text() -> None:
+    generic = {"prompt": "make a pun", "completion": "a", "label": True}
+    pair, grouped = ({"prompt": "tell me", "chosen": "a", "rejected": "b", **more} for more in ({}, {"group": "g"}))
+    other = {"prompt": "tell me", "chosen": "c", "rejected": "a"}
+    seed = next(s for s in range(20) if [row["prompt"] for row in neutral([pair], 0.01, s)] == ["tell me"])
+    prompts = [row["prompt"] for row in neutral([generic, pair, grouped, other], 0.01, seed)]
+    assert prompts == ["make a pun", "make a pun", "tell me", "tell me"]
 
 
 def test_a_planted_length_bias_is_balanced_away_in_each_source(untrained: tuple[Role, Any]) -> None:

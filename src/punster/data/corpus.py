@@ -51,23 +51,32 @@ def template_rows(split: str = "train") -> tuple[Row, ...]:
 def contrast_rows(kind: str) -> tuple[Row, ...]:
     """Pairs of a pun with another word in the pun word's place (synonym_swap) or without wordplay (literal); or groups (weak).
 
-    weak: the puns on a word above failed attempts at one. Rows of one record share their group. All are for training.
+    weak: puns on a word above failed attempts at one that end with the pun word where the puns do, and elsewhere where they do
+    not, as most puns end with it. Rows of one record share their group. All are for training.
     """
     rows: list[Row] = []
     for number, record in enumerate(_lines("contrasts.jsonl")):
-        shared = {"prompt": "make a pun", "kind": kind, "licence": "MIT", "group": f"contrast-{number}",
+        shared = {"prompt": "make a pun", "kind": kind, "source": "contrasts", "licence": "MIT", "group": f"contrast-{number}",
                   "pun_word": record["pun_word"], "alternative_word": record["alternative_word"]}  # fmt: skip
-        puns = [text for text, _ in record["puns"]]
         if kind == "weak":
-            scores = [1] * len(puns) + [0] * len(record["fails"])
-            rows.append({**shared, "completions": [*puns, *record["fails"]], "scores": scores, "id": f"contrast-{number}"})
+            for last in (True, False):
+                puns, fails = (
+                    [text for text in texts if ends_with(text, record["pun_word"]) is last]
+                    for texts in ([text for text, _ in record["puns"]], record["fails"])
+                )
+                scores, identity = [1] * len(puns) + [0] * len(fails), f"contrast-{number}/{'last' if last else 'inside'}"
+                rows += [{**shared, "completions": [*puns, *fails], "scores": scores, "id": identity}] if puns and fails else []
         for place, ((text, words), literal) in enumerate(zip_longest(record["puns"], record["literals"])):
             blank = blank_of({**shared, "text": text})
-            fitting = blank and [blank.filled(word) for word in words if blank.takes(word)]
-            others = {"synonym_swap": fitting or [], "literal": [literal] if literal else []}.get(kind, [])
+            fitting = [blank.filled(word) for word in words if blank.takes(word)] if blank else []
+            others = {"synonym_swap": fitting, "literal": [literal] if literal else []}.get(kind, [])
             rows += [{**shared, "chosen": text, "rejected": other, "id": f"contrast-{number}/{place}{turn}"}
                      for turn, other in enumerate(others)]  # fmt: skip
     return tuple(rows)
+
+
+def ends_with(text: str, word: str) -> bool:
+    return text.lower().rstrip(" .!?\"')").endswith(word.lower())
 
 
 @cache

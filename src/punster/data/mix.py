@@ -63,6 +63,7 @@ class Ingredient:
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
     max_words: int = 0
     prompt: str = "make a pun"  # of pairs made of ratings
+    generic: bool = False  # preference: every row has this prompt, whatever its own is
     filter: bool | None = None  # offensive words: default as the catalogue has it
 
 
@@ -129,6 +130,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(
                 f"{where}: contrasts are pairs for training (kind: preference), with use: {' or '.join(corpus.CONTRASTS)}"
             )
+        if part.generic and recipe.kind != "preference":
+            raise UserError(f"{where}: generic is for kind: preference")
         if part.use == "chosen" and part.source != "semeval2017_task7":
             raise UserError(f"{where}: words were chosen for semeval2017_task7 alone")
         if part.use in REPLACED and (part.file or recipe.kind != "preference"):
@@ -239,6 +242,8 @@ def _part(
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
         dropped["near to an evaluation text"] += len(made) - len(clean)
         made = clean
+    if part.generic:
+        made = [{**row, "prompt": part.prompt, "topic": None} for row in made]
     statement["available"] = len(made)
     if part.limit and len(made) > part.limit:
         made = draw.sample(made, part.limit)

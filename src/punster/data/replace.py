@@ -6,11 +6,13 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from typing import Protocol
 
 from punster.data.schema import Row
 from punster.data.split import lemma
+from punster.puns.phonetics import pronunciations
 
 ENDINGS = ("ing", "ed", "ly", "er", "s")  # words with one of these are replaced by words with the same
 AMONG = 6  # a word that is near in meaning is drawn from so many of the nearest, a likely one from fewer
@@ -28,11 +30,18 @@ class Blank:
     def filled(self, word: str) -> str:
         """The text with another word, in the case of the one that was there."""
         shout = len(self.word) > 1 and self.word.isupper()
-        return self.before + (word.upper() if shout else word.capitalize() if self.word[0].isupper() else word) + self.after
+        capital = self.word[0].isupper() and word == word.lower()
+        return self.before + (word.upper() if shout else word[0].upper() + word[1:] if capital else word) + self.after
 
     def takes(self, word: str) -> bool:
-        """Not the pun word nor what it sounds like, in any form (raise and raising begin alike)."""
-        return lemma(word) not in self.avoid and word[:4] != self.word[:4].lower()
+        """As many words, after "a" and "an" alike, and neither the pun word nor what it sounds like in any form (raise, raising)."""
+        alike = lemma(word) in self.avoid or word[:4].lower() == self.word[:4].lower()
+        article = self.before.lower().split()[-1:] in (["a"], ["an"])
+        return (
+            not alike
+            and len(word.split()) == len(self.word.split())
+            and (not article or _begins_with_vowel(word) == _begins_with_vowel(self.word))
+        )
 
 
 class Proposer(Protocol):
@@ -101,6 +110,12 @@ def foreign_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Rando
         fitting = filter(blank.takes, (draw.choice(words) for _ in range(8 * cap)))
         pairs += [_pair(row, blank, word, prompt) for word in list(dict.fromkeys(fitting))[:cap]]
     return pairs
+
+
+@cache
+def _begins_with_vowel(word: str) -> bool:
+    """By the sound of it (an hour, a unit)."""
+    return any(spoken[0][-1:].isdigit() for spoken in pronunciations(word.split()[0])[:1] if spoken)
 
 
 def _ending(word: str) -> str:

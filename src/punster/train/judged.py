@@ -158,16 +158,20 @@ def thinned(share: float, generator: torch.Generator | None, x: Tensor) -> Tenso
 def neutral(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     """The rows with this share of the prompts, drawn by hash, replaced by the generic one.
 
-    So is the prompt of a row about a text that another row already asks generically: such a text runs under one prompt alone.
+    A row that has no group and whose first text another row is then asked for generically follows it, so that the text runs once.
     """
-    plain = {texts_of(row)[0] for row in rows if row["prompt"] == GENERIC_PROMPT}
+    if not share:
+        return list(rows)
 
-    def asked(row: Row) -> Row:
-        drawn = zlib.crc32(f"{seed}/{row['prompt']}".encode()) % 10_000 < share * 10_000
-        known = "group" not in row and texts_of(row)[0] in plain
-        return {**row, "prompt": GENERIC_PROMPT} if drawn or (share and known) else row
+    def asked(row: Row) -> bool:
+        prompt = row["prompt"]
+        return prompt == GENERIC_PROMPT or zlib.crc32(f"{seed}/{prompt}".encode()) % 10_000 < share * 10_000
 
-    return [asked(row) for row in rows]
+    plain = {texts_of(row)[0] for row in rows if asked(row)}
+    return [
+        {**row, "prompt": GENERIC_PROMPT} if asked(row) or ("group" not in row and texts_of(row)[0] in plain) else row
+        for row in rows
+    ]
 
 
 def balanced(rows: Sequence[Row], tokenizer: Tokenizer, width: int = 4) -> list[Row]:
