@@ -86,6 +86,9 @@ def test_score_keeps_order_and_does_not_depend_on_neighbours(runs: Path, tmp_pat
     assert len(scores) == 8
     exact = punster.load(str(runs / "reward"), dtype="fp32").score(["make a pun about cats"], ["A cat."])
     assert scores[-1] == pytest.approx(exact[0], abs=1e-6), "in fp32, as the export scores"
+    assert main(["score", str(runs / "reward"), str(file), "--dtype", "bf16", "--out", str(tmp_path / "rough.jsonl")]) == 0
+    rough = [json.loads(line)["score"] for line in (tmp_path / "rough.jsonl").read_text().splitlines()]
+    assert max(abs(a - b) for a, b in zip(scores, rough, strict=True)) > 1e-5, "bf16 is told from fp32"
     for row, score in zip(rows, scores, strict=True):
         file.write_text(json.dumps(row) + "\n")
         assert main(["score", str(runs / "reward"), str(file), "--out", str(tmp_path / "one.jsonl")]) == 0

@@ -292,7 +292,7 @@ def score_verb(rest: list[str]) -> int:
     parser.add_argument("--out", type=str | None, default=None, help="write here instead of to the terminal")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument(
-        "--dtype", type=str, default="fp32", help="fp32 (as the export scores); bf16 or auto: faster, off by up to .1"
+        "--dtype", type=str, default="fp32", help="fp32 (as the export scores); bf16 or auto: faster, off by up to .13"
     )
     o = parsed_values(parser, rest, ("model", "file", "out", "device", "dtype"))
     from punster.api import GENERIC_PROMPT, load
