@@ -164,7 +164,8 @@ def test_a_mixture_takes_contrasts(tmp_path: Path) -> None:
     made = sum(row["scores"].count(1) * row["scores"].count(0) for row in contrast_rows("weak"))
     assert statement["parts"][0]["available"] == made - sum(statement["parts"][0]["dropped"].values())
     assert sum(row.get("weight", 0) for row in rows) == pytest.approx(50)
-    assert {row["group"] for row in rows} <= {row["group"] for row in corpus.contrast_rows("weak")}
+    groups = {row["group"] for kind in ("weak", "literal") for row in contrast_rows(kind)}
+    assert {row["group"] for row in rows} <= groups and all(row["source"] == "contrasts" for row in rows)
 
 
 @pytest.mark.parametrize(

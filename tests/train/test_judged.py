@@ -339,12 +339,12 @@ def test_placebo_turns_groups_and_labels_round(make: Make) -> None:
 
 
 def test_neutral_prompts_are_drawn_by_the_prompt() -> None:
-    rows = [{**PAIR, "prompt": f"make a pun about {i}"} for i in range(400)]
+    rows = [{**PAIR, "prompt": f"make a pun about {i}", "chosen": f"text {i}"} for i in range(400)]
     half = neutral(rows, 0.5, 1)
     drawn = [row["prompt"] == "make a pun" for row in half]
     assert 150 < sum(drawn) < 250 and neutral(rows, 0.5, 1) == half and neutral(rows, 0.5, 2) != half
     assert neutral(rows, 0, 1) == rows and all(row["prompt"] == "make a pun" for row in neutral(rows, 1, 1))
-    chat: list[Any] = [{**PAIR, "prompt": [{"role": "user", "content": f"a pun about {i}"}]} for i in range(40)]
+    chat: list[Any] = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows[:40]]
     assert 5 < sum(row["prompt"] == "make a pun" for row in neutral(chat, 0.5, 1)) < 35
 
 
