@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from punster.data import corpus
+from punster.data.leakage import Index
 from punster.data.split import lemma, part_of_lemma
 
 Pair = tuple[str, str, str]  # group, pun, what is no pun
@@ -104,19 +105,12 @@ def overlaps(queries: dict[str, list[str]], texts: Iterable[str], threshold: flo
 
 def own_overlaps(texts: list[tuple[str, str, str]], threshold: float = 0.5) -> list[str]:
     """Pairs of texts (record, field, text) of different records whose Jaccard reaches the threshold."""
-    items = [(record, field, set(tokens(text))) for record, field, text in texts]
-    by_word: dict[str, list[int]] = defaultdict(list)
-    for index, (_, _, words) in enumerate(items):
-        for word in words:
-            by_word[word].append(index)
-    found = []
-    for index, (identity, field, words) in enumerate(items):
-        counts = Counter(j for word in words for j in by_word[word] if j < index)
-        for other, common in counts.items():
-            identity2, field2, words2 = items[other]
-            if identity2 != identity and common / (len(words) + len(words2) - common) >= threshold:
-                found.append(f"{identity}.{field} ~ {identity2}.{field2}")
-    return found
+    pairs = Index([frozenset(tokens(text)) for _, _, text in texts], threshold).pairs()
+    return [
+        f"{texts[later][0]}.{texts[later][1]} ~ {texts[earlier][0]}.{texts[earlier][1]}"
+        for earlier, later in sorted(sorted(pair) for pair in pairs)
+        if texts[earlier][0] != texts[later][0]
+    ]
 
 
 def shortcut_accuracy(pairs: list[Pair], seed: int = 0, folds: int = 5) -> dict[str, float]:
@@ -208,18 +202,15 @@ def contrast_problems(path: Path, sources: Path | None) -> list[str]:
             record = json.loads(line)
             word, other, fails = record["pun_word"], record["alternative_word"], record["fails"]
             puns, literals = record["puns"], record["literals"]
-            assert (
-                len(literals) in (0, len(puns))
-                and puns
-                and all(isinstance(text, str) for text in [word, other, *fails, *literals])
-            )
-            assert all(isinstance(text, str) and isinstance(words, list) for text, words in puns)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            told = [word, other, *fails, *literals, *(text for text, _ in puns), *(swap for _, words in puns for swap in words)]
+            if not puns or len(literals) not in (0, len(puns)) or not all(isinstance(text, str) for text in told):
+                raise ValueError("a text is none, there are no puns, or literals for some of the puns only")
+        except (ValueError, KeyError, TypeError) as error:
             found.append(
                 f"{where}: pun_word, alternative_word, puns [[text, [word]]], literals (for all puns or none), fails: {error!r}"
             )
             continue
-        for held in {word, other}:
+        for held in {word, other, *tokens(word), *tokens(other)}:
             if lemma(held) in held_out or part_of_lemma(held) == "val":
                 found.append(f"{where}: {held!r} is a held-out pun word")
         for place, (text, words) in enumerate(puns):
@@ -230,9 +221,9 @@ def contrast_problems(path: Path, sources: Path | None) -> list[str]:
             if words and (times > 1 or blank is None):
                 found.append(f"{where}, pun {place + 1}: words can replace {word!r} only where it stands once, after a space")
             for swap in words if blank else ():
-                if not isinstance(swap, str) or not swap.strip() or not blank.takes(swap):
+                if not swap.strip() or not blank.takes(swap):
                     found.append(
-                        f"{where}, pun {place + 1}: {swap!r} cannot replace {word!r} (number of words, a or an, or a form of it)"
+                        f"{where}, pun {place + 1}: {swap!r} cannot replace {word!r} (number of words, a or an, capital, or a form of it)"
                     )
         texts += [(where, f"pun {place}", text) for place, (text, _) in enumerate(puns, 1)]
         texts += [(where, f"literal {place}", text) for place, text in enumerate(literals, 1) if text]
@@ -242,9 +233,10 @@ def contrast_problems(path: Path, sources: Path | None) -> list[str]:
                           if corpus.ends_with(pun, word) == corpus.ends_with(text, word)]  # fmt: skip
     found += own_overlaps(texts)
     queries = {f"{where}, {field}": tokens(text) for where, field, text in texts}
-    ours = [record[field] for record in corpus.records() for field in ("pun", "literal")]
+    ours = [record[field] for record in corpus.records() for field in ("pun", "literal", *EXTRA)]
+    ours += [row[side] for split in ("train", "test") for row in corpus.template_rows(split) for side in ("chosen", "rejected")]
     for key, (jaccard, text) in overlaps(queries, ours).items():
-        found.append(f"{key}: Jaccard {jaccard:.2f} with puns.jsonl: {text[:120]!r}")
+        found.append(f"{key}: Jaccard {jaccard:.2f} with the embedded corpus: {text[:120]!r}")
     if sources is not None:
         for key, (jaccard, text) in overlaps(queries, texts_under(sources)).items():
             found.append(f"{key}: Jaccard {jaccard:.2f} with a public text: {text[:120]!r}")

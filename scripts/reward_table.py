@@ -203,6 +203,12 @@ def from_source(row: Row, source: str) -> bool:
     return (own in corpus.OWN if source == "own" else own == source) and row.get("kind") != "template"
 
 
+def row_words(row: Row) -> set[str]:
+    """Lemmas of the pun word of a training row and of what it evokes; rows of the embedded corpus bear its records' ids."""
+    told = next((record for record in corpus.records() if record["id"] == row.get("id")), row)
+    return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
+
+
 def cross_validated(config: RewardConfig, pool: Pool, folds: int) -> list[tuple[Measure, dict[Text, float]]]:
     """He's measures over train + val: each fold by a model that saw none of its texts, words, or versions of them."""
     groups = [row for part in ("train", "val") for row in pool.rows("pungen_he2019", part) if "completions" in row]  # type: ignore[arg-type]
@@ -213,11 +219,7 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int) -> list[tuple[
         held = set(keys[fold::folds])
         out = [row for row in groups if str(row.get("semeval_id") or row["id"]) in held]
         index, pun_words = Index([words(t) for row in out for t in texts_of(row)]), {lemma(row["pun_word"]) for row in out}
-        kept = [
-            row
-            for row in rows
-            if lemma(str(row.get("pun_word", ""))) not in pun_words and not any(map(index.has_near, texts_of(row)))
-        ]
+        kept = [row for row in rows if not pun_words & row_words(row) and not any(map(index.has_near, texts_of(row)))]
         print(f"fold {fold + 1}: {len(rows) - len(kept)} of {len(rows)} rows left out", file=sys.stderr)
         scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), False), he_measures(out))
     return [(measure, scores) for measure in he_measures(groups)]

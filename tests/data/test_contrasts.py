@@ -53,14 +53,14 @@ GOOD: dict[str, Any] = {
         ({"fails": [3]}, "line 1: pun_word, alternative_word"),
         ({"literals": ["One only."]}, "line 1: pun_word, alternative_word"),
         ({"pun_word": next(r["pun_word"] for r in records() if r["split"] == "test")}, "is a held-out pun word"),
-        ({"alternative_word": next(r["pun_word"] for r in records() if r["split"] == "gold")}, "is a held-out pun word"),
+        ({"alternative_word": "a " + next(r["pun_word"] for r in records() if r["split"] == "gold")}, "is a held-out pun word"),
         ({"pun_word": "hammer"}, "pun 1: 'hammer' is not in it"),
         ({"puns": [["An anvil is an anvil.", ["rose"]]], "literals": []}, "only where it stands once"),
         ({"puns": [['He heard "anvil" and left.', ["rose"]]], "literals": []}, "only where it stands once"),
         ({"puns": [["My smith lost an anvil.", ["hammer"]]], "literals": []}, "'hammer' cannot replace 'anvil'"),
         ({"puns": [["My smith lost his anvil.", ["big hammer"]]], "literals": []}, "'big hammer' cannot replace 'anvil'"),
         ({"puns": [["My smith lost his anvil.", ["anvils"]]], "literals": []}, "'anvils' cannot replace 'anvil'"),
-        ({"fails": [next(r["pun"] for r in records())]}, "with puns.jsonl"),
+        ({"fails": [next(r["pun"] for r in records())]}, "with the embedded corpus"),
     ],
 )
 def test_the_checking_script_finds_planted_faults(fault: dict[str, Any], found: str, tmp_path: Path) -> None:
@@ -83,7 +83,8 @@ def test_the_checking_script_finds_repetition_and_shortcuts(tmp_path: Path) -> N
 def test_no_word_is_held_out() -> None:
     held_out = {lemma(record["pun_word"].lower()) for record in records() if record["split"] != "train"}
     for row in contrast_rows("synonym_swap"):
-        for word in (row["pun_word"], row["alternative_word"]):
+        words = row["pun_word"], row["alternative_word"]
+        for word in (*words, *check.tokens(" ".join(words))):
             assert lemma(word) not in held_out and part_of_lemma(word) != "val", word
 
 
@@ -118,17 +119,23 @@ def test_a_word_goes_in_as_it_is_written() -> None:
         return blank.filled(other)
 
     assert filled("We read her Iliad.", "iliad", "Odyssey") == "We read her Odyssey."
-    assert filled("We read her Iliad.", "iliad", "iPad") == "We read her iPad."
-    assert filled("We read her Iliad.", "iliad", "letters") == "We read her Letters."
-    assert filled("We read her iliad.", "iliad", "NASA report") == "We read her NASA report."
+    assert filled("We read. Iliads shine.", "iliads", "letters") == "We read. Letters shine."
     assert filled("We read her ILIAD.", "iliad", "odyssey") == "We read her ODYSSEY."
 
 
 def test_a_word_fits_its_article() -> None:
     after_an, after_the = (blank_of({"text": f"He had {article} hour.", "pun_word": "hour"}) for article in ("an", "the"))
     assert after_an is not None and after_the is not None
-    assert [word for word in ("unit", "umbrella", "heir", "house") if after_an.takes(word)] == ["umbrella", "heir"]
-    assert all(after_the.takes(word) for word in ("unit", "umbrella", "heir", "house"))
+    assert [word for word in ("unit", "umbrella", "heir", "house", "4th", "8th") if after_an.takes(word)] == [
+        "umbrella",
+        "heir",
+        "8th",
+    ]
+    assert all(after_the.takes(word) for word in ("unit", "umbrella", "heir", "house", "4th"))
+    assert not any(after_the.takes(word) for word in ("half hour", "hours", "hourly", "Cinderella"))
+    name, beginning = (blank_of({"text": text, "pun_word": "iliad"}) for text in ("We read her Iliad.", "Read! Iliad ends."))
+    assert name is not None and name.takes("Odyssey") and not name.takes("letters")
+    assert beginning is not None and beginning.takes("Odyssey") and beginning.takes("letters")
 
 
 def test_words_were_chosen_by_id() -> None:

@@ -40,10 +40,11 @@ def row(text: str, word: str, **more: str) -> Row:
         ("The church needs to be souled.", "souled", "The church needs to be painted."),
         ("Old pacifists just go to PEACES.", "peaces", "Old pacifists just go to PAINTED."),
         ("Bread is Dough, dough is bread.", "dough", "Bread is Dough, painted is bread."),
-        ('He said "I saw a Saw!"', "saw", 'He said "I saw a Painted!"'),
+        ('He said "I saw a Saw!"', "saw", 'He said "I saw a painted!"'),
+        ('He said "Look. Saws!"', "saws", 'He said "Look. Painted!"'),
     ],
 )
-def test_the_last_whole_word_is_replaced_in_its_case(text: str, word: str, filled: str) -> None:
+def test_the_last_whole_word_is_replaced_in_the_case_of_its_place(text: str, word: str, filled: str) -> None:
     blank = blank_of(row(text, word))
     assert blank is not None and blank.filled(blank.word) == text
     assert blank.filled("painted") == filled

@@ -63,7 +63,7 @@ class Ingredient:
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
     max_words: int = 0
     prompt: str = "make a pun"  # of pairs made of ratings
-    generic: bool = False  # preference: every row has this prompt, whatever its own is
+    generic: bool = False  # preference: every row has the part's `prompt`, whatever its own is
     filter: bool | None = None  # offensive words: default as the catalogue has it
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from punster.data.schema import Row
 from punster.data.split import lemma
+from punster.errors import UserError
 from punster.puns.phonetics import pronunciations
 
 ENDINGS = ("ing", "ed", "ly", "er", "s")  # words with one of these are replaced by words with the same
@@ -27,19 +28,25 @@ class Blank:
     after: str
     avoid: frozenset[str]
 
+    @property
+    def _free(self) -> bool:
+        """The place decides how a word is written there: at the beginning of a sentence, or where the pun word is in capitals."""
+        return self.before.rstrip(" \"'(")[-1:] in (".", "!", "?", "") or (len(self.word) > 1 and self.word.isupper())
+
     def filled(self, word: str) -> str:
-        """The text with another word, in the case of the one that was there."""
-        shout = len(self.word) > 1 and self.word.isupper()
-        capital = self.word[0].isupper() and word == word.lower()
-        return self.before + (word.upper() if shout else word[0].upper() + word[1:] if capital else word) + self.after
+        """The text with another word, as it is written, in the case of the one that was there where the place decides it."""
+        if self._free and self.word[0].isupper():
+            word = word.upper() if len(self.word) > 1 and self.word.isupper() else word[0].upper() + word[1:]
+        return self.before + word + self.after
 
     def takes(self, word: str) -> bool:
-        """As many words, after "a" and "an" alike, and neither the pun word nor what it sounds like in any form (raise, raising)."""
+        """As many words, after "a" and "an" alike, a name for a name, and in no form the pun word nor what it sounds like (raise, raising)."""
         alike = lemma(word) in self.avoid or word[:4].lower() == self.word[:4].lower()
         article = self.before.lower().split()[-1:] in (["a"], ["an"])
         return (
             not alike
             and len(word.split()) == len(self.word.split())
+            and (self._free or word[0].isupper() == self.word[0].isupper())
             and (not article or _begins_with_vowel(word) == _begins_with_vowel(self.word))
         )
 
@@ -114,8 +121,11 @@ def foreign_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Rando
 
 @cache
 def _begins_with_vowel(word: str) -> bool:
-    """By the sound of it (an hour, a unit)."""
-    return any(spoken[0][-1:].isdigit() for spoken in pronunciations(word.split()[0])[:1] if spoken)
+    """By the sound of it (an hour, a unit); by the letter where it cannot be spoken (4th)."""
+    try:
+        return pronunciations(word.split()[0])[0][0][-1:].isdigit()  # of phonemes, vowels bear a stress digit
+    except (UserError, IndexError):
+        return word[0].lower() in "aeiou8"
 
 
 def _ending(word: str) -> str:
