@@ -118,3 +118,9 @@ def test_a_mixture_guards_replaced_texts_and_needs_a_model(tmp_path: Path) -> No
     assert statement["parts"][0]["taken"] == len(likely) > 800
     assert sum(found["weight"] for found in likely) == pytest.approx(30)
     assert not any("weight" in found for found in rows if "replaced_by" not in found)
+
+
+def test_words_that_cannot_be_spoken_do_not_stop_a_mixture() -> None:
+    rows = [row("He took a 4th.", "4th"), row("He took a bow.", "bow"), row("She ate an egg.", "egg")]
+    pairs = foreign_pairs(rows, 4, "make a pun", random.Random(1))
+    assert {pair["rejected"] for pair in pairs} == {"He took a bow.", "He took a 4th."}
