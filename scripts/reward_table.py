@@ -19,6 +19,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -199,13 +200,18 @@ def from_source(row: Row, source: str) -> bool:
     """
     if source == "puneval":
         return row.get("source") == "puneval" and "replaced_by" in row
-    own = row.get("source", "embedded")
-    return (own in corpus.OWN if source == "own" else own == source) and row.get("kind") != "template"
+    left_out = corpus.OWN if source == "own" else (source,)
+    return row.get("source", "embedded") in left_out and row.get("kind") != "template"
+
+
+@cache
+def _own_records() -> dict[str, Row]:
+    return {record["id"]: dict(record) for record in corpus.records()}
 
 
 def row_words(row: Row) -> set[str]:
     """Lemmas of the pun word of a training row and of what it evokes; rows of the embedded corpus bear its records' ids."""
-    told = next((record for record in corpus.records() if record["id"] == row.get("id")), row)
+    told: Row = _own_records().get(str(row.get("id")), row)
     return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
 
 

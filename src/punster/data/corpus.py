@@ -67,9 +67,9 @@ def contrast_rows(kind: str) -> tuple[Row, ...]:
                 scores, identity = [1] * len(puns) + [0] * len(fails), f"contrast-{number}/{'last' if last else 'inside'}"
                 rows += [{**shared, "completions": [*puns, *fails], "scores": scores, "id": identity}] if puns and fails else []
         for place, ((text, words), literal) in enumerate(zip_longest(record["puns"], record["literals"])):
-            blank = blank_of({**shared, "text": text})
-            fitting = [blank.filled(word) for word in words if blank.takes(word)] if blank else []
-            others = {"synonym_swap": fitting, "literal": [literal] if literal else []}.get(kind, [])
+            others = [literal] if kind == "literal" and literal else []
+            if kind == "synonym_swap" and (blank := blank_of({**shared, "text": text})):
+                others = [blank.filled(word) for word in words]  # that they fit is checked by scripts/check_corpus.py
             rows += [{**shared, "chosen": text, "rejected": other, "id": f"contrast-{number}/{place}{turn}"}
                      for turn, other in enumerate(others)]  # fmt: skip
     return tuple(rows)

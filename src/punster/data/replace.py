@@ -29,14 +29,18 @@ class Blank:
     avoid: frozenset[str]
 
     @property
+    def _shouted(self) -> bool:
+        return len(self.word) > 1 and self.word.isupper()
+
+    @property
     def _free(self) -> bool:
         """The place decides how a word is written there: at the beginning of a sentence, or where the pun word is in capitals."""
-        return self.before.rstrip(" \"'(")[-1:] in (".", "!", "?", "") or (len(self.word) > 1 and self.word.isupper())
+        return self._shouted or self.before.rstrip(" \"'(")[-1:] in (".", "!", "?", "")
 
     def filled(self, word: str) -> str:
         """The text with another word, as it is written, in the case of the one that was there where the place decides it."""
         if self._free and self.word[0].isupper():
-            word = word.upper() if len(self.word) > 1 and self.word.isupper() else word[0].upper() + word[1:]
+            word = word.upper() if self._shouted else word[0].upper() + word[1:]
         return self.before + word + self.after
 
     def takes(self, word: str) -> bool:
