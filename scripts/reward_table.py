@@ -166,7 +166,7 @@ def scored(score: Score, wanted: Sequence[Measure]) -> dict[Text, float]:
 
 
 def by_run(run: str, own_prompts: bool) -> Score:
-    model = load(run, dtype="fp32")  # as punster score and the export
+    model = load(run, dtype="fp32", merge=True)  # as punster score and the export
     return lambda texts: model.score([p if own_prompts else GENERIC_PROMPT for p, _ in texts], [text for _, text in texts])
 
 

@@ -89,14 +89,17 @@ class Model:
         return [found[example][0] for example in examples], [found[example][1] for example in examples]
 
 
-def load(path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", prompt_format: str = "auto") -> Model:
-    """A run folder, or any --model value."""
+def load(
+    path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", prompt_format: str = "auto", merge: bool = False
+) -> Model:
+    """A run folder, or any --model value. merge: in fp32 a run's adapters are added into the weights, which scores faster."""
     from punster.train.setup import open_role, pick_device, pick_dtype, shared_base
 
     where = SimpleNamespace(device=device, dtype=dtype)
     folder = Path(path)
     if (folder / "checkpoints").is_dir() or (folder / "manifest.json").exists():
-        return Model(*open_role(path, where))
+        role, tokenizer = open_role(path, where)
+        return Model(role.merged() if merge else role, tokenizer)
     if folder.is_dir() and not (folder / "config.json").exists():
         runs = sorted(p.name for p in folder.iterdir() if (p / "checkpoints").is_dir())
         if runs:

@@ -300,7 +300,7 @@ def score_verb(rest: list[str]) -> int:
     from punster.train.checkpoint import write_text
 
     rows = read_texts(o["file"])
-    model = load(o["model"], device=o["device"], dtype=o["dtype"])
+    model = load(o["model"], device=o["device"], dtype=o["dtype"], merge=True)
     judged = model.judge([row.get("prompt", GENERIC_PROMPT) for row in rows], [row["completion"] for row in rows])
     lines = "".join(json.dumps({"score": round(s, 6), "spread": round(d, 6)}) + "\n" for s, d in zip(*judged, strict=True))
     if o["out"]:

@@ -102,6 +102,21 @@ def test_a_trunk_of_longer_texts_serves_their_beginnings(model: Decoder) -> None
     assert_same(real(cached, role.hidden(cached)), real(plain, role.hidden(plain)))
 
 
+@torch.no_grad()
+def test_a_merged_role_scores_the_same_and_leaves_the_base_alone(model: Decoder, tiny_llama: Path) -> None:
+    some, role = examples(), role_on(model, adapter(model), adapter(model, 1, 3, "more"), depth=3, normalisation=(2.0, -1.0))
+    before = model.fingerprint()
+    merged = role.merged()
+    assert not merged.adapters and merged.model is not model
+    assert score_examples(merged, some) == pytest.approx(score_examples(role, some), abs=2e-6)
+    assert score_examples(replace(role, adapters=()), some) != pytest.approx(score_examples(role, some), abs=1e-3)
+    model._fingerprint = None
+    assert model.fingerprint() == before
+    half = load_model(str(tiny_llama), torch.bfloat16)
+    for left in (replace(role, others=(role,)), role_on(half, adapter(half)), role_on(model)):
+        assert left.merged() is left
+
+
 @pytest.mark.parametrize("depths", [(2,), (1,), (1, 2, 3)])
 def test_cached_trunk_equals_uncached_gradients_included(model: Decoder, depths: tuple[int, ...]) -> None:
     some = examples()

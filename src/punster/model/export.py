@@ -1,4 +1,4 @@
-"""Export: a merged Hugging Face folder, or a PEFT adapter. The only place where adapters are merged, in fp32."""
+"""Export: a merged Hugging Face folder, in fp32, or a PEFT adapter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) as objects of their own, beside a frozen base.
 
 y = W x + (alpha / r) B A x with A (r, in) kaiming-uniform, B (out, r) zero. Several adapters stack by adding their
-products. They are fp32, saved and loaded in PEFT's format, and never merged into the base except on export.
+products. They are fp32, saved and loaded in PEFT's format, and never merged into the base: export and scoring
+merge into a copy of it.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def low_rank(x: Tensor, site: str, adapters: Sequence[Adapter]) -> Tensor | None
 
 
 def merged_weights(weights: dict[str, Tensor], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """fp32 weights with the adapters added: for export only."""
+    """fp32 copies of the weights with the adapters added."""
     merged = {key: tensor.detach().float().cpu().clone() for key, tensor in weights.items()}
     for adapter in adapters:
         for site in adapter.a:

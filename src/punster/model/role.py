@@ -14,7 +14,7 @@ from torch import Tensor
 
 from punster.data.batch import Batch, Example, collate, prefix_batches
 from punster.model.heads import ScalarHead
-from punster.model.lora import Adapter
+from punster.model.lora import Adapter, merged_weights
 from punster.model.transformer import Decoder
 
 
@@ -80,6 +80,19 @@ class Role:
     def frozen(self) -> Role:
         """The same function without anything trainable (shares storage)."""
         return replace(self, trained=())
+
+    @torch.no_grad()
+    def merged(self) -> Role:
+        """The same function with the adapters added into a copy of the weights: for many passes in fp32 that train nothing.
+
+        Ensembles stay as they are, as their members share the base, and so do bf16 weights, in which updates would be rounded off.
+        """
+        if not self.adapters or self.others or self.model.dtype != torch.float32:
+            return self
+        weights = {
+            name: tensor.to(self.model.device) for name, tensor in merged_weights(self.model.weights, self.adapters).items()
+        }
+        return replace(self, model=Decoder(self.model.config, weights, self.model.name), adapters=(), trained=())
 
     # ---- passes -----------------------------------------------------------------------------------------------
     def hidden(self, batch: Batch) -> Tensor:
