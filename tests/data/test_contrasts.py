@@ -16,7 +16,7 @@ from punster.data import corpus
 from punster.data.corpus import CONTRASTS, contrast_rows, records, replacements
 from punster.data.mix import build, load_mixture
 from punster.data.pool import Pool
-from punster.data.replace import blank_of, chosen_pairs
+from punster.data.replace import Replacement, blank_of, chosen_pairs
 from punster.data.schema import check_row, texts_of
 from punster.data.split import lemma, part_of_lemma
 from punster.errors import UserError
@@ -80,12 +80,17 @@ def test_the_checking_script_finds_repetition_and_shortcuts(tmp_path: Path) -> N
     assert "length alone tells pun from fail" in problems and "naive_bayes alone tells pun from fail" in problems
 
 
+HELD_OUT = {lemma(record["pun_word"].lower()) for record in records() if record["split"] != "train"}
+
+
+def is_held_out(word: str) -> bool:
+    return lemma(word) in HELD_OUT or part_of_lemma(word) == "val"
+
+
 def test_no_word_is_held_out() -> None:
-    held_out = {lemma(record["pun_word"].lower()) for record in records() if record["split"] != "train"}
     for row in contrast_rows("synonym_swap"):
         words = row["pun_word"], row["alternative_word"]
-        for word in (*words, *check.tokens(" ".join(words))):
-            assert lemma(word) not in held_out and part_of_lemma(word) != "val", word
+        assert not list(filter(is_held_out, (*words, *check.tokens(" ".join(words)))))
 
 
 def test_a_replaced_word_is_all_that_differs() -> None:
@@ -148,19 +153,33 @@ def test_words_were_chosen_by_id() -> None:
         "licence": "l",
     }
     other = {**row, "id": "y"}
-    words = {"x": ["spirit", "souls", "shoe"]}
-    pairs = chosen_pairs([row, other], 3, "make a pun", random.Random(1), words)
+    chosen = {"s/x": Replacement(("spirit", "souls", "shoe"))}
+    pairs = chosen_pairs([row, other], 3, "make a pun", random.Random(1), chosen)
     assert {pair["rejected"] for pair in pairs} == {"The cobbler saved my spirit.", "The cobbler saved my shoe."}
-    assert len(chosen_pairs([row], 1, "make a pun", random.Random(1), words)) == 1
-    assert all(len(words) == 3 for words in replacements().values())
+    assert len(chosen_pairs([row], 1, "make a pun", random.Random(1), chosen)) == 1
+
+
+def test_a_pun_word_that_the_source_does_not_name_stands_beside_the_words() -> None:
+    row = {"id": "train/1", "text": "The cobbler saved my sole.", "source": "s", "licence": "l"}
+    assert not chosen_pairs([row], 3, "make a pun", random.Random(1), {"s/train/1": Replacement(("shoe",))})
+    (pair,) = chosen_pairs([row], 3, "make a pun", random.Random(1), {"s/train/1": Replacement(("shoe",), "sole")})
+    assert (pair["rejected"], pair["pun_word"]) == ("The cobbler saved my shoe.", "sole")
 
 
 def test_chosen_words_belong_to_training_puns(punster_data: Path) -> None:
-    train = {row["id"]: row for row in Pool(punster_data).rows("semeval2017_task7", "train")}
-    assert set(replacements()) <= set(train)
-    pairs = chosen_pairs(list(train.values()), 3, "make a pun", random.Random(1), replacements())
-    assert len({pair["chosen"] for pair in pairs}) > 0.95 * len(replacements())
-    assert Counter(len(texts_of(pair)) for pair in pairs).keys() == {2}
+    """Of the training part, by id; their pun words, where we name them, are none of a held-out pun."""
+    pool = Pool(punster_data)
+    by_source: dict[str, set[str]] = {}
+    for key in replacements():
+        source, identity = key.split("/", 1)
+        by_source.setdefault(source, set()).add(identity)
+    for source, ids in by_source.items():
+        train = {row["id"]: row for row in pool.rows(source, "train") if row["id"] in ids}
+        assert train.keys() == ids, source
+        pairs = chosen_pairs(list(train.values()), 3, "make a pun", random.Random(1), replacements())
+        assert len({pair["chosen"] for pair in pairs}) > 0.95 * len(ids), source
+        assert Counter(len(texts_of(pair)) for pair in pairs).keys() == {2}
+    assert not [word for found in replacements().values() for word in (found.pun_word or "").split() if is_held_out(word)]
 
 
 def test_a_mixture_takes_contrasts(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ synonym_swap, plain (an ordinary sentence with the alternative word), weak (a cl
 word: train (SFT and the reward model that is trained against), gold (the yardstick reward model), val, test.
 
 Beside it, for reward models alone: contrasts, a few puns on a word with words that undo them, literal twins and failed attempts,
-and words that undo puns of SemEval, by id. Their pun words are none of the held-out ones.
+and words that undo puns of the public sources, by id. Their pun words are none of the held-out ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from punster.data.replace import blank_of
+from punster.data.replace import Replacement, blank_of
 from punster.data.schema import Row
 
 OWN = ("embedded", "contrasts")  # sources that come with the package
@@ -80,10 +80,11 @@ def ends_with(text: str, word: str) -> bool:
 
 
 @cache
-def replacements() -> dict[str, list[str]]:
-    """SemEval id -> words that, in the pun word's place, leave a plain sentence: near to either sense, or just plausible."""
+def replacements() -> dict[str, Replacement]:
+    """By source and id of a public pun: words that leave a plain sentence in its pun word's place, near to either sense or just plausible."""
     text = (files("punster") / "data" / "replacements.tsv").read_text(encoding="utf-8")
-    return {identity: words.split("|") for identity, words in (line.split("\t") for line in text.split("\n") if line)}
+    fields = (line.split("\t") for line in text.split("\n") if line)
+    return {key: Replacement(tuple(words.split("|")), *pun_word) for key, words, *pun_word in fields}
 
 
 def part(split: str) -> list[dict[str, str]]:

@@ -132,8 +132,8 @@ def load_mixture(name: str) -> Recipe:
             )
         if part.generic and recipe.kind != "preference":
             raise UserError(f"{where}: generic is for kind: preference")
-        if part.use == "chosen" and part.source != "semeval2017_task7":
-            raise UserError(f"{where}: words were chosen for semeval2017_task7 alone")
+        if part.use == "chosen" and part.source not in (known := {key.split("/")[0] for key in corpus.replacements()}):
+            raise UserError(f"{where}: words were chosen for {', '.join(sorted(known))} alone")
         if part.use in REPLACED and (part.file or recipe.kind != "preference"):
             raise UserError(f"{where}: use: {part.use} makes pairs (kind: preference) of a source's puns, not of a file")
         if part.use in ("ratings", *REPLACED) and not part.cap:
@@ -275,8 +275,11 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     assert pool is not None
     source = SOURCES[part.source]
     rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
-    if part.use in REPLACED:
+    if part.use == "chosen":
+        rows = [row for row in rows if f"{part.source}/{row['id']}" in corpus.replacements()]
+    elif part.use in REPLACED:
         rows = [row for row in rows if row.get("is_pun") and row.get("system", "human") == "human"]
+    if part.use in REPLACED:
         return rows, source.licence, source.open, source.rude
     wanted = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}.get(part.use)
     if recipe.kind == "preference":

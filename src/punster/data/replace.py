@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from punster.data.schema import Row
 from punster.data.split import lemma
@@ -55,6 +55,13 @@ class Blank:
         )
 
 
+class Replacement(NamedTuple):
+    """Words that were chosen for a pun of a public source, and its pun word where the source does not name it."""
+
+    words: Sequence[str]
+    pun_word: str | None = None
+
+
 class Proposer(Protocol):
     """What a model has to say about words."""
 
@@ -98,14 +105,15 @@ def near_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, 
     return pairs
 
 
-def chosen_pairs(
-    rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, words: Mapping[str, Sequence[str]]
-) -> list[Row]:
-    """Each located pun against at most `cap` versions with a word that was chosen for it (by the row's id)."""
+def chosen_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, chosen: Mapping[str, Replacement]) -> list[Row]:
+    """Each pun against at most `cap` versions with a word that was chosen for it (by its "source/id")."""
     pairs = []
-    for row, blank in [(row, blank) for row in rows if row["id"] in words and (blank := blank_of(row))]:
-        fitting = list(filter(blank.takes, words[row["id"]]))
-        pairs += [_pair(row, blank, word, prompt) for word in draw.sample(fitting, min(cap, len(fitting)))]
+    for row in rows:
+        found = chosen.get(f"{row['source']}/{row['id']}")
+        located = {**row, "pun_word": found.pun_word or row.get("pun_word")} if found else row
+        if found and (blank := blank_of(located)):
+            fitting = list(filter(blank.takes, found.words))
+            pairs += [_pair(located, blank, word, prompt) for word in draw.sample(fitting, min(cap, len(fitting)))]
     return pairs
 
 
