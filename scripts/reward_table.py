@@ -3,6 +3,7 @@
     python scripts/reward_table.py runs/human-1 runs/human-2 runs/human-3       the table, mean over runs
     python scripts/reward_table.py --config recipes/reward-human.yaml --folds 5      train and judge He's pairs by cross-validation
     python scripts/reward_table.py --config recipes/reward-human.yaml --leave-out davidbau_puns    (or puneval, embedded, own)
+    python scripts/reward_table.py --config recipes/reward-human.yaml --share 0.5
 
 Texts are scored as {"text"} rows are, under the generic prompt; --prompts scores them under their own. Intervals are 95 %, by
 bootstrap over groups (SemEval id, cloze sentence, pair of words, record, template). The baselines: the longer text, Naive Bayes
@@ -193,7 +194,7 @@ def training_rows(config: RewardConfig) -> list[Row]:
     return judged_rows(config, [*config.pretrain, *config.data], Role(base), tokenizer)
 
 
-def from_source(row: Row, source: str) -> bool:
+def from_source(row: Row, source: str | None) -> bool:
     """Rows that --leave-out drops: of PunEval the synonym pairs only, of the embedded corpus all but the templates.
 
     "own" drops the contrasts with the embedded corpus: they have other pun words, but the same hands wrote both.
@@ -202,6 +203,11 @@ def from_source(row: Row, source: str) -> bool:
         return row.get("source") == "puneval" and "replaced_by" in row
     left_out = corpus.OWN if source == "own" else (source,)
     return row.get("source", "embedded") in left_out and row.get("kind") != "template"
+
+
+def in_share(row: Row, share: float) -> bool:
+    """Is a row in the drawn share? All rows of a group are, or none; without a group, all rows of one (first) text."""
+    return random.Random(str(row.get("group") or texts_of(row)[0])).random() < share
 
 
 @cache
@@ -242,9 +248,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--sources", default=None)
     parser.add_argument("--prompts", action="store_true", help="score under the rows' own prompts")
-    parser.add_argument("--config", help="train with this configuration, for --folds or --leave-out")
+    parser.add_argument("--config", help="train with this configuration, for --folds, --leave-out or --share")
     parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--leave-out", choices=("davidbau_puns", "puneval", "embedded", "own"))
+    parser.add_argument("--share", type=float, default=1.0, help="train on a drawn share of the groups (learning curve)")
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args()
     pool = Pool(data_folder(options.sources))
@@ -258,8 +265,12 @@ def main() -> None:
             results = cross_validated(config, pool, options.folds)
             found, named["model"] = [measure for measure, _ in results], [results[0][1]]
         else:
-            kept = [row for row in training_rows(config) if not from_source(row, options.leave_out)]
-            options.runs.append(variant(config, kept, f"without-{options.leave_out}"))
+            rows = training_rows(config)
+            kept = [row for row in rows if not from_source(row, options.leave_out) and in_share(row, options.share)]
+            print(f"{len(kept)} of {len(rows)} rows", file=sys.stderr)
+            options.runs.append(
+                variant(config, kept, f"without-{options.leave_out}" if options.leave_out else f"share-{options.share:g}")
+            )
     if options.runs:
         named["model"] = [scored(by_run(run, options.prompts), found) for run in options.runs]
     named["longer"] = [scored(lambda texts: [float(len(text.split())) for _, text in texts], found)]

@@ -68,6 +68,16 @@ def test_what_is_left_out_with_a_source(table: ModuleType) -> None:
                         "own": {"own literal", "own group", "contrast"}}  # fmt: skip
 
 
+def test_a_share_keeps_whole_groups(table: ModuleType) -> None:
+    rows = [{"group": f"g{n // 2}", "chosen": f"text {n}", "rejected": "other"} for n in range(2000)]
+    rows += [{"chosen": f"pun {n // 3}", "rejected": f"version {n}"} for n in range(3000)]
+    kept = [row for row in rows if table.in_share(row, 0.25)]
+    assert 0.22 * len(rows) < len(kept) < 0.28 * len(rows) and all(table.in_share(row, 1.0) for row in rows)
+    whole = {row.get("group", row["chosen"]) for row in kept}
+    assert len(kept) == sum(row.get("group", row["chosen"]) in whole for row in rows)
+    assert all(table.in_share(row, 0.5) for row in kept)
+
+
 def test_words_of_a_row_are_those_of_its_record(table: ModuleType) -> None:
     row = corpus.preference_rows(("literal",))[0]
     record = corpus.part("train")[0]
