@@ -206,8 +206,10 @@ def from_source(row: Row, source: str | None) -> bool:
 
 
 def in_share(row: Row, share: float) -> bool:
-    """Is a row in the drawn share? All rows of a group are, or none; without a group, all rows of one (first) text."""
-    return random.Random(str(row.get("group") or texts_of(row)[0])).random() < share
+    """Is a row in the drawn share? A family is in it as a whole, or not at all; smaller shares lie within larger ones."""
+    from punster.train.judged import family
+
+    return random.Random(family(row)).random() < share
 
 
 @cache
@@ -251,9 +253,15 @@ def main() -> None:
     parser.add_argument("--config", help="train with this configuration, for --folds, --leave-out or --share")
     parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--leave-out", choices=("davidbau_puns", "puneval", "embedded", "own"))
-    parser.add_argument("--share", type=float, default=1.0, help="train on a drawn share of the groups (learning curve)")
+    parser.add_argument("--share", type=float, default=1.0, help="train on a drawn share of the families (learning curve)")
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args()
+    if not 0 < options.share <= 1:
+        parser.error(f"--share must be above 0 and at most 1, got {options.share:g}")
+    if (options.folds or options.leave_out or options.share < 1) and not options.config:
+        parser.error("--folds, --leave-out and --share train models: say how with --config")
+    if options.folds and (options.leave_out or options.share < 1):
+        parser.error("--folds goes with neither --leave-out nor --share")
     pool = Pool(data_folder(options.sources))
     found = measures(pool)
     named: dict[str, list[dict[Text, float]]] = {}
@@ -268,9 +276,9 @@ def main() -> None:
             rows = training_rows(config)
             kept = [row for row in rows if not from_source(row, options.leave_out) and in_share(row, options.share)]
             print(f"{len(kept)} of {len(rows)} rows", file=sys.stderr)
-            options.runs.append(
-                variant(config, kept, f"without-{options.leave_out}" if options.leave_out else f"share-{options.share:g}")
-            )
+            parts = [f"without-{options.leave_out}"] if options.leave_out else []
+            parts += [f"share-{options.share:g}"] if options.share < 1 else []
+            options.runs.append(variant(config, kept, "-".join(parts) or "whole"))
     if options.runs:
         named["model"] = [scored(by_run(run, options.prompts), found) for run in options.runs]
     named["longer"] = [scored(lambda texts: [float(len(text.split())) for _, text in texts], found)]

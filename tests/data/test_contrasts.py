@@ -1,4 +1,4 @@
-"""Contrasts: our own puns beside texts that only look like puns, and words that undo SemEval's puns."""
+"""Contrasts: our own puns beside texts that only look like puns, and words that undo public puns."""
 
 from __future__ import annotations
 
@@ -87,10 +87,14 @@ def is_held_out(word: str) -> bool:
     return lemma(word) in HELD_OUT or part_of_lemma(word) == "val"
 
 
+def held_out_words(*words: str) -> list[str]:
+    """Those that are held out, the parts of compounds included."""
+    return list(filter(is_held_out, (*words, *check.tokens(" ".join(words).replace("-", " ")))))
+
+
 def test_no_word_is_held_out() -> None:
     for row in contrast_rows("synonym_swap"):
-        words = row["pun_word"], row["alternative_word"]
-        assert not list(filter(is_held_out, (*words, *check.tokens(" ".join(words)))))
+        assert not held_out_words(row["pun_word"], row["alternative_word"])
 
 
 def test_a_replaced_word_is_all_that_differs() -> None:
@@ -166,8 +170,47 @@ def test_a_pun_word_that_the_source_does_not_name_stands_beside_the_words() -> N
     assert (pair["rejected"], pair["pun_word"]) == ("The cobbler saved my shoe.", "sole")
 
 
+def test_an_alternative_of_another_pun_word_is_no_bar() -> None:
+    row = {"id": "1", "text": "The cobbler saved my sole.", "source": "s", "licence": "l"}
+    for named, count in (
+        ({"pun_word": "soles", "alternative_word": "soul"}, 0),
+        ({"pun_word": "saved", "alternative_word": "soul"}, 1),
+    ):
+        pairs = chosen_pairs([{**row, **named}], 3, "make a pun", random.Random(1), {"s/1": Replacement(("souls",), "sole")})
+        assert len(pairs) == count
+    assert "alternative_word" not in pairs[0] and pairs[0]["pun_word"] == "sole"
+
+
+def test_the_file_of_chosen_words_is_in_order() -> None:
+    lines = [line.split("\t") for line in (FILE.parent / "replacements.tsv").read_text().splitlines()]
+    assert {len(line) for line in lines} == {2, 3} and len({line[0] for line in lines}) == len(lines) == len(replacements())
+    of_word: Counter[tuple[str, str]] = Counter()
+    for key, found in replacements().items():
+        assert 1 <= len(found.words) <= 4 and len({word.lower() for word in found.words}) == len(found.words), key
+        assert all(word.strip() == word and word for word in found.words), key
+        source = key.split("/")[0]
+        assert (found.pun_word is None) == (source == "semeval2017_task7"), key
+        if found.pun_word:
+            assert not held_out_words(found.pun_word), key
+            assert not {lemma(word) for word in found.words} & {lemma(found.pun_word)}, key
+            of_word[source, found.pun_word.lower()] += 1
+    assert max(of_word.values()) <= 5
+
+
+@pytest.mark.parametrize("source", ["puneval", "cup_context_situated", "rjokes"])
+def test_a_mixture_undoes_puns_of_many_sources(source: str, punster_data: Path, tmp_path: Path) -> None:
+    """Outputs of models and rows without a mark "pun" included: that they are puns is what the list says."""
+    (tmp_path / "r.yaml").write_text(f"parts: [{{source: {source}, use: chosen, cap: 1}}]\n")
+    rows, statement = build(load_mixture(str(tmp_path / "r.yaml")), punster_data)
+    listed = sum(key.startswith(source + "/") for key in replacements())
+    assert statement["parts"][0]["available"] > 0.95 * listed and len(rows) > 0.6 * listed
+    assert all(
+        row["replaced_by"].lower() in row["rejected"].lower() and row["pun_word"].lower() in row["chosen"].lower() for row in rows
+    )
+
+
 def test_chosen_words_belong_to_training_puns(punster_data: Path) -> None:
-    """Of the training part, by id; their pun words, where we name them, are none of a held-out pun."""
+    """Of the training part, by id, and nearly all of them fit."""
     pool = Pool(punster_data)
     by_source: dict[str, set[str]] = {}
     for key in replacements():
@@ -179,7 +222,6 @@ def test_chosen_words_belong_to_training_puns(punster_data: Path) -> None:
         pairs = chosen_pairs(list(train.values()), 3, "make a pun", random.Random(1), replacements())
         assert len({pair["chosen"] for pair in pairs}) > 0.95 * len(ids), source
         assert Counter(len(texts_of(pair)) for pair in pairs).keys() == {2}
-    assert not [word for found in replacements().values() for word in (found.pun_word or "").split() if is_held_out(word)]
 
 
 def test_a_mixture_takes_contrasts(tmp_path: Path) -> None:
@@ -201,6 +243,7 @@ def test_a_mixture_takes_contrasts(tmp_path: Path) -> None:
         "kind: sft\nparts: [{source: contrasts}]",
         "parts: [{source: contrasts, use: homophone}]",
         "parts: [{source: davidbau_puns, use: chosen}]",
+        "split: val\nparts: [{source: puneval, use: chosen}]",
     ],
 )
 def test_what_contrasts_are_not_for(text: str, tmp_path: Path) -> None:

@@ -78,6 +78,24 @@ def test_a_share_keeps_whole_groups(table: ModuleType) -> None:
     assert all(table.in_share(row, 0.5) for row in kept)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--config", "r.yaml", "--share", "50"], "above 0 and at most 1, got 50"),
+        (["--share", ".5"], "say how with --config"),
+        (["--leave-out", "own", "runs/A"], "say how with --config"),
+        (["--config", "r.yaml", "--folds", "5", "--share", ".5"], "goes with neither"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    given: list[str], said: str, table: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["reward_table.py", *given])
+    with pytest.raises(SystemExit, match="2"):
+        table.main()
+    assert said in capsys.readouterr().err
+
+
 def test_words_of_a_row_are_those_of_its_record(table: ModuleType) -> None:
     row = corpus.preference_rows(("literal",))[0]
     record = corpus.part("train")[0]

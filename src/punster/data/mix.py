@@ -33,7 +33,7 @@ class Ingredient:
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
     # likely, near, foreign, chosen: puns against themselves with a word in the pun word's place that is likely there, near in
-    # meaning to it or to what it sounds like, another pun's, or one that was chosen for the text (SemEval's).
+    # meaning to it or to what it sounds like, another pun's, or one that was chosen for the text.
     use: Literal[
         "",
         "groups",
@@ -132,10 +132,12 @@ def load_mixture(name: str) -> Recipe:
             )
         if part.generic and recipe.kind != "preference":
             raise UserError(f"{where}: generic is for kind: preference")
-        if part.use == "chosen" and part.source not in (known := {key.split("/")[0] for key in corpus.replacements()}):
-            raise UserError(f"{where}: words were chosen for {', '.join(sorted(known))} alone")
         if part.use in REPLACED and (part.file or recipe.kind != "preference"):
             raise UserError(f"{where}: use: {part.use} makes pairs (kind: preference) of a source's puns, not of a file")
+        if part.use == "chosen" and part.source not in (known := {key.split("/")[0] for key in corpus.replacements()}):
+            raise UserError(f"{where}: words were chosen for {', '.join(sorted(known))} alone")
+        if part.use == "chosen" and recipe.split != "train":
+            raise UserError(f"{where}: words were chosen for puns of the training part: use: chosen is for split: train")
         if part.use in ("ratings", *REPLACED) and not part.cap:
             raise UserError(f"{where}: cap must be at least 1 for pairs made of {part.use}")
         if part.file and not Path(part.file).is_absolute() and not Path(part.file).exists():

@@ -56,7 +56,7 @@ class Blank:
 
 
 class Replacement(NamedTuple):
-    """Words that were chosen for a pun of a public source, and its pun word where the source does not name it."""
+    """Words that were chosen for a pun of a public source and, outside SemEval, its pun word as it stands in the text."""
 
     words: Sequence[str]
     pun_word: str | None = None
@@ -110,8 +110,12 @@ def chosen_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random
     pairs = []
     for row in rows:
         found = chosen.get(f"{row['source']}/{row['id']}")
-        located = {**row, "pun_word": found.pun_word or row.get("pun_word")} if found else row
-        if found and (blank := blank_of(located)):
+        if found is None:
+            continue
+        if found.pun_word and lemma(found.pun_word) != lemma(str(row.get("pun_word") or "")):
+            row = {**row, "alternative_word": None}  # it belongs to another pun word
+        located = {**row, "pun_word": found.pun_word or row.get("pun_word")}
+        if blank := blank_of(located):
             fitting = list(filter(blank.takes, found.words))
             pairs += [_pair(located, blank, word, prompt) for word in draw.sample(fitting, min(cap, len(fitting)))]
     return pairs

@@ -63,11 +63,16 @@ def weighed(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "weight": weight * len(rows) / sum(weights)} for row, weight in zip(rows, weights, strict=True)]
 
 
+def family(row: Row) -> str:
+    """What a row is about: the group that it comes from, or its first text."""
+    return str(row.get("group") or texts_of(row)[0])
+
+
 def families(rows: Sequence[Row]) -> list[list[int]]:
-    """Places of the rows that are about one text or group: they share their first text, or the group that they come from."""
+    """Places of the rows that are about one text or group."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        found.setdefault(str(row.get("group") or texts_of(row)[0]), []).append(place)
+        found.setdefault(family(row), []).append(place)
     return list(found.values())
 
 
