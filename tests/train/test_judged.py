@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from punster.cli import main
 from punster.config import RewardConfig
-from punster.data.batch import Example, collate
+from punster.data.batch import Example
 from punster.data.schema import check_row
 from punster.errors import UserError
 from punster.model.export import export
@@ -190,33 +190,6 @@ def test_labels_train_the_score_and_ratings_a_head_of_their_own(untrained: tuple
         item_loss(both, Trunk.compute(role.model, examples, []), examples, items, make(RewardConfig))[0].backward()
         assert both.head is not None and bool((both.head.weight.grad != 0).any()) == trained
         assert (funny.weight.grad is None) == trained
-
-
-def test_a_hidden_layer_reads_the_base_as_it_is_and_is_kept_whole(
-    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any
-) -> None:
-    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), batch_size=4, hidden=6, pooling="both", depth=2, also=[1],
-                  members=2, epochs=40, lr=1e-2, dropout=0.2, normalise_samples=0, save_every=3)  # fmt: skip
-    run = train_reward(config, ROWS[:4])
-    assert run is not None and reader.lines(run)[-1]["loss"] < reader.lines(run)[0]["loss"]
-    role, tokenizer = load_run(run)
-    assert not role.adapters and role.head is not None and role.head.hidden is not None and role.head.scale is not None
-    assert role.head.hidden.shape == (6, 4 * 32 + 1) and not torch.equal(role.head.hidden, role.others[0].head.hidden)
-    examples, _ = encode_items([PAIR], tokenizer, role.model)
-    better, worse = score_examples(role, examples)
-    assert better > worse
-    batch = collate(examples[:1])
-    inside = role.model.embed(batch.ids, None)
-    found = []
-    for depth in (0, 1):
-        inside = role.model.blocks(inside, depth, depth + 1)
-        state = role.model.final_norm(inside)[0]
-        found += [state[-1], state[len(examples[0].prompt) :].mean(0)]
-    read = (torch.cat(found) - role.head.scale[0]) * role.head.scale[1]
-    value = F.gelu(role.head.hidden[:, :-1] @ read + role.head.hidden[:, -1]) @ role.head.weight + role.head.bias
-    assert float(role.raw_scores(batch)) == pytest.approx(float(value), abs=1e-4)
-    with pytest.raises(UserError, match="hidden layer"):
-        export(replace(role, others=()), tokenizer, "hf", tmp_path / "hf")
 
 
 def test_rows_of_every_kind_are_checked_by_what_they_hold() -> None:

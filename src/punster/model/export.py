@@ -51,10 +51,9 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
             raise UserError(
                 "an ensemble has no counterpart in transformers; train a single reward model (--members 1) for export"
             )
-        if role.pooling != "last" or role.head.hidden is not None:
+        if role.pooling != "last":
             raise UserError(
-                "a head that averages over the response or has a hidden layer has no counterpart in transformers; "
-                "train with --pooling last --hidden 0"
+                "a head that averages over the response has no counterpart in transformers; train with --pooling last"
             )
         config |= {"architectures": [f"{prefix}ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
         config[layers] = role.last_layer

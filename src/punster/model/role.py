@@ -24,8 +24,7 @@ class Role:
     adapters: tuple[Adapter, ...] = ()
     head: ScalarHead | None = None
     depth: int = 0  # layers that run before the read-out; 0 means all of them
-    also: tuple[int, ...] = ()  # lower depths at which the head reads too, of a role without adapters; before `depth`
-    pooling: str = "last"  # a score reads the state at the last real token, the "mean" over the response, or "both" end to end
+    pooling: str = "last"  # a score reads the state at the last real token, or the "mean" over the response
     normalisation: tuple[float, float] = (1.0, 0.0)  # gain and offset that make SFT samples mean 0, std 1
     trained: tuple[str, ...] = field(default=())  # names of the adapters that this role trains
     aux: dict[str, ScalarHead] = field(default_factory=dict)  # read the same state in training; no part of the score
@@ -108,10 +107,7 @@ class Role:
         fitting = [depth for depth, key in batch.trunk if depth <= self.frozen_depth and key == self.trunk_key(depth)]
         depth = max(fitting, default=0)
         state = batch.trunk[depth, self.trunk_key(depth)] if depth else self.model.embed_tree(batch.ids, batch.tree)
-        state = self.model.blocks(state, depth, self.last_layer, adapters=self.adapters, tree=batch.tree)
-        if self.also and not self.adapters:
-            batch.trunk[self.last_layer, self.trunk_key(self.last_layer)] = state  # the next depth goes on from here
-        return state
+        return self.model.blocks(state, depth, self.last_layer, adapters=self.adapters, tree=batch.tree)
 
     def response_hidden(self, batch: Batch) -> Tensor:
         """(N, d) states that predict the N response tokens of the batch, row after row."""
@@ -128,22 +124,12 @@ class Role:
         return self.head(self.pooled(batch))
 
     def pooled(self, batch: Batch) -> Tensor:
-        """(B, d) the state that heads read: the last token's, or the mean over the response; (B, 2 d) both; of each depth."""
-        if self.also:
-            depths = [replace(self, depth=depth, others=()).hidden(batch) for depth in (*self.also, self.last_layer)]
-            return torch.cat([self._pool(batch, hidden) for hidden in depths], 1)
+        """(B, d) the state that heads read: the last token's, or the mean over the response."""
         if self.pooling == "last":
             rows = torch.arange(len(batch.ids), device=batch.ids.device)
             return self.model.final_norm(self.nodes(batch)[0][batch.tree.nodes[rows, batch.lengths - 1]])
-        return self._pool(batch, self.hidden(batch))
-
-    def _pool(self, batch: Batch, hidden: Tensor) -> Tensor:
-        last = hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
-        if self.pooling == "last":
-            return last
         span = batch.response_span()[:, :, None]
-        mean = (hidden * span).sum(1) / span.sum(1)
-        return torch.cat((last, mean), 1) if self.pooling == "both" else mean
+        return (self.hidden(batch) * span).sum(1) / span.sum(1)
 
     def scores(self, batch: Batch) -> Tensor:
         """(B,) normalised scores; of an ensemble its combination (Coste et al. 2023, arXiv 2310.02743)."""
@@ -151,15 +137,9 @@ class Role:
 
     def scores_and_spread(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B,) scores, and the standard deviation over the members (0 of a single model)."""
-        states: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}  # members without adapters read one and the same
-        found = []
-        for role in (self, *self.others):
-            key = role.trunk_key(role.last_layer), role.pooling, role.also
-            if key not in states:
-                states[key] = role.pooled(batch)
-            assert role.head is not None
-            found.append(role.head(states[key]) * role.normalisation[0] + role.normalisation[1])
-        members = torch.stack(found)
+        members = torch.stack(
+            [role.raw_scores(batch) * role.normalisation[0] + role.normalisation[1] for role in (self, *self.others)]
+        )
         spread = members.std(0, correction=0)
         if self.combine == "min":
             return members.amin(0), spread

@@ -37,7 +37,7 @@ def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, A
     described = {
         "format": FORMAT, "model": role.model.name, "base_sha256": (role.model.trunk_of or role.model).fingerprint() if role.model.trained_from != 0 else None,
         "dtype": str(role.model.dtype).removeprefix("torch."), "prompt_format": tokenizer.prompt_format,
-        "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth, "also": list(role.also),
+        "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth,
         "pooling": role.pooling, "normalisation": list(role.normalisation), "trained_from": role.model.trained_from,
         "members": 1 + len(role.others), "combine": role.combine, "caution": role.caution, **(extra or {}),
     }  # fmt: skip
@@ -81,8 +81,7 @@ def load_role(
         stored = load_file(folder / "head.safetensors")
         head = ScalarHead(**{name.removeprefix("head."): tensor.clone().to(model.device) for name, tensor in stored.items()})
     gain, offset = described["normalisation"]
-    also = tuple(described.get("also", ()))
-    role = Role(model, adapters, head, described["depth"], also, described["pooling"], (gain, offset))
+    role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))
     if (count := described.get("members", 1)) > 1:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base or model, "tokenizer": tokenizer}
         others = tuple(load_role(folder / f"member-{number}", **options)[0] for number in range(2, count + 1))

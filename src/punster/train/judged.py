@@ -6,7 +6,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -101,19 +100,18 @@ def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: 
 
 
 def item_loss(
-    model: Role, trunk: Trunk | Tensor, examples: Sequence[Example], items: Sequence[Item], config: RewardConfig,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    model: Role, trunk: Trunk, examples: Sequence[Example], items: Sequence[Item], config: RewardConfig
+) -> tuple[Tensor, dict[str, float]]:
     """Weighted sum over items: Plackett-Luce of the ranked, cross-entropy and squared error of the auxiliary heads of single ones.
 
-    The head "pun" reads the score itself, so that labels train it; "funniness" reads the state. trunk: or all pooled states.
+    The head "pun" reads the score itself, so that labels train it; "funniness" reads the state.
     Also sums over the ranked items: share of their comparisons that are right (accuracy), best minus worst score (margin).
     """
     assert model.head is not None
     places = [text for item in items for text in item.texts]
     distinct = {examples[text]: text for text in places}  # a text that several items have runs once
     rows = list(distinct.values())
-    state = trunk[rows] if isinstance(trunk, Tensor) else model.pooled(trunk.collate(examples, rows, model.model.device))
+    state = model.pooled(trunk.collate(examples, rows, model.model.device))
     device = state.device
     number = {example: row for row, example in enumerate(distinct)}
     read = torch.tensor([number[examples[text]] for text in places], device=device)
@@ -123,9 +121,7 @@ def item_loss(
     for row, item in enumerate(items):
         ratings[row, : len(item.texts)] = torch.tensor(item.ratings, dtype=torch.float32)
     there = ~ratings.isnan().to(device)
-    scores = torch.zeros(ratings.shape, device=device).masked_scatter(
-        there, model.head(state, partial(thinned, config.dropout, generator))[read]
-    )
+    scores = torch.zeros(ratings.shape, device=device).masked_scatter(there, model.head(state)[read])
     ranked = there.sum(1) > 1
     ratings = torch.where(ranked[:, None], ratings.to(device), math.nan)
     ahead = F.pad(torch.tensor([item.margin for item in items], device=device)[:, None], (0, widest - 1))
@@ -151,13 +147,6 @@ def item_loss(
         last = scores.gather(1, (count - 1)[:, None])[:, 0]
         sums = {"accuracy": float((right * ranked).sum()), "margin": float(((scores[:, 0] - last) * ranked).sum())}
     return loss, sums
-
-
-def thinned(share: float, generator: torch.Generator | None, x: Tensor) -> Tensor:
-    """Dropout whose mask is drawn on the CPU from a generator of the run; without one x as it is."""
-    if generator is None or not share:
-        return x
-    return x * (torch.rand(x.shape, generator=generator) >= share).to(x.device) / (1 - share)
 
 
 def neutral(rows: Sequence[Row], share: float, seed: int) -> list[Row]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
 from punster.data import corpus
-from punster.data.batch import Example, collate, epoch_order, prefix_batches
+from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
@@ -106,22 +105,13 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
         cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
                     for part, places in (("first", units[0]), ("data", bags[number])) if places}  # fmt: skip
-    drops = {label: seeded(config.seed + number, "dropout") for number, label in enumerate(optimizers)}
-    generators = {name: cursor.generator for name, cursor in cursors.items()} | {f"{label}|drop": g for label, g in drops.items()}
+    generators = {name: cursor.generator for name, cursor in cursors.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
     with Run(config, "reward", steps, started) as run:
         restore(run, state)
         used = {text for row in rows_needed(config, units, first_steps, steps) for text in items[row].texts}
-        trunk: Trunk | Tensor
-        if config.hidden:
-            trunk = within_memory(state, lambda tokens: pooled_states(model, examples, sorted(used), tokens), "trunk_tokens")
-            for member in members:
-                assert member.head is not None
-                member.head.standardise(trunk[sorted(used)])
-            known = None
-        else:
-            trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
-            known = within_memory(state, lambda tokens: Trunk.shared([model], validation, tokens), "trunk_tokens")
+        trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
+        known = within_memory(state, lambda tokens: Trunk.shared([model], validation, tokens), "trunk_tokens")
         gaps: list[float] = []
         for step in range(run.step + 1, steps + 1):
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
@@ -135,7 +125,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 batch = [items[row] for place in drawn for row in part[place]]
                 each = len(drawn) * sum(map(len, part)) / len(part)  # rows that so many units have on average
                 for name, value in within_memory(
-                    state, partial(train_step, config, member, trunk, examples, batch, each, drops[label])
+                    state, partial(train_step, config, member, trunk, examples, batch, each)
                 ).items():
                     sums[name] += value / len(members)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
@@ -160,17 +150,10 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[Item]) -> Role:
     """A fresh adapter and heads, auxiliary ones where items have a label or a rating; members of an ensemble differ in the seed."""
     config = replace(config, seed=config.seed + number)
-    depth, generator = layer_count(config.depth, start.model.config.n_layer), seeded(config.seed, "head")
-    also = tuple(config.also)
-    if any(not 0 < lower < (depth or start.model.config.n_layer) for lower in also):
-        raise UserError(f"--also {list(also)}: expected layers from 1 to below --depth ({depth or start.model.config.n_layer})")
-    role = replace(start, trained=(), depth=depth, also=also) if config.hidden else extend(start, config, "reward", depth)
-    width, device = role.model.config.d_model * (1 + (config.pooling == "both")) * (1 + len(also)), role.model.device
-    head = (
-        ScalarHead.with_hidden(width, config.hidden, generator, device)
-        if config.hidden
-        else ScalarHead.create(width, generator, device)
-    )
+    depth = layer_count(config.depth, start.model.config.n_layer)
+    role = extend(start, config, "reward", depth)
+    width, device = role.model.config.d_model, role.model.device
+    head = ScalarHead.create(width, seeded(config.seed, "head"), device)
     wanted = {
         "pun": config.pun_head and any(not math.isnan(item.label) for item in items),
         "funniness": config.funniness_head and any(not math.isnan(item.rating) for item in items),
@@ -182,18 +165,6 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
         aux["pun"] = ScalarHead(torch.ones(1, device=device), torch.zeros((), device=device))
     aux = {name: each.trainable() for name, each in aux.items()}
     return replace(role, head=head.trainable(), pooling=config.pooling, aux=aux)
-
-
-@torch.no_grad()
-def pooled_states(role: Role, examples: Sequence[Example], used: Sequence[int], max_tokens: int) -> Tensor:
-    """What a head reads of these examples (the other rows are 0), for a role whose head alone is trained."""
-    unique = list(dict.fromkeys(examples[row] for row in used))
-    states: dict[Example, Tensor] = {}
-    for rows in prefix_batches(unique, max_tokens):
-        batch = collate([unique[row] for row in rows], device=role.model.device)
-        states |= dict(zip((unique[row] for row in rows), role.pooled(batch).float(), strict=True))
-    absent = torch.zeros_like(states[unique[0]])
-    return torch.stack([states.get(example, absent) for example in examples])
 
 
 def judged_rows(
@@ -236,15 +207,14 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
 
 
 def train_step(
-    config: RewardConfig, member: Role, trunk: Trunk | Tensor, examples: Sequence[Example], batch: Sequence[Item],
-    each: float, generator: torch.Generator, max_tokens: int,
+    config: RewardConfig, member: Role, trunk: Trunk, examples: Sequence[Example], batch: Sequence[Item],
+    each: float, max_tokens: int,
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate the gradient of one member's step: the sum over the items / `each`; the rest are means over those that rank texts."""
     ranked = max(1, sum(len(item.texts) > 1 for item in batch))
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    whole = [list(range(len(batch)))]
-    for group in whole if isinstance(trunk, Tensor) else item_batches(examples, batch, max_tokens):
-        loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config, generator)
+    for group in item_batches(examples, batch, max_tokens):
+        loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
         (loss / each).backward()
         sums["loss"] += float(loss.detach()) / each
         for name, value in found.items():
