@@ -236,9 +236,39 @@ def test_a_mixture_takes_contrasts(tmp_path: Path) -> None:
     assert {row["group"] for row in rows} <= groups and all(row["source"] == "contrasts" for row in rows)
 
 
+def test_the_halves_share_no_word() -> None:
+    halves = [{lemma(row[name]) for kind in CONTRASTS for row in contrast_rows(kind, half) for name in ("pun_word", "alternative_word")}
+              for half in (1, 2)]  # fmt: skip
+    assert not halves[0] & halves[1]
+    sizes = [len(contrast_rows("literal", half)) for half in (0, 1, 2)]
+    assert min(sizes[1:]) > 0.4 * sizes[0] and sum(sizes[1:]) > 0.9 * sizes[0]
+
+
+def test_the_demo_trains_its_yardstick_on_other_words_and_kinds() -> None:
+    from punster.train.pipeline import load_recipe, stage_config
+
+    words: dict[str, set[str]] = {}
+    own: dict[str, set[str]] = {}
+    kinds = {}
+    for stage in ("reward", "gold"):
+        config: Any = stage_config(load_recipe("demo"), stage)
+        mixed = [row for name in config.data if name != "embedded" for row in build(load_mixture(name))[0]]
+        assert mixed and "embedded" in config.data
+        words[stage], own[stage] = (
+            {lemma(row[name]) for row in rows for name in ("pun_word", "alternative_word")}
+            for rows in (mixed, corpus.part(config.split))
+        )
+        kinds[stage] = {row["kind"] for row in mixed} | set(config.negatives)
+    assert not kinds["reward"] & kinds["gold"]
+    assert not words["reward"] & (words["gold"] | own["gold"]) and not words["gold"] & own["reward"]
+    assert len(own["reward"] & own["gold"]) < 10, "alternative words, such as dye"
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "parts: [{source: contrasts, use: literal, half: 3}]",
+        "parts: [{source: embedded, half: 1}]",
         "split: val\nparts: [{source: contrasts, use: weak}]",
         "kind: sft\nparts: [{source: contrasts}]",
         "parts: [{source: contrasts, use: homophone}]",
@@ -248,5 +278,5 @@ def test_a_mixture_takes_contrasts(tmp_path: Path) -> None:
 )
 def test_what_contrasts_are_not_for(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text + "\n")
-    with pytest.raises(UserError, match=r"part 1: (contrasts are pairs for training|words were chosen for)"):
+    with pytest.raises(UserError, match=r"part 1: (contrasts are pairs for training|words were chosen for|half is 1 or 2)"):
         load_mixture(str(tmp_path / "r.yaml"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from itertools import zip_longest
@@ -22,6 +22,7 @@ import torch
 
 from punster.data.replace import Replacement, blank_of
 from punster.data.schema import Row
+from punster.data.split import lemma
 
 OWN = ("embedded", "contrasts")  # sources that come with the package
 CONTRASTS = ("synonym_swap", "literal", "weak")
@@ -48,14 +49,38 @@ def template_rows(split: str = "train") -> tuple[Row, ...]:
 
 
 @cache
-def contrast_rows(kind: str) -> tuple[Row, ...]:
+def contrast_halves() -> tuple[int, ...]:
+    """1 or 2 for each record of the contrasts; records that differ in it share no pun word and no word evoked.
+
+    Half 1 goes with the train part of the embedded corpus in this, half 2 with its gold part; 0 where a record would link them.
+    """
+
+    def words_of(record: Mapping[str, Any]) -> set[str]:
+        return {lemma(record["pun_word"]), lemma(record["alternative_word"])}
+
+    taken: dict[int, set[str]] = {
+        half: {word for record in part(split) for word in words_of(record)} for half, split in ((1, "train"), (2, "gold"))
+    }
+    found: list[int] = []
+    for record in _lines("contrasts.jsonl"):
+        near = [half for half, words in taken.items() if words & words_of(record)] or [1 + (found.count(1) > found.count(2))]
+        found.append(near[0] if len(near) == 1 else 0)
+        if len(near) == 1:
+            taken[near[0]] |= words_of(record)
+    return tuple(found)
+
+
+@cache
+def contrast_rows(kind: str, half: int = 0) -> tuple[Row, ...]:
     """Pairs of a pun with another word in the pun word's place (synonym_swap) or without wordplay (literal); or groups (weak).
 
     weak: puns on a word above failed attempts at one that end with the pun word where the puns do, and elsewhere where they do
-    not, as most puns end with it. Rows of one record share their group. All are for training.
+    not, as most puns end with it. Rows of one record share their group. All are for training. half: of `contrast_halves` (0: all).
     """
     rows: list[Row] = []
     for number, record in enumerate(_lines("contrasts.jsonl")):
+        if half and contrast_halves()[number] != half:
+            continue
         shared = {"prompt": "make a pun", "kind": kind, "source": "contrasts", "licence": "MIT", "group": f"contrast-{number}",
                   "pun_word": record["pun_word"], "alternative_word": record["alternative_word"]}  # fmt: skip
         if kind == "weak":

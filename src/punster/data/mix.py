@@ -54,6 +54,7 @@ class Ingredient:
         "texts",
     ] = ""
     ids: str = ""  # only rows whose id begins so
+    half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
     limit: int = 0  # at most so many rows, drawn (0: all)
@@ -130,6 +131,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(
                 f"{where}: contrasts are pairs for training (kind: preference), with use: {' or '.join(corpus.CONTRASTS)}"
             )
+        if part.half not in (0, 1, 2) or (part.half and part.source != "contrasts"):
+            raise UserError(f"{where}: half is 1 or 2, of contrasts")
         if part.generic and recipe.kind != "preference":
             raise UserError(f"{where}: generic is for kind: preference")
         if part.use in REPLACED and (part.file or recipe.kind != "preference"):
@@ -263,7 +266,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = read_rows(part.file, recipe.kind, part.columns)
         return [{"source": part.file, **row} for row in rows], "your own", True, False
     if part.source == "contrasts":
-        return list(corpus.contrast_rows(part.use)), "MIT", True, False
+        return list(corpus.contrast_rows(part.use, part.half)), "MIT", True, False
     if part.source == "embedded":
         if part.use == "templates":  # here rather than by --negatives: short templates are near to held-out puns on the same ones
             rows = list(corpus.template_rows("train" if recipe.split == "train" else "test"))
