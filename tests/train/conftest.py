@@ -42,7 +42,15 @@ def toy_corpus() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "records", toy_records)
         patch.setattr(setup, "_BASES", {})
+        forget_halves()
         yield
+    forget_halves()
+
+
+def forget_halves() -> None:
+    """The halves of the contrasts hang on the corpus."""
+    corpus.contrast_halves.cache_clear()
+    corpus.contrast_rows.cache_clear()
 
 
 def tiny_options(**more: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from punster.cli import main
 from punster.config import RewardConfig
 from punster.data.batch import Example
+from punster.data.corpus import contrast_rows
 from punster.data.schema import check_row
 from punster.errors import UserError
 from punster.model.export import export
@@ -39,7 +40,7 @@ from punster.train.judged import (
     weighed,
 )
 from punster.train.optim import seeded
-from punster.train.reward import bag, train_reward
+from punster.train.reward import bag, fits, judged_rows, train_reward
 
 Make = Callable[..., Any]
 PAIR = {"prompt": "pun: sea", "chosen": "the tide was tied!", "rejected": "a fact.", "margin": 0.5}
@@ -190,6 +191,19 @@ def test_labels_train_the_score_and_ratings_a_head_of_their_own(untrained: tuple
         item_loss(both, Trunk.compute(role.model, examples, []), examples, items, make(RewardConfig))[0].backward()
         assert both.head is not None and bool((both.head.weight.grad != 0).any()) == trained
         assert (funny.weight.grad is None) == trained
+
+
+def test_contrasts_that_a_short_context_has_no_room_for_are_left_out(untrained: tuple[Role, Any], make: Make) -> None:
+    role, tokenizer = untrained
+    longest = role.model.config.max_positions
+    rows = judged_rows(make(RewardConfig, name="a"), ["yardstick"], Role(role.model), tokenizer)
+    lengths = [
+        len(tokenizer.prompt_ids(r["prompt"]) + tokenizer.response_ids(text))
+        for r in rows
+        for text in (r["chosen"], r["rejected"])
+    ]
+    every = [row for row in contrast_rows("synonym_swap", 2) if fits(row, tokenizer, role.model)]
+    assert 0 < len(every) == len(rows) < len(contrast_rows("synonym_swap", 2)) and max(lengths) <= longest
 
 
 def test_rows_of_every_kind_are_checked_by_what_they_hold() -> None:

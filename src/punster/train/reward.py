@@ -18,7 +18,7 @@ from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
-from punster.data.schema import Row
+from punster.data.schema import Row, texts_of
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
@@ -29,7 +29,6 @@ from punster.rollout.words import WordModel
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.held_out import pair_table
 from punster.train.judged import (
-    SIDES,
     Item,
     balanced,
     calibration,
@@ -56,7 +55,6 @@ from punster.train.plan import announce
 from punster.train.run import Run, check_name
 from punster.train.setup import (
     check_model,
-    encode_fitting,
     extend,
     layer_count,
     load_rows,
@@ -170,9 +168,19 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
 def judged_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
-    """The rows that are named, negatives included that are made with the plain base or sampled from the SFT model."""
+    """The rows that are named, negatives included that are made with the plain base or sampled from the SFT model.
+
+    Our own contrasts are left out where they do not fit into the context; a user's rows are not (they are refused).
+    """
     words = WordModel(Role(plain_base(sampled_from, config)), tokenizer, GENERIC_PROMPT)
-    return load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words)
+    rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words)
+    return [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, sampled_from.model)]
+
+
+def fits(row: Row, tokenizer: Tokenizer, model: Decoder) -> bool:
+    """Whether all texts of a row fit into the context behind its prompt."""
+    room = model.config.max_positions - len(tokenizer.prompt_ids(row["prompt"]))
+    return all(len(tokenizer.response_ids(text)) <= room for text in texts_of(row))
 
 
 def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
@@ -203,7 +211,7 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
     rows = corpus.preference_rows(("literal", "off_topic"), "val")
     if config.eval_data:
         rows += [row for row in load_rows(config.eval_data, "judged", list, config.columns) if "chosen" in row]
-    return [row for row in rows if all(encode_fitting(tokenizer, model, [row], side) for side in SIDES)]
+    return [row for row in rows if fits(row, tokenizer, model)]
 
 
 def train_step(
@@ -278,12 +286,7 @@ def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int, split: str =
     """Accuracy on each kind of negative, on pun words that no reward model was trained on."""
     rows = [row for kind in corpus.NEGATIVES for row in corpus.preference_rows((kind,), split)[:limit]]
     rows += corpus.template_rows(split)[:limit] if split == "test" else ()
-    longest = model.model.config.max_positions
-    rows = [
-        row
-        for row in rows
-        if all(len(tokenizer.prompt_ids(row["prompt"]) + tokenizer.response_ids(row[s])) <= longest for s in SIDES)
-    ]
+    rows = [row for row in rows if fits(row, tokenizer, model.model)]
     examples, _ = encode_items(rows, tokenizer, model.model)
     unique = list(dict.fromkeys(examples))
     scores = dict(zip(unique, score_examples(model, unique), strict=True))

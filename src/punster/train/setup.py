@@ -236,9 +236,9 @@ def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, w
     return example
 
 
-def encode_fitting(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row], side: str = "completion") -> list[Example]:
+def encode_fitting(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row]) -> list[Example]:
     """Held-out rows of the embedded corpus as examples, without those that a short context has no room for."""
-    examples = (Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(tokenizer.response_ids(r[side]))) for r in rows)
+    examples = (Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(tokenizer.response_ids(r["completion"]))) for r in rows)
     return [example for example in examples if example.length <= model.config.max_positions]
 
 
