@@ -448,6 +448,26 @@ def test_curves_and_licences_in_the_card(tmp_path: Path) -> None:
     assert re.search(r"- SemEval-2017 Task 7 \(.*\): .*NonCommercial; not for commercial use", text)
     assert "the user's own file" not in text
     assert yaml.safe_load(text.split("---\n", 2)[1])["license"] == "other"
+    stage(tmp_path / "judged", "reward", [{"loss": 1.0}], data=["human"])
+    text = write_card(tmp_path / "judged").read_text()
+    assert (
+        "not for commercial use" in text
+        and "Contrasts of punster" in text
+        and "Embedded corpus" in text
+        and "own file" not in text
+    )
+
+
+def test_the_card_of_the_demo_names_its_own_data(tmp_path: Path) -> None:
+    from punster.train.pipeline import load_recipe, stage_config
+
+    demo = load_recipe("demo")
+    for name in ("reward", "gold"):
+        data = vars(stage_config(demo, name))["data"]
+        stage(tmp_path / name, "reward", [{"loss": 1.0}], data=data)
+        text = write_card(tmp_path / name).read_text()
+        assert "Contrasts of punster" in text and "Embedded corpus" in text and "own file" not in text
+        assert yaml.safe_load(text.split("---\n", 2)[1])["license"] == "apache-2.0"
 
 
 def test_card_of_own_data_and_local_base(tmp_path: Path) -> None:

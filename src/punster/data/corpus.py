@@ -24,6 +24,33 @@ from punster.data.replace import Replacement, blank_of
 from punster.data.schema import Row
 from punster.data.split import lemma
 
+PARTICLES = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "to",
+        "of",
+        "in",
+        "on",
+        "i",
+        "i'm",
+        "i'll",
+        "i've",
+        "it",
+        "it's",
+        "is",
+        "be",
+        "me",
+        "my",
+        "you",
+        "your",
+        "we",
+        "he",
+        "she",
+        "they",
+    ]
+)
 OWN = ("embedded", "contrasts")  # sources that come with the package
 CONTRASTS = ("synonym_swap", "literal", "weak")
 NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced")
@@ -50,24 +77,26 @@ def template_rows(split: str = "train") -> tuple[Row, ...]:
 
 @cache
 def contrast_halves() -> tuple[int, ...]:
-    """1 or 2 for each record of the contrasts; records that differ in it share no pun word and no word evoked.
+    """1 or 2 for each record of the contrasts; records that differ in it share no pun word and no word evoked (`spoken_words`).
 
     Half 1 goes with the train part of the embedded corpus in this, half 2 with its gold part; 0 where a record would link them.
     """
-
-    def words_of(record: Mapping[str, Any]) -> set[str]:
-        return {lemma(record["pun_word"]), lemma(record["alternative_word"])}
-
     taken: dict[int, set[str]] = {
-        half: {word for record in part(split) for word in words_of(record)} for half, split in ((1, "train"), (2, "gold"))
+        half: {word for record in part(split) for word in spoken_words(record)} for half, split in ((1, "train"), (2, "gold"))
     }
     found: list[int] = []
     for record in _lines("contrasts.jsonl"):
-        near = [half for half, words in taken.items() if words & words_of(record)] or [1 + (found.count(1) > found.count(2))]
+        near = [half for half, words in taken.items() if words & spoken_words(record)] or [1 + (found.count(1) > found.count(2))]
         found.append(near[0] if len(near) == 1 else 0)
         if len(near) == 1:
-            taken[near[0]] |= words_of(record)
+            taken[near[0]] |= spoken_words(record)
     return tuple(found)
+
+
+def spoken_words(record: Mapping[str, Any]) -> set[str]:
+    """Lemmas of a record's pun word and of what it evokes, whole and in their parts (a bridge, bridge)."""
+    told = [record["pun_word"].lower(), record["alternative_word"].lower()]
+    return {lemma(word) for phrase in told for word in (phrase, *re.findall(r"[a-z0-9']+", phrase)) if word not in PARTICLES}
 
 
 @cache

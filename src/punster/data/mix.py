@@ -132,7 +132,7 @@ def load_mixture(name: str) -> Recipe:
                 f"{where}: contrasts are pairs for training (kind: preference), with use: {' or '.join(corpus.CONTRASTS)}"
             )
         if part.half not in (0, 1, 2) or (part.half and part.source != "contrasts"):
-            raise UserError(f"{where}: half is 1 or 2, of contrasts")
+            raise UserError(f"{where}: half must be 1 or 2, and contrasts alone have halves")
         if part.generic and recipe.kind != "preference":
             raise UserError(f"{where}: generic is for kind: preference")
         if part.use in REPLACED and (part.file or recipe.kind != "preference"):

@@ -69,7 +69,7 @@ def write_card(folder: Path) -> Path:
 
 def _head(run: RunData) -> str:
     base, _ = base_of(run)
-    own = any(d != "embedded" for d in data_used(run))
+    own = not all(d == "embedded" or ((parts := mixture_sources(d)) and all(map(is_open, parts))) for d in data_used(run))
     licence = "other" if own else LICENCES.get(base, "other")
     head: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
     head |= {"model_name": run.name, "library_name": "punster", "language": ["en"]}
@@ -97,13 +97,11 @@ def _body(run: RunData) -> list[str]:
         parts += ["## Method", "\n".join(methods), "Low-rank adapters (Hu et al. 2021) on frozen weights." if lora else ""]
     licence = LICENCES.get(base, "not known to punster: see its own card")
     unknown = "the user's own file; whether results may be passed on depends on its licence, which punster does not know."
-    corpus = hashlib.sha256((files("punster") / "data" / "puns.jsonl").read_bytes()).hexdigest()
     used = data_used(run)
-    data = [f"- {code(d)}: {unknown}" for d in used if d != "embedded" and not public_sources(d)]
-    data += [line for d in used for line in public_sources(d)]
+    sources = list(dict.fromkeys(source for d in used for source in ([d] if d == "embedded" else mixture_sources(d))))
+    data = [source_line(source) for source in sources or (["embedded"] if not used else [])]
+    data += [f"- {code(d)}: {unknown}" for d in used if d != "embedded" and not mixture_sources(d)]
     data.append(f"- Base model: {md(base or 'local')}, licence: {licence}.")
-    if "embedded" in used or not used:
-        data.insert(0, f"- Embedded corpus of punster: original puns, MIT licence, free for any use (SHA-256 {code(corpus)}).")
     limits = (
         "A small model: it often writes sentences that are no pun or make no sense, knows little, and must not be asked for facts. "
         "Its output can be offensive; nothing filters it. English only. Reward models are imperfect, and training finds their "
@@ -161,17 +159,35 @@ def _samples(run: RunData) -> list[str]:
     return ["## Samples", md_table(["Prompt", "Completion", "Score"], rows)] if rows else []
 
 
-def public_sources(name: str) -> list[str]:
-    """The sources of punster's own mixtures, "puns", with what their licences allow; nothing for anything else."""
-    from punster.data.mix import DEFAULTS, load_mixture
+def mixture_sources(name: str) -> list[str]:
+    """The sources of a mixture that comes with punster ("puns" is one for each kind of data); none for anything else."""
+    from punster.data.mix import DEFAULTS, built_in, load_mixture
+
+    recipes = list(DEFAULTS.values()) if name == "puns" else [name] if name in built_in() else []
+    return list(dict.fromkeys(part.source for recipe in recipes for part in load_mixture(recipe).parts))
+
+
+def is_open(source: str) -> bool:
+    """Whether what is trained on a source may be used for anything."""
+    from punster.data.corpus import OWN
     from punster.data.sources import SOURCES
 
-    parts = [part for recipe in DEFAULTS.values() for part in load_mixture(recipe).parts] if name == "puns" else []
-    return [
-        f"- {md(source.title)} ({md(source.home)}): {md(source.licence)}; "
-        + ("the results may be used for anything." if source.open else "not for commercial use, as far as weights inherit it.")
-        for source in (SOURCES[part] for part in dict.fromkeys(part.source for part in parts) if part in SOURCES)
-    ]
+    return source in OWN or SOURCES[source].open
+
+
+def source_line(name: str) -> str:
+    """What a source's licence allows; of our own texts which they are, too."""
+    from punster.data.sources import SOURCES
+
+    own = {"embedded": ("puns.jsonl", "Embedded corpus of punster: original puns"),
+           "contrasts": ("contrasts.jsonl", "Contrasts of punster: original puns, and texts that only look like puns")}  # fmt: skip
+    if name in own:
+        file, title = own[name]
+        digest = hashlib.sha256((files("punster") / "data" / file).read_bytes()).hexdigest()
+        return f"- {title}, MIT licence, free for any use (SHA-256 {code(digest)})."
+    source = SOURCES[name]
+    allowed = "the results may be used for anything." if source.open else "not for commercial use, as far as weights inherit it."
+    return f"- {md(source.title)} ({md(source.home)}): {md(source.licence)}; {allowed}"
 
 
 def _curves(run: RunData) -> list[list[str]]:

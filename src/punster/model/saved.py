@@ -79,6 +79,10 @@ def load_role(
     head = None
     if described["has_head"]:
         stored = load_file(folder / "head.safetensors")
+        if described.get("also") or "head.hidden" in stored or described["pooling"] not in ("last", "mean"):
+            raise UserError(
+                f"{folder}: a head with a hidden layer or several depths, which this version no longer reads; train it again"
+            )
         head = ScalarHead(**{name.removeprefix("head."): tensor.clone().to(model.device) for name, tensor in stored.items()})
     gain, offset = described["normalisation"]
     role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))

@@ -61,6 +61,7 @@ from punster.train.setup import (
     open_base,
     open_policy_role,
     plain_base,
+    to_stderr,
 )
 
 
@@ -170,11 +171,16 @@ def judged_rows(
 ) -> list[Row]:
     """The rows that are named, negatives included that are made with the plain base or sampled from the SFT model.
 
-    Our own contrasts are left out where they do not fit into the context; a user's rows are not (they are refused).
+    Contrasts that are longer than the context are left out and counted; any other row of that kind is refused when it is encoded.
     """
     words = WordModel(Role(plain_base(sampled_from, config)), tokenizer, GENERIC_PROMPT)
     rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words)
-    return [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, sampled_from.model)]
+    kept = [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, sampled_from.model)]
+    if len(kept) < len(rows):
+        to_stderr(f"  {len(rows) - len(kept)} of {len(rows)} rows left out: contrasts longer than the model's context")
+    if not kept:
+        raise UserError("no row is left: all are longer than the model's context")
+    return kept
 
 
 def fits(row: Row, tokenizer: Tokenizer, model: Decoder) -> bool:
