@@ -64,6 +64,8 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
         else:
             assert isinstance(stage, DpoConfig)
             count = stage.prompt_limit or len(corpus.part("train"))
+            if stage.online and stage.steps:
+                count = stage.steps * stage.batch_size
             work = (
                 count * stage.samples * (sampled + tokens * block * layers) if stage.pairs == "sampled" or stage.online else 0.0
             )
