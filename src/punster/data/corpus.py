@@ -24,33 +24,9 @@ from punster.data.replace import Replacement, blank_of
 from punster.data.schema import Row
 from punster.data.split import lemma
 
-PARTICLES = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "to",
-        "of",
-        "in",
-        "on",
-        "i",
-        "i'm",
-        "i'll",
-        "i've",
-        "it",
-        "it's",
-        "is",
-        "be",
-        "me",
-        "my",
-        "you",
-        "your",
-        "we",
-        "he",
-        "she",
-        "they",
-    ]
-)
+PARTICLES = frozenset((
+    "a", "an", "the", "to", "of", "in", "on", "i", "i'm", "i'll", "i've", "it", "it's", "is", "be", "me", "my", "you", "your", "we", "he", "she", "they",
+))  # fmt: skip
 OWN = ("embedded", "contrasts")  # sources that come with the package
 CONTRASTS = ("synonym_swap", "literal", "weak")
 NEGATIVES = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced")

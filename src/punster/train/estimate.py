@@ -85,7 +85,7 @@ def layers_of(stage: TrainConfig, base: Decoder) -> int:
 
 
 def contrasts(data: Sequence[str]) -> list[Row]:
-    """The pairs that mixtures take from our own contrasts (as good as all of them)."""
+    """The pairs that mixtures take from our own contrasts, before the guard leaves a few out."""
     parts = [part for name in data if name != "embedded" and is_mixture(name) for part in load_mixture(name).parts]
     rows = [row for part in parts if part.source == "contrasts" for row in corpus.contrast_rows(part.use, part.half)]
     return [row for row in rows if "chosen" in row]
