@@ -32,6 +32,7 @@ from punster.data.leakage import Index, words
 from punster.data.pool import Pool, data_folder
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
+from punster.evaluate.metrics import ranks
 
 Text = tuple[str, str]  # prompt, text
 Score = Callable[[Sequence[Text]], Sequence[float]]
@@ -133,15 +134,9 @@ def figure(measure: Measure, scores: dict[Text, float], resamples: int = 1000) -
 
 def area(labelled: Sequence[tuple[float, bool]]) -> float:
     """Area under the ROC curve by ranks, ties half (Mann-Whitney)."""
-    ordered, rank_sum, at = sorted(labelled), 0.0, 0
-    while at < len(ordered):
-        end = at
-        while end < len(ordered) and ordered[end][0] == ordered[at][0]:
-            end += 1
-        rank_sum += (at + end + 1) / 2 * sum(label for _, label in ordered[at:end])
-        at = end
-    good = sum(label for _, label in ordered)
-    bad = len(ordered) - good
+    rank_sum = sum(rank for rank, (_, label) in zip(ranks([score for score, _ in labelled]), labelled, strict=True) if label)
+    good = sum(label for _, label in labelled)
+    bad = len(labelled) - good
     return (rank_sum - good * (good + 1) / 2) / (good * bad) if good and bad else math.nan
 
 
@@ -223,20 +218,38 @@ def row_words(row: Row) -> set[str]:
     return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
 
 
-def cross_validated(config: RewardConfig, pool: Pool, folds: int) -> list[tuple[Measure, dict[Text, float]]]:
+def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: bool) -> list[tuple[Measure, dict[Text, float]]]:
     """He's measures over train + val: each fold by a model that saw none of its texts, words, or versions of them."""
     groups = [row for part in ("train", "val") for row in pool.rows("pungen_he2019", part) if "completions" in row]  # type: ignore[arg-type]
     keys = sorted({str(row.get("semeval_id") or row["id"]) for row in groups})
     random.Random(1).shuffle(keys)
-    rows, scores = training_rows(config), {}
+    every = Index([words(text) for row in groups for text in texts_of(row)])
+    rows, scores, config = training_rows(config), {}, reading(config, "folds", every)
     for fold in range(folds):
         held = set(keys[fold::folds])
         out = [row for row in groups if str(row.get("semeval_id") or row["id"]) in held]
         index, pun_words = Index([words(t) for row in out for t in texts_of(row)]), {lemma(row["pun_word"]) for row in out}
         kept = [row for row in rows if not pun_words & row_words(row) and not any(map(index.has_near, texts_of(row)))]
         print(f"fold {fold + 1}: {len(rows) - len(kept)} of {len(rows)} rows left out", file=sys.stderr)
-        scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), False), he_measures(out))
+        scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), own_prompts), he_measures(out))
     return [(measure, scores) for measure in he_measures(groups)]
+
+
+def reading(config: RewardConfig, label: str, judged: Index | None = None) -> RewardConfig:
+    """The configuration with its --texts read, once for all that is trained here; without those near to what folds judge."""
+    if not config.texts:
+        return config
+    from punster.train.reward import read_texts
+    from punster.train.setup import load_rows
+
+    given = load_rows(config.texts, "sft", corpus.sft_rows)
+    kept = [row for row in given if judged is None or not judged.has_near(row["completion"])]
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    file = Path(config.out, f"{config.name or 'human'}-{label}-texts.jsonl")
+    file.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) + "\n" for row in kept))
+    print(f"texts: {len(given) - len(kept)} of {len(given)} left out", file=sys.stderr)
+    run = read_texts(replace(config, name=f"{config.name or 'human'}-{label}", texts=[str(file)]))
+    return replace(config, texts=[], start="sft", pretrained=str(run))
 
 
 def variant(config: RewardConfig, rows: Sequence[Row], label: str) -> str:
@@ -260,8 +273,10 @@ def main() -> None:
         parser.error(f"--share must be above 0 and at most 1, got {options.share:g}")
     if (options.folds or options.leave_out or options.share < 1) and not options.config:
         parser.error("--folds, --leave-out and --share train models: say how with --config")
-    if options.folds and (options.leave_out or options.share < 1):
-        parser.error("--folds goes with neither --leave-out nor --share")
+    if options.folds and (options.leave_out or options.share < 1 or options.runs):
+        parser.error(
+            "--folds goes with neither --leave-out nor --share, nor with finished runs, which may have learned from its texts"
+        )
     pool = Pool(data_folder(options.sources))
     found = measures(pool)
     named: dict[str, list[dict[Text, float]]] = {}
@@ -270,7 +285,7 @@ def main() -> None:
 
         config = parse("reward", RewardConfig, ["--config", options.config])
         if options.folds:
-            results = cross_validated(config, pool, options.folds)
+            results = cross_validated(config, pool, options.folds, options.prompts)
             found, named["model"] = [measure for measure, _ in results], [results[0][1]]
         else:
             rows = training_rows(config)
@@ -278,7 +293,7 @@ def main() -> None:
             print(f"{len(kept)} of {len(rows)} rows", file=sys.stderr)
             parts = [f"without-{options.leave_out}"] if options.leave_out else []
             parts += [f"share-{options.share:g}"] if options.share < 1 else []
-            options.runs.append(variant(config, kept, "-".join(parts) or "whole"))
+            options.runs.append(variant(reading(config, "all"), kept, "-".join(parts) or "whole"))
     if options.runs:
         named["model"] = [scored(by_run(run, options.prompts), found) for run in options.runs]
     named["longer"] = [scored(lambda texts: [float(len(text.split())) for _, text in texts], found)]

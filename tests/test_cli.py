@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,40 @@ def test_generated_control_characters_never_reach_the_terminal() -> None:
     from punster.cli import plain
 
     assert plain("a\x1b]0;evil\x07b").isprintable()
+
+
+CONFIGS = {
+    "a text for a list": (b"data: mine.jsonl\n", ["data must be a list", "mine.jsonl"]),
+    "a text for a switch": (b"resume: 'false'\n", ["resume must be true or false"]),
+    "not UTF-8": (b"name: caf\xe9\n", ["not UTF-8", "byte 9"]),
+}
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["--config=FILE", "--config FILE"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configuration_files_are_checked_before_anything_runs(
+    case: str, joined: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, expected = CONFIGS[case]
+    file = tmp_path / "x.yaml"
+    file.write_bytes(content)
+    assert main(["sft", "-n", "x", *([f"--config={file}"] if joined else ["--config", str(file)])]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in (*expected, str(file))) and len(message.strip().splitlines()) == 1
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.cli import VERBS
+
+    for verb in VERBS:
+        with suppress(SystemExit):
+            assert main([verb, "--help"]) == 0
+        assert "usage" in capsys.readouterr().out.lower() or verb == "data"
+
+
+def test_lists_on_the_command_line_take_several_words(tmp_path: Path) -> None:
+    from punster.cli import parse
+    from punster.config import PpoConfig
+
+    assert parse("ppo", PpoConfig, ["-n", "x", "--sft-data", "embedded", "mine.jsonl"]).sft_data == ["embedded", "mine.jsonl"]
+    assert parse("ppo", PpoConfig, ["-n", "x", "--sft-data", "mine.jsonl"]).sft_data == ["mine.jsonl"]

@@ -158,10 +158,7 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
             parser.add_argument(item.name, type=str, nargs="*", help=options["help"], default=default)
         elif hints[item.name] is bool:
             parser.add_argument(*flags, action="store_true", help=options["help"], default=default)
-        elif (
-            item.name in ("data", "columns", "negatives", "stages", "reward", "pretrain", "eval_data")
-            and hints[item.name] == list[str]
-        ):
+        elif hints[item.name] == list[str]:
             parser.add_argument(*flags, type=str, nargs="+", **options)
         else:
             parser.add_argument(*flags, type=hints[item.name], **options)
@@ -170,34 +167,37 @@ def parser_for(verb: str, kind: type, positional: Sequence[str] = (), descriptio
 
 def parse(verb: str, kind: type, rest: list[str], positional: Sequence[str] = ()) -> Any:
     """Command line and YAML to the verb's dataclass; raises UserError with one clear message."""
-    parser = parser_for(verb, kind, positional)
-    return kind(**parsed_values(parser, rest, [item.name for item in fields(kind)]))
+    return kind(**parsed_values(parser_for(verb, kind, positional), rest))
 
 
-def parsed_values(parser: Any, rest: list[str], names: Sequence[str]) -> dict[str, Any]:
+def parsed_values(parser: Any, rest: list[str]) -> dict[str, Any]:
+    """The values of all options, by name."""
     from jsonargparse import ArgumentError
 
     check_files(rest, parser)
     try:
-        with_values = parser.parse_args(rest)
+        values: dict[str, Any] = parser.parse_args(rest).as_dict()
     except ArgumentError as error:
         raise UserError(readable(str(error), parser)) from None
     except SystemExit as leaving:
         if leaving.code in (0, None):
             raise
         raise UserError("the command line could not be read; see --help") from None
-    values = with_values.as_dict()
-    return {name: values[name] for name in names}
+    return {name: value for name, value in values.items() if name != "config"}
 
 
 def check_files(rest: Sequence[str], parser: Any) -> None:
     """What jsonargparse lets pass or would not say clearly of --config files: other versions, lists and switches of other types."""
     import yaml
 
-    for flag, path in pairwise(rest):
+    files = [path for flag, path in pairwise(rest) if flag == "--config"]
+    for path in files + [word.removeprefix("--config=") for word in rest if word.startswith("--config=")]:
         values = None
-        with suppress(OSError, ValueError, yaml.YAMLError):  # said when it is parsed
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if flag == "--config" else None
+        try:
+            with suppress(OSError, yaml.YAMLError):  # said when it is parsed
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         if isinstance(values, dict):
             check_values(values, parser, path)
 
@@ -209,7 +209,7 @@ def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
     defaults = parser.get_defaults().as_dict()
     for key, value in values.items():
         default = defaults.get(key)
-        if isinstance(value, dict) and isinstance(default, list):
+        if isinstance(default, list) and not isinstance(value, list):
             raise UserError(f"{place}: {key} must be a list, found {value!r}")
         if isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"{place}: {key} must be true or false, found {value!r}")
@@ -232,16 +232,15 @@ def readable(message: str, parser: Any) -> str:
 
 # ---- verbs --------------------------------------------------------------------------------------------------------
 def run_verb(rest: list[str]) -> int:
+    from punster.config import PipelineConfig
     from punster.train.pipeline import load_recipe, run_pipeline
 
+    if set(rest) & {"-h", "--help"}:
+        parse("run", PipelineConfig, ["--help"])
     if any(word == "--config" or word.startswith("--config=") for word in rest):
         raise UserError("give the file itself: punster run FILE.yaml")
     if not rest or rest[0].startswith("-"):
-        raise (
-            UserError("which recipe? For example: punster run demo (options come after it)")
-            if rest
-            else UserError("which recipe? For example: punster run demo")
-        )
+        raise UserError("which recipe? For example: punster run demo" + " (options come after it)" * bool(rest))
     return run_pipeline(load_recipe(rest[0], rest[1:]))
 
 
@@ -268,9 +267,7 @@ def generate_verb(rest: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the sampling")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--dtype", type=str, default="auto", help="auto, fp32, bf16")
-    names = ("model", "prompt", "count", "best_of", "reward_model", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-             "max_new_tokens", "prompt_format", "seed", "device", "dtype")  # fmt: skip
-    o = parsed_values(parser, rest, names)
+    o = parsed_values(parser, rest)
     from punster.api import load
 
     model = load(o["model"], device=o["device"], dtype=o["dtype"], prompt_format=o["prompt_format"])
@@ -294,7 +291,7 @@ def score_verb(rest: list[str]) -> int:
     parser.add_argument(
         "--dtype", type=str, default="fp32", help="fp32 (as the export scores); bf16 or auto: faster, off by up to .13"
     )
-    o = parsed_values(parser, rest, ("model", "file", "out", "device", "dtype"))
+    o = parsed_values(parser, rest)
     from punster.api import GENERIC_PROMPT, load
     from punster.data.schema import read_texts
     from punster.train.checkpoint import write_text
@@ -326,7 +323,7 @@ def report_verb(rest: list[str]) -> int:
     parser.add_argument(
         "--out", type=str | None, default=None, help="several runs: the page (default: comparison.html beside the first)"
     )
-    o = parsed_values(parser, rest, ("run", "out"))
+    o = parsed_values(parser, rest)
     folders = [Path(name) for name in o["run"]]
     for folder in folders:
         if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
@@ -347,7 +344,7 @@ def export_verb(rest: list[str]) -> int:
     parser.add_argument("run", type=str, help="a run folder")
     parser.add_argument("--format", type=str, default="hf", help="hf or peft")
     parser.add_argument("--out", type=str, help="new folder")
-    o = parsed_values(parser, rest, ("run", "format", "out"))
+    o = parsed_values(parser, rest)
     if not o["out"]:
         raise UserError("--out DIR is needed")
     if o["format"] not in ("hf", "peft"):
@@ -368,7 +365,7 @@ def data_verb(rest: list[str]) -> int:
 
 def doctor_verb(rest: list[str]) -> int:
     parser = simple_parser("doctor", "Versions, machine, cache, and a short speed check.")
-    parsed_values(parser, rest, ())
+    parsed_values(parser, rest)
     from punster.doctor import doctor
 
     return doctor()

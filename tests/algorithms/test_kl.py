@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from punster.algorithms.kl import PENALTIES, AdaptiveKL, FixedKL, kl_estimate, kl_loss, kl_penalty
+from punster.algorithms.kl import PENALTIES, AdaptiveKL, kl_estimate, kl_loss, kl_penalty
 
 P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.3, 0.2, 0.05, 0.35], dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_adaptive_controller_moves_by_the_number_of_sequences() -> None:
 
 
 def test_fixed_controller_stays() -> None:
-    controller = FixedKL(0.05)
+    controller = AdaptiveKL(0.05)
     controller.update(1e9, 1000)
     assert controller.beta == 0.05
 

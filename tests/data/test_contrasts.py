@@ -276,5 +276,8 @@ def test_the_demo_trains_its_yardstick_on_other_words_and_kinds() -> None:
 )
 def test_what_contrasts_are_not_for(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text + "\n")
-    with pytest.raises(UserError, match=r"part 1: (contrasts are pairs for training|words were chosen for|half must be 1 or 2)"):
+    with pytest.raises(
+        UserError,
+        match=r"part 1: (contrasts are pairs for training|use of \w+ must be one of|words were chosen for|half must be 1 or 2)",
+    ):
         load_mixture(str(tmp_path / "r.yaml"))

@@ -214,3 +214,54 @@ def test_preference_mixtures_can_have_ranked_groups_labels_and_contrasts(tmp_pat
     assert groups and all(len(row["completions"]) > 1 and "chosen" not in row for row in groups)
     for row in [*labels, *groups]:
         check_row(row, "judged", "here")
+
+
+def recipe_of(tmp_path: Path, text: str) -> Recipe:
+    (tmp_path / "recipe.yaml").write_text(text)
+    return load_mixture(str(tmp_path / "recipe.yaml"))
+
+
+def test_files_of_ones_own_bring_pairs_groups_and_labels(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "chosen": "a fine pun", "rejected": "a bad one"},
+        {"prompt": "p", "completions": ["best of them", "second", "third"], "scores": [3, 2, 1]},
+        {"prompt": "p", "completion": "is it a pun", "label": True},
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def built(use: str) -> list[dict]:
+        return build(recipe_of(tmp_path, f"kind: preference\nparts: [{{file: own.jsonl, use: '{use}'}}]"))[0]
+
+    assert {row["chosen"] for row in built("pairs")} == {"a fine pun"}
+    assert len(built("groups")) == 3 and all("chosen" in row for row in built("groups"))
+    assert [row["scores"] for row in built("ranked")] == [[3, 2, 1]]
+    assert [row["label"] for row in built("labels")] == [True]
+    assert len(built("")) == 5  # the pair, three of the group, the labelled text
+
+
+def test_prompts_of_ones_own(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a pun on knights"}]
+    rows = [{"prompt": "a pun on bees"}, {"prompt": "a pun on bees"}, {"prompt": chat, "completion": "so knightly"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build(recipe_of(tmp_path, "kind: prompt\nparts: [{file: own.jsonl}]"))[0]
+    assert sorted(str(row["prompt"]) for row in found) == sorted(["a pun on bees", str(chat)])
+    with pytest.raises(UserError, match="split: val are those of the public sources"):
+        recipe_of(tmp_path, "kind: prompt\nsplit: val\nparts: [{file: own.jsonl}]")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "{file: own.jsonl, use: ratings}",
+        "{file: own.jsonl, use: synonym_swap}",
+        "{source: embedded, use: labels}",
+        "{source: puneval, use: synonym_swap}",
+        "{source: puneval, use: texts}",
+    ],
+)
+def test_uses_that_a_part_does_not_have_are_refused(part: str, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"part 1: use of .* must be one of .*groups.*, found"):
+        recipe_of(tmp_path, f"kind: preference\nparts: [{part}]")
+    with pytest.raises(UserError, match="must be one of puns, texts"):
+        recipe_of(tmp_path, "kind: sft\nparts: [{source: embedded, use: literal}]")

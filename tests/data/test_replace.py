@@ -104,7 +104,7 @@ def test_foreign_words_have_the_same_ending_and_are_never_the_own() -> None:
 @pytest.mark.parametrize("part", ["{file: a.jsonl, use: near}", "{source: embedded, use: foreign, cap: 0}"])
 def test_a_part_that_cannot_be_made_is_refused(part: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"parts: [{part}]\n")
-    with pytest.raises(UserError, match=r"r\.yaml, part 1: .*(not of a file|cap must be at least 1)"):
+    with pytest.raises(UserError, match=r"r\.yaml, part 1: .*(use of a file must be one of|cap must be at least 1)"):
         load_mixture(str(tmp_path / "r.yaml"))
 
 

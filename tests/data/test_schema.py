@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from punster.data.schema import FIELDS, check_row, read_rows
+from punster.data.schema import FIELDS, check_row, read_rows, read_texts, texts_of
 from punster.errors import UserError
 
 PAIR = {"prompt": "make a pun about bakers", "chosen": "He kneads the dough.", "rejected": "He bakes bread."}
@@ -201,3 +201,40 @@ def test_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes((json.dumps(ROWS["sft"]) + "\r\n").encode() * 2)
     assert read_rows(path, "sft") == [ROWS["sft"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"completions": ["a", "b", "c"], "scores": [2.0, float("nan"), 1.0]}, "scores must be a number"),
+        ({"completions": ["a", "b"], "scores": [float("inf"), 1.0]}, "scores must be a number"),
+        ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "margin must be a number"),
+        ({"chosen": "a", "rejected": "b", "margin": True}, "margin must be a number"),
+        ({"completion": "a", "label": True, "rating": "good"}, "rating must be a number"),
+    ],
+)
+def test_numbers_of_judged_rows_are_finite(row: dict, named: str) -> None:
+    with pytest.raises(UserError, match=f"here: {named}"):
+        check_row({"prompt": "p", **row}, "judged", "here")
+
+
+def test_further_columns_with_texts_are_no_answers() -> None:
+    pair = check_row(
+        {"prompt": "p", "chosen": "a", "rejected": "b", "completion": "c", "text": "d", "note": "e"}, "judged", "here"
+    )
+    assert texts_of(pair) == ["a", "b"] and pair["note"] == "e"
+    group = check_row({"prompt": "p", "completions": ["a", "b"], "scores": [2, 1], "text": "d"}, "judged", "here")
+    assert texts_of(group) == ["a", "b"]
+
+
+def test_a_prompt_beside_a_text_to_be_scored_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"prompt": "about bakers", "text": "dough"}\n{"text": "dough"}\n')
+    assert read_texts(file) == [{"prompt": "about bakers", "completion": "dough"}, {"completion": "dough"}]
+
+
+def test_numbers_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,completion,label,rating,weight\np,a,true,0.5,2\np,b,false,,\n")
+    first, second = read_rows(file, "judged")
+    assert (first["rating"], first["weight"], second["rating"], second["weight"]) == (0.5, 2.0, None, None)

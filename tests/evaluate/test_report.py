@@ -446,7 +446,7 @@ def test_curves_and_licences_in_the_card(tmp_path: Path) -> None:
     stage(tmp_path / "public", "sft", [{"loss": 1.0}], data=["puns"])
     text = write_card(tmp_path / "public").read_text()
     assert re.search(r"- SemEval-2017 Task 7 \(.*\): .*NonCommercial; not for commercial use", text)
-    assert "the user's own file" not in text
+    assert "the user's own data" not in text
     assert yaml.safe_load(text.split("---\n", 2)[1])["license"] == "other"
     stage(tmp_path / "judged", "reward", [{"loss": 1.0}], data=["human"])
     text = write_card(tmp_path / "judged").read_text()
@@ -454,7 +454,7 @@ def test_curves_and_licences_in_the_card(tmp_path: Path) -> None:
         "not for commercial use" in text
         and "Contrasts of punster" in text
         and "Embedded corpus" in text
-        and "own file" not in text
+        and "own data" not in text
     )
 
 
@@ -466,7 +466,7 @@ def test_the_card_of_the_demo_names_its_own_data(tmp_path: Path) -> None:
         data = vars(stage_config(demo, name))["data"]
         stage(tmp_path / name, "reward", [{"loss": 1.0}], data=data)
         text = write_card(tmp_path / name).read_text()
-        assert "Contrasts of punster" in text and "Embedded corpus" in text and "own file" not in text
+        assert "Contrasts of punster" in text and "Embedded corpus" in text and "own data" not in text
         assert yaml.safe_load(text.split("---\n", 2)[1])["license"] == "apache-2.0"
 
 
@@ -477,7 +477,7 @@ def test_card_of_own_data_and_local_base(tmp_path: Path) -> None:
     head = yaml.safe_load(text.split("---\n", 2)[1])
     assert "base_model" not in head
     assert head["license"] == "other"
-    assert "`puns.jsonl`: the user's own file" in text
+    assert "`puns.jsonl`: the user's own data" in text
     assert "Embedded corpus" not in text
     assert "4-bit" not in text
     stage(tmp_path / "judge", "reward", [{"loss": 1.0}])
@@ -557,3 +557,44 @@ def test_in_a_browser(browser: Any, tmp_path: Path, kind: str) -> None:
             wide = page.locator(".scroll:has(.puns)")
             assert wide.evaluate("e => e.scrollWidth > e.clientWidth")  # the table scrolls, the page does not
         page.close()
+
+
+def licence_of(folder: Path) -> str:
+    return str(yaml.safe_load(write_card(folder).read_text().split("---\n", 2)[1])["license"])
+
+
+def test_a_card_knows_what_the_runs_before_it_learned_from(tmp_path: Path) -> None:
+    stage(tmp_path / "open", "sft", [{"loss": 1.0}])
+    stage(tmp_path / "puns", "sft", [{"loss": 1.0}], data=["puns"])
+    stage(tmp_path / "judge", "reward", [{"loss": 1.0}], pretrained=str(tmp_path / "open"), pretrain=["votes"])
+    chained = {"a": ("open", None), "b": ("puns", None), "c": ("open", "judge"), "d": ("gone", None)}
+    for name, (actor, judge) in chained.items():
+        model = str(tmp_path / judge) if judge else None
+        stage(tmp_path / name, "ppo", [{"loss": 1.0}], actor=str(tmp_path / actor), reward_model=model, prompts="embedded")
+    assert [licence_of(tmp_path / name) for name in chained] == ["apache-2.0", "other", "other", "other"]
+    assert "SemEval-2017 Task 7" in (tmp_path / "b" / "README.md").read_text()
+    assert "`gone (a run that is not here)`" in (tmp_path / "d" / "README.md").read_text()
+    stage(tmp_path / "mixed", "ppo", [{"loss": 1.0}], actor="base", sft_coef=0.1, sft_data=["puns"])
+    stage(tmp_path / "unmixed", "ppo", [{"loss": 1.0}], actor="base", sft_coef=0.0, sft_data=["puns"])
+    assert [licence_of(tmp_path / name) for name in ("mixed", "unmixed")] == ["other", "apache-2.0"]
+
+
+def test_a_card_of_trained_weights_offers_what_can_be_exported(tmp_path: Path) -> None:
+    stage(tmp_path / "full", "sft", [{"loss": 1.0}], adapter="none")
+    text = write_card(tmp_path / "full").read_text()
+    assert "--format hf --out exported" in text and "PeftModel" not in text and 'from_pretrained("exported")' in text
+
+
+def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved |= {
+        "seed": 3,
+        "dtype": "fp32",
+        "evaluate": {"limit": 100, "samples": 4, "best_of": 8, "pool": 10, "max_new_tokens": 32},
+    }
+    (folder / "config.yaml").write_text("# punster run\n" + yaml.safe_dump(saved))
+    line = next(line for line in write_card(folder).read_text().splitlines() if line.startswith("punster evaluate"))
+    for part in ("--limit 100", "--samples 4", "--best-of 8", "--pool 10", "--max-new-tokens 32", "--seed 3", "--dtype fp32"):
+        assert f"{part} " in f"{line} ", line
+    assert line.count("--best-of") == line.count("--samples") == line.count("--limit") == 1

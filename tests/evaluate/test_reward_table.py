@@ -162,3 +162,10 @@ def test_no_figure_comes_from_a_text_whose_group_was_trained_on(
     # And the check itself sees a leak: one measured text among the training rows.
     leaked = measured[0].texts[0][0][1]
     assert table.overlap([{"text": leaked}], measured[:1]) != []
+
+
+def test_folds_refuse_finished_runs(table: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["reward_table.py", "runs/a", "--config", "x.yaml", "--folds", "5"])
+    with pytest.raises(SystemExit):
+        table.main()
+    assert "nor with finished runs" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy
 import pytest
+import yaml
 from tokenizers import Tokenizer as RawTokenizer
 
 from punster.cli import main
@@ -224,3 +225,22 @@ def test_torn_logs_are_cut_where_the_checkpoint_was(jobs: Any, reader: Any, tmp_
     for log in ("metrics.jsonl", "samples.jsonl"):
         assert reader.lines(resumed, log) == reader.lines(whole, log)
     assert not list(copy.rglob("*.part"))
+
+
+def test_a_pipeline_does_not_mix_stages_of_two_sft_runs(pipeline: Any, tmp_path: Path) -> None:
+    """The SFT stage was deleted to run it again: what was trained on the old one must go, too."""
+    config, train = pipeline(tmp_path)
+    folder = train(replace(config, name="run"))
+    shutil.rmtree(folder / "sft")
+    with pytest.raises(
+        UserError, match=r"reward, gold, ppo rest on a stage that is to be run again; delete these, too: .*run/reward"
+    ):
+        train(replace(config, name="run", resume=True))
+    assert not (folder / "sft").exists()
+    for stage in ("reward", "gold", "ppo"):
+        shutil.rmtree(folder / stage)
+    train(replace(config, name="run", resume=True))
+    shutil.rmtree(folder / "gold")  # nothing rests on it
+    train(replace(config, name="run", resume=True))
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["resume"] is False and saved["name"] == "run"

@@ -164,3 +164,20 @@ def test_default_model_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert not special_ids(tokenizer) & set(tokenizer.text_ids(hostile))
     with_system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
     assert tokenizer.prompt_ids(with_system) == template_ids(tokenizer, with_system)
+
+
+@pytest.mark.parametrize("prompt_format", ["auto", 'Q: {prompt}\nA "short" one:\n'])
+def test_exported_tokenizers_write_prompts_as_ours_do(prompt_format: str, tmp_path: Path) -> None:
+    """transformers' own rendering, of the default model: no system turn that training never saw, or the run's own format."""
+    ours = Tokenizer.load(DEFAULT_MODEL, prompt_format)
+    ours.for_transformers().save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in (
+        [{"role": "user", "content": "make a pun about bakers"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+         {"role": "user", "content": "three"}],
+    ):  # fmt: skip
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == ours.hf.decode(ours.prompt_ids(messages))
+    again = Tokenizer(theirs)
+    assert again.prompt_ids("a pun") == ours.prompt_ids("a pun") and again.eos_id == ours.eos_id

@@ -151,6 +151,8 @@ def test_pairs_of_known_scores(config: Config, sft_run: str, monkeypatch: pytest
     assert pairs() == [((5, 1), (5, 3)), ((7, 0), (7, 2))]  # .8 - 1 is below .1
     assert pairs(pairs_per_prompt=2) == [((5, 1), (5, 3)), ((5, 2), (5, 0)), ((7, 0), (7, 2))]
     assert pairs(missing_eos_penalty=0.0) == [((5, 1), (5, 0)), ((7, 0), (7, 2))]
+    monkeypatch.setattr(dpo_module, "score_examples", lambda *_, **__: [1.0] * 12)
+    assert pairs(missing_eos_penalty=0.0) == []
 
 
 @pytest.mark.parametrize(
@@ -265,3 +267,34 @@ def test_callbacks_are_called_each_step_with_the_metrics(config: Config) -> None
     seen: list[tuple[int, float]] = []
     dpo(config(), PAIRS, lambda step, metrics: seen.append((step, metrics["loss"])))
     assert [step for step, _ in seen] == [1, 2, 3] and seen[0][1] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_samples_that_are_all_worth_the_same_teach_nothing(
+    config: Config, reward_run: str, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo_module, "score_examples", lambda judge, examples, **_: [0.0] * len(examples))
+    settings = {"reward_model": reward_run, "missing_eos_penalty": 0.0, "sft_coef": 1.0}
+    run = dpo(config(online=True, steps=2, **settings))
+    assert reader.values(run, "skipped_steps") == [1.0, 1.0] and reader.values(run, "loss") == [0.0, 0.0]
+    trained, _ = load_run(run)
+    assert all(float(tensor.abs().max()) == 0 for name, tensor in trained.adapters[-1].named_parameters() if "lora_B" in name)
+    with pytest.raises(UserError, match="all samples of each prompt are worth the same"):
+        dpo(config("offline", pairs="sampled", **settings))
+
+
+def test_kto_on_a_run_whose_own_weights_were_trained(
+    config: Config, tiny_llama: Path, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    actor = sft(make(SftConfig, name="full", out=str(tmp_path), model=str(tiny_llama), steps=2, batch_size=4, adapter="none"))
+    for adapter in ("lora", "none"):
+        run = dpo(config(adapter, actor=str(actor), loss_type="kto", adapter=adapter), unpaired(PAIRS))
+        assert reader.values(run, "loss")[0] == pytest.approx(0.5, abs=1e-5) and reader.values(run, "kl")[0] == 0
+
+
+def test_a_prompt_without_tokens_is_refused_where_rows_are_cut(
+    config: Config, tiny_llama: Path, tmp_path: Path, make: Make
+) -> None:
+    shared = {"out": str(tmp_path), "model": str(tiny_llama), "prompt_format": "{prompt}"}
+    actor = sft(make(SftConfig, name="bare", steps=1, batch_size=4, **shared))
+    with pytest.raises(UserError, match="row 1: the prompt has no tokens"):
+        dpo(config(actor=str(actor), prompt_format="{prompt}", max_length=64), [{**PAIRS[0], "prompt": ""}])

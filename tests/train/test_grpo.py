@@ -152,7 +152,7 @@ def test_dapo_clips_higher(config: Config, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(grpo_module, "clipped_policy_loss", spy)
     for name, settings in (("a", {"variant": "dapo"}), ("b", {"variant": "grpo"}), ("c", {"variant": "grpo", "clip_high": 0.4})):
         grpo(config(name, steps=1, epochs=1, **settings), None, letters)
-    assert list(dict.fromkeys(ends)) == [(0.2, 0.28), (0.2, None), (0.2, 0.4)]
+    assert list(dict.fromkeys(ends)) == [(0.2, 0.28), (0.2, 0.2), (0.2, 0.4)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -196,3 +196,11 @@ def test_kl_can_move_to_the_reward_or_be_corrected(config: Config, make: Make, r
         run = grpo(config(place, kl_in=place, beta=0.5), None, letters)
         policies.append(reader.tensor_bytes(run)["adapters/policy/adapter_model.safetensors"])
     assert len(set(policies)) == 3
+
+
+def test_upper_clip_of_the_variants(make: Make) -> None:
+    shared = {"actor": "a"}
+    assert make(GrpoConfig, **shared).upper_clip == 0.2 and make(GrpoConfig, variant="dapo", **shared).upper_clip == 0.28
+    assert make(GrpoConfig, variant="dapo", clip_high=0.4, **shared).upper_clip == 0.4
+    with pytest.raises(UserError, match=r"--clip-high 0.28 lies below --clip 0.35"):
+        make(GrpoConfig, variant="dapo", clip=0.35, **shared)

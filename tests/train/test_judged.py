@@ -378,3 +378,64 @@ def test_reliability_by_source_and_by_length() -> None:
         "x": {"accuracy": 0.5, "pairs": 2}, "embedded": {"accuracy": 0.5, "pairs": 1}, "longer right": {"accuracy": 1.0, "pairs": 1},
         "shorter right": {"accuracy": 0.0, "pairs": 1}, "equally long": {"accuracy": 0.5, "pairs": 1},
     }  # fmt: skip
+
+
+def test_the_placebo_has_the_same_families(make: Make) -> None:
+    rows = [{"prompt": "p", "chosen": f"pun {i}", "rejected": f"version {i} {k}"} for i in range(40) for k in range(3)]
+    turned = shuffled(rows, make(RewardConfig, shuffle_labels=True))
+    assert turned != rows and [len(unit) for unit in families(turned)] == [3] * 40
+
+
+def test_pairs_with_a_further_column_of_texts(untrained: tuple[Role, Any]) -> None:
+    role, tokenizer = untrained
+    rows = [check_row({**PAIR, "completion": "something else"}, "judged", "here")]
+    examples, items = encode_items(rows, tokenizer, role.model)
+    assert [tokenizer.decode(example.response) for example in examples] == [PAIR["chosen"], PAIR["rejected"]] and len(items) == 1
+
+
+def test_steps_that_pretraining_would_use_up_are_refused(tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    file = tmp_path / "votes.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "p", "chosen": f"a {i}", "rejected": "b"}) + "\n" for i in range(8)))
+    config = make(RewardConfig, name="x", out=str(tmp_path), model=str(tiny_llama), pretrain=[str(file)], batch_size=2, steps=4)
+    with pytest.raises(UserError, match="--steps 4: --pretrain alone takes 4"):
+        train_reward(config, [PAIR])
+
+
+def test_an_epoch_of_an_ensemble_is_one_pass_of_each_member(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    config = make(RewardConfig, name="x", out=str(tmp_path), model=str(tiny_llama), members=2, batch_size=4, normalise_samples=0)
+    run = train_reward(config, [{**PAIR, "prompt": f"pun: {i}"} for i in range(20)])
+    assert reader.summary(run)["steps"] == 4  # four fifths of 20, four a step
+
+
+def test_evaluation_data_without_pairs_is_refused(tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text(json.dumps(PLAIN) + "\n")
+    config = make(
+        RewardConfig, name="x", out=str(tmp_path), model=str(tiny_llama), eval_data=[str(file)], normalise_samples=0, steps=1
+    )
+    with pytest.raises(UserError, match="--eval-data: no pairs"):
+        train_reward(config, [PAIR])
+    assert train_reward(replace(config, eval_data=["embedded"]), [PAIR]) is not None
+
+
+def test_a_reward_model_that_read_texts_first(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    """The adapter learned from texts stays as it is under the reward's; interrupted while reading, the run goes on bit for bit."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": "pun: sea", "completion": f"the tide was tied {i} times"}) + "\n" for i in range(150))
+    )
+    config = make(RewardConfig, name="whole", out=str(tmp_path / "a"), model=str(tiny_llama), texts=[str(file)], batch_size=4, steps=3,
+                  lora_r=4, top_layers="all", depth=0)  # fmt: skip
+    whole = train_reward(config, ROWS[:4])
+    assert reader.summary(whole.with_name("whole-texts"))["steps"] == 3  # 150 rows, 64 a step
+    role, tokenizer = load_run(whole)
+    read, _ = load_run(whole.with_name("whole-texts"))
+    assert [adapter.name for adapter in role.adapters] == ["sft", "reward"]
+    assert role.adapters[0].fingerprint() == read.adapters[0].fingerprint()
+    assert export(role, tokenizer, "hf", tmp_path / "hf").is_dir()
+    shutil.copytree(tmp_path / "a" / "whole-texts", tmp_path / "b" / "whole-texts")
+    again = train_reward(replace(config, out=str(tmp_path / "b"), resume=True), ROWS[:4])
+    assert reader.tensor_bytes(again) == reader.tensor_bytes(whole) and reader.lines(again) == reader.lines(whole)
+    with pytest.raises(UserError, match="there is no run"):
+        train_reward(replace(config, out=str(tmp_path / "c"), resume=True), ROWS[:4])
+    assert train_reward(replace(config, name="dry", dry_run=True), ROWS[:4]) is None and not (tmp_path / "a" / "dry-texts").exists()

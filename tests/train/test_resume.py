@@ -219,3 +219,57 @@ def test_old_checkpoints_are_removed(tiny_llama: Path, sft_run: str, reward_run:
     config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
     run = train(replace(config, name="run", save_every=1, keep=2))
     assert sorted(place.name for place in (run / "checkpoints").iterdir()) == ["step-4", "step-5"]
+
+
+def again(run: Path, name: str, step: int, reader: Any) -> None:
+    """A copy of a run as it was after a step, under another name."""
+    copy = reader.interrupted_copy(run, run.parent / name, step)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace(f"name: {run.name}", f"name: {name}"))
+
+
+def test_another_sft_run_of_own_weights_is_no_base_to_go_on_from(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    first, _ = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft-none"]
+    config, train = jobs(str(tmp_path), str(tiny_llama), str(tmp_path / "full"), reward_run, make)["ppo-none"]
+    config = replace(config, adapter="lora", reward_model=None)
+    sft(replace(first, name="full"))
+    again(train(replace(config, name="whole")), "copy", 2, reader)
+    shutil.rmtree(tmp_path / "full")
+    sft(replace(first, name="full", seed=77))
+    with pytest.raises(UserError, match="SFT run or the reward model is not what the run was started with"):
+        train(replace(config, name="copy", resume=True))
+
+
+def test_other_labels_or_sft_rows_make_another_run(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    shared = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)
+    config = replace(shared["dpo"][0], loss_type="kto")
+    rows = [{"prompt": f"pun: {i}", "completion": f"text {i}", "label": i % 2 == 0} for i in range(10)]
+    again(dpo(replace(config, name="kto"), rows), "kto2", 2, reader)
+    with pytest.raises(UserError, match="the data is not what the run was started with"):
+        dpo(replace(config, name="kto2", resume=True), [{**row, "label": not row["label"]} for row in rows])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(shared["ppo"][0], sft_coef=0.1, sft_data=[str(file)])
+    again(ppo(replace(config, name="ppo"), None, vowels), "ppo2", 2, reader)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    with pytest.raises(UserError, match="the data is not what the run was started with"):
+        ppo(replace(config, name="ppo2", resume=True), None, vowels)
+
+
+def test_rows_from_python_are_not_called_the_embedded_corpus(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    shared = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)
+    rows = [{"prompt": "p", "completion": f"text {i}"} for i in range(6)]
+    runs = [
+        sft(replace(shared["sft"][0], name="a", steps=1), rows),
+        grpo(replace(shared["grpo"][0], name="b", steps=1), ["pun: sea"]),
+    ]
+    for run, key in zip(runs, ("data: \n- (given from Python)", "prompts: (given from Python)"), strict=True):
+        assert key.replace(" \n", "\n") in (run / "config.yaml").read_text()
+    again(sft(replace(shared["sft"][0], name="c"), rows), "d", 2, reader)
+    assert sft(replace(shared["sft"][0], name="d", resume=True), rows) is not None

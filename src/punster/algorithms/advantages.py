@@ -20,10 +20,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over true entries, unbiased variance; 0 elsewhere. Without shift_mean the mean stays."""
     mean = masked_mean(x, mask)
-    count = mask.sum()
-    variance = ((x - mean).square() * mask).sum() / (count - 1).clamp(min=1)
-    whitened = (x - mean) * torch.rsqrt(variance + eps)
+    whitened = (x - mean) * inverse_std(x, mask, eps)
     return (whitened if shift_mean else whitened + mean) * mask
+
+
+def inverse_std(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """1 / sqrt(var + eps) over true entries (a scalar), unbiased variance."""
+    variance = ((x - masked_mean(x, mask)).square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
+    return torch.rsqrt(variance + eps)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:

@@ -61,20 +61,13 @@ def kl_loss(log_prob: Tensor, old_log_prob: Tensor, ref_log_prob: Tensor, correc
 
 @dataclass
 class AdaptiveKL:
-    """Coefficient controller of Ziegler et al. 2019: beta grows while the sequence KL is above target."""
+    """Coefficient controller of Ziegler et al. 2019: beta grows while the sequence KL is above target; without one it stays."""
 
     beta: float
-    target: float  # nats a sequence
-    horizon: int = 10_000
+    target: float | None = None  # nats a sequence
+    horizon: int = 10_000  # sequences
 
     def update(self, kl: float, sequences: int) -> None:
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.beta *= 1 + error * sequences / self.horizon
-
-
-@dataclass
-class FixedKL:
-    beta: float
-
-    def update(self, kl: float, sequences: int) -> None:
-        """The coefficient stays."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * sequences / self.horizon

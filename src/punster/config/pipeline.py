@@ -58,6 +58,10 @@ class EvaluateConfig:
         require(self.pool == 0 or self.pool > self.best_of, f"--pool must be more than --best-of, got {self.pool}")
 
 
+NEEDS = {"sft": [], "reward": ["sft"], "gold": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
+         "dpo": ["sft", "reward"], "placebo_reward": ["sft"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
+
+
 @dataclass
 class PipelineConfig(RunConfig):
     """punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report. Sections override a verb's defaults."""
@@ -76,11 +80,9 @@ class PipelineConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs = {"sft": [], "reward": ["sft"], "gold": ["sft"], "ppo": ["sft", "reward"], "grpo": ["sft", "reward"],
-                 "dpo": ["sft", "reward"], "placebo_reward": ["sft"], "placebo": ["sft", "placebo_reward"]}  # fmt: skip
         for place, stage in enumerate(self.stages):
-            require(stage in needs, f"--stages: unknown stage {stage!r}: {', '.join(needs)}")
-            for needed in needs[stage]:
+            require(stage in NEEDS, f"--stages: unknown stage {stage!r}: {', '.join(NEEDS)}")
+            for needed in NEEDS[stage]:
                 require(needed in self.stages[:place], f"--stages: {stage} needs {needed} before it")
         for needed in ("sft", "gold"):
             require(needed in self.stages, f"--stages: the evaluation needs {needed}")

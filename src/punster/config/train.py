@@ -36,6 +36,10 @@ class RewardConfig(TrainConfig):
         "embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt and chosen, rejected "
         "(pairs), completions, scores (ranked groups) or completion, label (is it a pun)",
     )
+    texts: list[str] = opt(
+        [], "rows with prompt and completion, as --data of sft, which an adapter on all layers learns to write before the reward "
+        "model is stacked on it (a run of its own beside this one, NAME-texts)")  # fmt: skip
+    texts_lr: float = opt(5e-4, "learning rate of that; one pass, 64 rows a step", above=0)
     pretrain: list[str] = opt([], "data that is passed once before the other, as --data: votes, ratings")
     eval_data: list[str] = opt([], "pairs held out for the summary's calibration and reliability, as --data")
     columns: list[str] = opt([], COLUMNS_HELP)
@@ -144,8 +148,10 @@ class PpoConfig(PolicyConfig):
     sft_coef: float = opt(0.0, "weight of an SFT loss mixed into every update, against forgetting", low=0)
     sft_data: list[str] = opt(["embedded"], "rows with prompt and completion for --sft-coef")
     target_kl: float | None = opt(None, "adaptive coefficient: sequence KL in nats to steer at (default: fixed beta)", above=0)
-    kl_horizon: int = opt(10_000, "adaptive coefficient: its horizon in responses", low=1)
-    stop_kl: float = opt(0.1, "a pass ends early once approx_kl exceeds this", above=0)
+    kl_horizon: int | None = opt(
+        None, "adaptive coefficient: its horizon in responses (default: a tenth of the run's, so that beta can follow)", low=1
+    )
+    stop_kl: float = opt(0.1, "no further pass over a rollout once the last update's approx_kl exceeds this", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,8 +180,12 @@ class GrpoConfig(PolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.batch_size % self.samples == 0, f"-b {self.batch_size} must be a multiple of --samples {self.samples}")
-        high = self.clip_high if self.clip_high is not None else self.clip
-        require(high >= self.clip, f"--clip-high {high} lies below --clip {self.clip}")
+        require(self.upper_clip >= self.clip, f"--clip-high {self.upper_clip} lies below --clip {self.clip}")
+
+    @property
+    def upper_clip(self) -> float:
+        """DAPO's clips are apart (Yu et al. 2025, arXiv 2503.14476)."""
+        return self.clip_high if self.clip_high is not None else 0.28 if self.variant == "dapo" else self.clip
 
     @property
     def kl_place(self) -> str:

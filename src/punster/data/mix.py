@@ -23,6 +23,9 @@ from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches
 
+Use = Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "literal", "synonym_swap", "homophone", "weak",
+              "likely", "near", "foreign", "chosen", "puns", "texts"]  # fmt: skip
+
 
 @dataclass
 class Ingredient:
@@ -34,25 +37,7 @@ class Ingredient:
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
     # likely, near, foreign, chosen: puns against themselves with a word in the pun word's place that is likely there, near in
     # meaning to it or to what it sounds like, another pun's, or one that was chosen for the text.
-    use: Literal[
-        "",
-        "groups",
-        "ranked",
-        "pairs",
-        "ratings",
-        "labels",
-        "templates",
-        "literal",
-        "synonym_swap",
-        "homophone",
-        "weak",
-        "likely",
-        "near",
-        "foreign",
-        "chosen",
-        "puns",
-        "texts",
-    ] = ""
+    use: Use = ""
     ids: str = ""  # only rows whose id begins so
     half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
@@ -80,6 +65,11 @@ class Recipe:
 
 NEED_WORDS = ("likely", "near")  # of a model
 REPLACED = (*NEED_WORDS, "foreign", "chosen")
+# What can be made of a part in a recipe of pairs: of a file, of each of our own corpora, of any other source. Else: puns or texts.
+USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus.CONTRASTS,
+        "embedded": ("", "groups", "ranked", "templates", *corpus.NEGATIVES, *NEED_WORDS, "foreign"),
+        "public": ("", "groups", "ranked", "pairs", "ratings", "labels", *REPLACED)}  # fmt: skip
+KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -123,20 +113,19 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
-        if part.source == "contrasts" and (recipe.kind, recipe.split, part.use in corpus.CONTRASTS) != (
-            "preference",
-            "train",
-            True,
-        ):
-            raise UserError(
-                f"{where}: contrasts are pairs for training (kind: preference), with use: {' or '.join(corpus.CONTRASTS)}"
-            )
+        if part.source == "contrasts" and (recipe.kind, recipe.split) != ("preference", "train"):
+            raise UserError(f"{where}: contrasts are pairs for training: kind: preference, split: train")
+        origin = "file" if part.file else part.source if part.source in corpus.OWN else "public"
+        allowed = USES[origin] if recipe.kind == "preference" else ("", "puns", "texts")
+        if part.use not in allowed:
+            raise UserError(f"{where}: use of {part.source or 'a file'} must be one of {', '.join(filter(None, allowed))} "
+                            f"(kind: {recipe.kind}), found {part.use!r}")  # fmt: skip
+        if part.file and recipe.kind == "prompt" and recipe.split == "val":
+            raise UserError(f"{where}: the prompts of split: val are those of the public sources, not of a file")
         if part.half not in (0, 1, 2) or (part.half and part.source != "contrasts"):
             raise UserError(f"{where}: half must be 1 or 2, and contrasts alone have halves")
         if part.generic and recipe.kind != "preference":
             raise UserError(f"{where}: generic is for kind: preference")
-        if part.use in REPLACED and (part.file or recipe.kind != "preference"):
-            raise UserError(f"{where}: use: {part.use} makes pairs (kind: preference) of a source's puns, not of a file")
         if part.use == "chosen" and part.source not in (known := {key.split("/")[0] for key in corpus.replacements()}):
             raise UserError(f"{where}: words were chosen for {', '.join(sorted(known))} alone")
         if part.use == "chosen" and recipe.split != "train":
@@ -203,11 +192,14 @@ def build(
     held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
     avoid = frozenset(topic_key(row["topic"]) for row in held_out)
     if recipe.kind in ("sft", "prompt"):
-        rows = with_prompts(rows, avoid)
+        asked = [row for row in rows if not texts_of(row)]  # prompts of one's own
+        rows = [*with_prompts([row for row in rows if texts_of(row)], avoid), *asked]
     else:
         rows = [retopic(row, texts_of(row)[0], avoid) for row in rows]
     if recipe.kind == "prompt":
-        rows = pool.held_out_prompts if pool and recipe.split == "val" else list({row["prompt"]: row for row in rows}.values())
+        rows = (
+            pool.held_out_prompts if pool and recipe.split == "val" else list({str(row["prompt"]): row for row in rows}.values())
+        )
         rows = [{k: v for k, v in row.items() if k != "completion"} for row in rows]
     random.Random(recipe.seed).shuffle(rows)
     statement |= {"pun_word_in_prompt": round(pun_word_share(rows), 4), "evaluation_texts": len(guard.sets) if guard else 0,
@@ -263,8 +255,10 @@ def _part(
 def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[list[Row], str, bool, bool]:
     """(rows, licence, open, rude) of a part before anything is left out."""
     if part.file:
-        rows = read_rows(part.file, recipe.kind, part.columns)
-        return [{"source": part.file, **row} for row in rows], "your own", True, False
+        rows = read_rows(part.file, "judged" if recipe.kind == "preference" else recipe.kind, part.columns)
+        wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
+        rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
+        return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
         return list(corpus.contrast_rows(part.use, part.half)), "MIT", True, False
     if part.source == "embedded":
@@ -286,7 +280,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = [row for row in rows if row.get("is_pun") and row.get("system", "human") == "human"]
     if part.use in REPLACED:
         return rows, source.licence, source.open, source.rude
-    wanted = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}.get(part.use)
+    wanted = KINDS.get(part.use)
     if recipe.kind == "preference":
         found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
         both = part.by == "is_pun" or part.use == "labels"  # these need the texts that are no puns, too
@@ -309,22 +303,23 @@ def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Ra
         if proposer is None:
             raise UserError(f"use: {part.use} needs a model that proposes words: train with this mixture, or leave the part out")
         return (likely_pairs if part.use == "likely" else near_pairs)(rows, part.cap, part.prompt, draw, proposer)
+    single = [row for row in rows if kind_of(row) == "unpaired"]  # of a file: as they are
     if part.use == "labels":
-        return labelled(rows, part.by, part.prompt)
+        return single or labelled(rows, part.by, part.prompt)
     if part.use == "ranked":
         return [group for group in map(ranked, rows) if len(group["scores"]) > 1]
     pairs = [row for row in rows if kind_of(row) == "preference"]
     for group in (row for row in rows if kind_of(row) == "group"):
         pairs += from_group(group, part.gap, part.cap, draw)
     rated = [row for row in rows if kind_of(row) == "text"]
-    return pairs + length_matched(rated, part.gap, part.cap, part.limit, part.prompt, draw, part.by)
+    return pairs + single + length_matched(rated, part.gap, part.cap, part.limit, part.prompt, draw, part.by)
 
 
 def told(statement: Row) -> list[str]:
     """The statement in lines for people."""
     found = [f"{statement['rows']} rows ({statement['kind']}, {statement['split']}), of which:"]
     for part in statement["parts"]:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
+        dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items() if count)
         origin = f"{part['taken']} taken of {part['available']} made of {part['read']} read, weight {part['weight']:g}"
         dropped = f"; dropped: {dropped}" if dropped else ""
         found.append(f"  {' '.join(filter(None, (part['part'], part['use'])))}: {origin}{dropped} [{part['licence']}]")

@@ -7,6 +7,7 @@ the assistant's text is taken. Chat rows may leave the prompt implicit, as TRL's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -101,15 +102,22 @@ def check_row(row: Any, kind: str, where: str) -> Row:
             checked[name] = _text(value, f"{where}, field {name!r}")
             if not checked[name].strip():
                 raise UserError(f"{where}: field {name!r} is empty")
-    if "margin" in row and row["margin"] is not None and not isinstance(row["margin"], int | float):
-        raise UserError(f"{where}: margin must be a number, found {row['margin']!r}")
-    if (weight := row.get("weight", 1.0)) is not None and not (type(weight) in (int, float) and 0 < weight < float("inf")):
-        raise UserError(f"{where}: weight must be a number above 0, found {weight!r}")
+    for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
+        if (value := row.get(name)) is not None and not (is_number(value) and (name != "weight" or value > 0)):
+            raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")
+    if kind in ("preference", "group", "unpaired"):  # a further column with texts is none of this row's answers
+        for name in ("text", "completion", "completions", "chosen", "rejected"):
+            if name not in FIELDS[kind]:
+                checked.pop(name, None)
     return checked
 
 
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _check_scores(scores: Any, completions: Any, where: str) -> None:
-    numbers = isinstance(scores, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores)
+    numbers = isinstance(scores, list) and all(map(is_number, scores))
     if not numbers or len(scores) != len(completions) or len(scores) < 2 or scores != sorted(scores, reverse=True):
         raise UserError(f"{where}: scores must be a number for each completion (at least two), best first")
 
@@ -137,7 +145,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def read_texts(path: str | Path) -> list[Row]:
-    """Rows to be scored: {"text"} or {"prompt", "completion"}; always with "completion"."""
+    """Rows to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always with "completion"."""
     from punster.data.files import located_rows
 
     return some([_scored(row, place) for place, row in located_rows(path)], path)
@@ -145,5 +153,6 @@ def read_texts(path: str | Path) -> list[Row]:
 
 def _scored(row: Any, place: str) -> Row:
     if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
-        return {"completion": _text(row["text"], f"{place}, field 'text'")}
+        asked = {"prompt": _prompt(row["prompt"], place)} if row.get("prompt") is not None else {}
+        return {**asked, "completion": _text(row["text"], f"{place}, field 'text'")}
     return check_row(row, "sft", place)

@@ -30,7 +30,7 @@ def data(rest: list[str]) -> int:
     parser = simple_parser(f"data {rest[0]}", description)
     for name, options in arguments.items():
         parser.add_argument(name, **options)
-    values = parsed_values(parser, rest[1:], [name.lstrip("-") for name in arguments])
+    values = parsed_values(parser, rest[1:])
     if values.get("out") == "":
         raise UserError(f"--out {'FILE' if rest[0] == 'mix' else 'DIR'} is needed")
     action(**{name.replace("from", "given"): value for name, value in values.items()})

@@ -96,7 +96,7 @@ def _body(run: RunData) -> list[str]:
         lora = any(s.config.get("adapter") == "lora" for s in run.stages)
         parts += ["## Method", "\n".join(methods), "Low-rank adapters (Hu et al. 2021) on frozen weights." if lora else ""]
     licence = LICENCES.get(base, "not known to punster: see its own card")
-    unknown = "the user's own file; whether results may be passed on depends on its licence, which punster does not know."
+    unknown = "the user's own data; whether results may be passed on depends on its licence, which punster does not know."
     used = data_used(run)
     sources = list(dict.fromkeys(source for d in used for source in ([d] if d == "embedded" else mixture_sources(d))))
     data = [source_line(source) for source in sources or (["embedded"] if not used else [])]
@@ -121,13 +121,15 @@ def _loading(run: RunData, base: str) -> list[str]:
     place, line = usage(run)
     if not line:
         return []
-    python = [
-        "from punster import load", "", f'model = load("{place}")', 'print(model.generate("make a pun about bakers", k=8))', "",
-        "# or, after the export above, without punster:", "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM", "", f'base = AutoModelForCausalLM.from_pretrained("{base or "BASE"}")',
-        'model = PeftModel.from_pretrained(base, "exported")',
-    ]  # fmt: skip
-    shell = f"```sh\n{line}\npunster export {place} --format peft --out exported\n```"
+    peft = all(s.config.get("adapter") != "none" for s in run.stages if s.verb != "reward")
+    python = ["from punster import load", "", f'model = load("{place}")', 'print(model.generate("make a pun about bakers", k=8))', "",
+              "# or, after the export above, without punster:", "from transformers import AutoModelForCausalLM"]  # fmt: skip
+    if peft:
+        python += ["from peft import PeftModel", "", f'base = AutoModelForCausalLM.from_pretrained("{base or "BASE"}")',
+                   'model = PeftModel.from_pretrained(base, "exported")']  # fmt: skip
+    else:
+        python += ["", 'model = AutoModelForCausalLM.from_pretrained("exported")']
+    shell = f"```sh\n{line}\npunster export {place} --format {'peft' if peft else 'hf'} --out exported\n```"
     return ["## How to load", shell, "```python\n" + "\n".join(python) + "\n```"]
 
 

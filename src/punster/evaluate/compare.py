@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
             stream = seeded(config.seed, f"evaluate/{label}")
             rollout = generate(role, ids, decoding, tokenizer.eos_id, stream, count, keep=keep)
         else:
-            rollout = written(paths[label], texts, ids, count, tokenizer)
+            rollout = written(paths[label], texts, ids, count, tokenizer, reference.model.config.max_positions)
         scores = [by_prompt(score_examples(judge, rollout.closed, rollout.trunk), count) for judge in readers]
         kl = 0.0 if is_reference else None
         if is_reference:
@@ -148,7 +148,9 @@ def label_of(path: str) -> str:
     return Path(path).name.removesuffix(".jsonl")
 
 
-def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer) -> Rollout:
+def written(
+    path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer, limit: int
+) -> Rollout:  # fmt: skip
     """Texts of a file (rows of prompt and completion) as if a model had written them."""
     given: dict[str, list[str]] = {}
     for row in read_rows(path, "sft"):
@@ -157,6 +159,10 @@ def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: 
         raise UserError(f"{path}: fewer than {count} completions to the prompt {missing[0]!r}")
     texts = [(tuple(own), text) for own, prompt in zip(ids, prompts, strict=True) for text in given[str(prompt)][:count]]
     examples = [Example(own, tuple(tokenizer.response_ids(text))) for own, text in texts]
+    if too_long := next((e for e in examples if e.length > limit), None):
+        raise UserError(
+            f"{path}: {tokenizer.decode(too_long.response)[:40]!r} … with its prompt exceeds the context of {limit} tokens"
+        )
     return Rollout(examples, [], [True] * len(examples), tokenizer.eos_id)
 
 
@@ -176,8 +182,9 @@ def training_texts(path: str) -> list[str] | None:
     import yaml
 
     try:
-        sources = yaml.safe_load((Path(path) / "config.yaml").read_text())["data"]
-        return [row["completion"] for row in load_rows(sources, "sft", corpus.sft_rows)]
+        settings = yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
+        rows = load_rows(settings["data"], "sft", corpus.sft_rows, settings.get("columns") or [])
+        return [row["completion"] for row in rows]
     except (OSError, KeyError, TypeError, UserError):
         return None
 

@@ -264,8 +264,11 @@ def commands(run: RunData) -> list[str]:
             lines.append(f"punster run {run.shown}/config.yaml --name again")
         if policies := run.policies:
             options = f" --gold {run.shown}/gold" if any(s.name == "gold" for s in run.stages) else ""
-            options += f" --samples {number(run.summary.get('samples')):.0f}" if number(run.summary.get("samples")) else ""
-            options += "".join(f" --best-of {n[8:]}" for n in run.models if re.fullmatch(r"best_of_\d+", n))
+            given = {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
+            given["best_of"] = max((int(n[8:]) for n in run.models if re.fullmatch(r"best_of_\d+", n)), default=None)
+            given |= {"limit": run.summary.get("prompts"), **{key: run.config.get(key) for key in ("seed", "dtype", "device")}}
+            options += "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items()
+                               if isinstance(v, str | int | float) and not isinstance(v, bool) and k != "out")  # fmt: skip
             lines.append(f"punster evaluate base {' '.join(f'{run.shown}/{p}' for p in policies)}{options}")
     elif run.config and run.stages[0].verb:
         lines.append(f"punster {run.stages[0].verb} --config {run.shown}/config.yaml -n again")
@@ -283,9 +286,23 @@ def usage(run: RunData) -> tuple[str, str]:
 
 
 def data_used(run: RunData) -> list[str]:
-    """Names of the data of all stages: 'embedded', or file names."""
-    found = [d for s in run.stages for key in ("data", "prompts") for d in listed(s.config.get(key))]
-    return list(dict.fromkeys("embedded" if d == "embedded" else Path(d).name for d in found))
+    """Names of the data of all stages, and of the runs that they start from or are rewarded by: 'embedded', or file names.
+
+    A run that cannot be read any more stands there itself: nobody knows what it learned from.
+    """
+    found: list[str] = []
+    todo, seen = [s.config for s in run.stages], {"", "None", "base"}
+    inside = {s.name for s in run.stages} if run.pipeline else set()
+    for settings in todo:
+        keys = ("data", "prompts", "pretrain", "texts", *(["sft_data"] if settings.get("sft_coef") else []))
+        found += [Path(d).name for key in keys for d in listed(settings.get(key))]
+        for path in (str(settings.get(key)) for key in ("actor", "pretrained", "reward_model")):
+            if path not in seen and Path(path).name not in inside:
+                seen.add(path)
+                before, _ = _read_config(Path(path) / "config.yaml")
+                todo += [before] if before else []
+                found += [] if before else [f"{Path(path).name} (a run that is not here)"]
+    return list(dict.fromkeys(found))
 
 
 def listed(value: Any) -> list[str]:

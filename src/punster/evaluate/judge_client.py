@@ -167,13 +167,14 @@ class Client:
     def _fetch(self, key: str, request: Messages) -> None:
         for attempt in range(RETRIES + 3):
             self._wait_for_turn()
+            options = self.options
             try:
-                reply = self.openai.chat.completions.create(model=self.model, messages=request, **self.options)
+                reply = self.openai.chat.completions.create(model=self.model, messages=request, **options)
                 message, usage = reply.choices[0].message, reply.usage
                 text = self.safe(message.content or message.refusal or "")
                 counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
             except self.errors.BadRequestError as error:
-                if not self._adapt(str(error)):
+                if not self._adapt(str(error), options):
                     raise self._failure(error) from None
                 continue
             except self.errors.OpenAIError as error:
@@ -199,15 +200,15 @@ class Client:
                 self.next_turn += 60 / self.config.judge_rate
         time.sleep(pause)
 
-    def _adapt(self, complaint: str) -> bool:
-        """Some models know no temperature, and call the limit max_completion_tokens: leave out what they complain about."""
+    def _adapt(self, complaint: str, sent: dict[str, Any]) -> bool:
+        """Some models know no temperature, and call the limit max_completion_tokens: leave out what they complain about, if it was sent."""
         options = dict(self.options)
         if "max_completion_tokens" in complaint:
             options["max_completion_tokens"] = options.pop("max_tokens", self.config.judge_tokens)
         elif "temperature" in complaint:
             options.pop("temperature", None)
         self.options = options
-        return "max_completion_tokens" in complaint or "temperature" in complaint
+        return options != sent
 
     def _failure(self, error: Exception) -> UserError:
         hints = {

@@ -22,6 +22,7 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
     """Write `role` to a new folder. hf: AutoModelForCausalLM or, with a head, AutoModelForSequenceClassification. peft: adapter."""
     if format not in ("hf", "peft"):
         raise UserError(f"--format {format}: hf or peft")
+    out = out.resolve()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder")
     temporary = out.with_name(out.name + ".part")
@@ -71,7 +72,7 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": config["pad_token_id"], "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tokenizer.hf.save_pretrained(folder)
+    tokenizer.for_transformers().save_pretrained(folder)
 
 
 def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
@@ -83,7 +84,7 @@ def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     if known:
         note = f"Trained on {known.name}, a 4-bit copy of {known.origin}: on the full model the logits differ slightly.\n"
         (folder / "README.md").write_text(note)
-    tokenizer.hf.save_pretrained(folder)
+    tokenizer.for_transformers().save_pretrained(folder)
 
 
 def hub_layout(weights: dict[str, Tensor], family: str) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ encoded with special tokens split, so that no text can inject one.
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +121,19 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """For people and text rewards only: special tokens are dropped, outer white space stripped."""
         return str(self.hf.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def for_transformers(self) -> Any:
+        """A copy for exports, whose chat template writes prompts as this tokenizer does: without the default system turn, or in the
+        run's own prompt format."""
+        hf = copy.deepcopy(self.hf)
+        if self.prompt_format != "chat":
+            before, after = map(json.dumps, self.prompt_format.split("{prompt}", 1))
+            hf.chat_template = f"{{{{ {before} ~ (messages | map(attribute='content') | join('\\n')) ~ {after} }}}}"
+        elif self._default_system:
+            template, default = hf.get_chat_template().removesuffix("\n"), json.dumps(self._default_system)
+            shown = f"text | replace({default}, '', 1) if messages[0]['role'] != 'system' else text"
+            hf.chat_template = f"{{% set text %}}{template}{{% endset %}}{{{{ {shown} }}}}"
+        return hf
 
     # ---- the template -----------------------------------------------------------------------------------------
     def _render(self, messages: Messages, generation: bool) -> str:

@@ -40,6 +40,10 @@ BEST = {
 }  # fmt: skip
 
 
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """The file is whole or not there."""
     with whole_file(path) as handle:
@@ -90,7 +94,10 @@ class State:
                     tensors[f"optimizer|{name}|{label}|{key}"] = value.detach().cpu().contiguous()
         for name, generator in self.generators.items():
             tensors[f"generator|{name}"] = generator.get_state()
-        return tensors, {"cursors": {n: list(c.order) for n, c in self.cursors.items()}, "numbers": dict(self.numbers)}
+        return tensors, {
+            "cursors": {n: list(c.order) for n, c in self.cursors.items()}, "rows": {n: c.rows for n, c in self.cursors.items()},
+            "numbers": dict(self.numbers),
+        }  # fmt: skip
 
     def fingerprints(self) -> dict[str, list[str]]:
         """Hashes of what the run rests on and does not change: other adapters, another reward model or other data make another run."""
@@ -98,7 +105,12 @@ class State:
         adapters = [
             a for role in roles for member in (role, *role.others) for a in member.adapters if a.name not in member.trained
         ]
-        return {"adapters": [a.fingerprint() for a in adapters], "data": [hashlib.sha256(repr(self.given).encode()).hexdigest()]}
+        whole = [(member, member.head) for role in roles for member in (role, *role.others)]
+        weights = [member.model.weights[name] for member, _ in whole for name in sorted(member.model.own)]
+        weights += [t for _, head in whole if head is not None for _, t in head.named_parameters()]
+        return {"adapters": [a.fingerprint() for a in adapters],
+                "weights": [digest(tensor) for tensor in weights if not tensor.requires_grad],
+                "data": [hashlib.sha256(repr(self.given).encode()).hexdigest()]}  # fmt: skip
 
     @torch.no_grad()
     def unpack(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -219,8 +231,11 @@ def restore(run: Run, state: State) -> None:
     changed = [f"{key} {then.get(key)} -> {now}" for key, now in context().items() if then.get(key) != now]
     numbers = json.loads((folder / "state.json").read_text())
     found = numbers.get("keys", state.keys)
-    if found["adapters"] != state.keys["adapters"] or (found["data"] != state.keys["data"] and not changed):
-        what = "data" if found["adapters"] == state.keys["adapters"] else "SFT run or the reward model"
+    rested = all(found.get(kind, state.keys[kind]) == state.keys[kind] for kind in ("adapters", "weights"))
+    rows = {name: cursor.rows for name, cursor in state.cursors.items()}
+    # Data that was drawn or chosen by a model may differ where numbers do; but their places must mean something.
+    if not rested or numbers.get("rows", rows) != rows or (found["data"] != state.keys["data"] and not changed):
+        what = "data" if rested else "SFT run or the reward model"
         raise UserError(f"--resume: the {what} is not what the run was started with, so it cannot go on as the same run")
     try:
         state.unpack(load_file(folder / "state.safetensors"), numbers)

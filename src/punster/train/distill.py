@@ -44,4 +44,4 @@ def distill(config: DistillConfig) -> Path | None:
                     rows.append({"prompt": prompt, "completion": text, "completion_ids": ids_kept})
     if not rows:
         raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
-    return sft(replace(config, pretrained=config.actor), rows, "distill", started=started)
+    return sft(replace(config, pretrained=config.actor, data=[]), rows, "distill", started=started)

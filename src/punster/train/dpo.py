@@ -8,6 +8,7 @@ the sigmoid loss of the first step is ln 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,11 +30,12 @@ from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.estimate import stage_work
 from punster.train.held_out import held_out_prompts, sample_table
 from punster.train.judged import pair_batches
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce
-from punster.train.run import Run, check_name
+from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     check_model,
     check_prompts,
@@ -63,10 +65,13 @@ def dpo(
         kind, embedded = (
             ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
         )
-        each = 1 if config.online else config.pairs_per_prompt
-        count = len(prompts) * each or len(load_rows(rows if rows is not None else config.data, kind, embedded, config.columns))
-        stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * count)
-        announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in)
+        given = [] if prompts else load_rows(rows if rows is not None else config.data, kind, embedded, config.columns)
+        unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
+        count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
+        pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
+        work = stage_work(config, reference.model, rows=math.ceil(pairs))
+        stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * math.ceil(pairs))
+        announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in, work=work)
         return None
     examples, labels = load_examples(config, rows, reference, judge, tokenizer)
     unit = 1 if labels is not None else 2  # rows of KTO are single texts
@@ -85,13 +90,13 @@ def dpo(
     )
     shown = held_out_prompts(None if config.prompts == "embedded" else load_prompts(config.prompts), config.eval_prompts)
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
-    state.given = prompt_ids if config.online else examples
+    state.given = prompt_ids if config.online else [*examples, *([] if labels is None else labels.tolist())]
 
     def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
         trunk = Trunk.shared([policy], examples, tokens)
         return trunk, response_log_probs(reference, examples, trunk, tokens)
 
-    with Run(config, "dpo", steps, started) as run:
+    with Run(marked(config, data=rows), "dpo", steps, started) as run:
         restore(run, state)
         trunk, ref_sums = within_memory(state, partial(prepared, examples), "trunk_tokens")
 
@@ -109,9 +114,14 @@ def dpo(
                 examples, worth = within_memory(state, sample)
                 units = list(range(len(examples) // 2))
                 trunk, ref_sums = within_memory(state, partial(prepared, examples))
-            metrics = within_memory(state, partial(train_step, config, policy, examples, labels, units, trunk, ref_sums))
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
-            metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
+            if units:
+                metrics = within_memory(
+                    state, partial(train_step, config, policy, reference, examples, labels, units, trunk, ref_sums)
+                )
+                metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
+            else:  # all samples of each prompt are worth the same: nothing to learn from
+                metrics = {"loss": 0.0, "grad_norm": 0.0, "skipped_steps": 1.0, "lr": rate}
             if config.online:
                 metrics["objective/scores"] = sum(worth) / len(worth)
             state.numbers["loss"] = metrics["loss"]
@@ -157,6 +167,10 @@ def load_examples(
         drawing = seeded(config.seed, "pairs")
         early = State(reference, {}, {"pairs": drawing}, numbers={"max_tokens": config.max_tokens})  # the run's own comes later
         examples, _ = within_memory(early, partial(sampled_pairs, reference, judge, ids, config, tokenizer, drawing))
+        if not examples:
+            raise UserError(
+                "--pairs sampled: all samples of each prompt are worth the same; use more --samples or another reward"
+            )
         if config.loss_type == "kto":
             return examples, torch.arange(len(examples)) % 2 == 0
         return examples, None
@@ -183,8 +197,10 @@ def encode_given(
     examples: list[Example] = []
     kept: list[Row] = []
     cut = 0
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         prompt = tokenizer.prompt_ids(row["prompt"])
+        if not prompt:
+            raise UserError(f"row {number}: the prompt has no tokens in this prompt format")
         responses = [tuple(tokenizer.response_ids(row[side])) for side in sides]
         room = limit - max(map(len, responses))
         if room >= 1:
@@ -231,7 +247,7 @@ def sampled_pairs(
         for place in range(config.pairs_per_prompt):
             if place < len(better) and worth[better[place]] > worth[ranked[place]]:
                 pairs += [rollout.examples[better[place]], rollout.examples[ranked[place]]]
-    return pairs or [rollout.examples[ending[0][0]]] * 2, worth  # nothing to learn from: a text against itself has no gradient
+    return pairs, worth
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------
@@ -252,13 +268,13 @@ def summed(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def train_step(
-    config: DpoConfig, policy: Role, examples: Sequence[Example], labels: Tensor | None, units: list[int], trunk: Trunk,
-    ref_sums: Tensor, max_tokens: int,
+    config: DpoConfig, policy: Role, reference: Role, examples: Sequence[Example], labels: Tensor | None, units: list[int],
+    trunk: Trunk, ref_sums: Tensor, max_tokens: int,
 ) -> dict[str, float]:  # fmt: skip
     """Accumulate one step's gradient in micro-batches of at most max_tokens."""
     config = replace(config, max_tokens=max_tokens)
     if labels is not None:
-        return kto_step(config, policy, examples, labels, units, trunk, ref_sums)
+        return kto_step(config, policy, reference, examples, labels, units, trunk, ref_sums)
     return pair_step(config, policy, examples, units, trunk, ref_sums)
 
 
@@ -303,10 +319,11 @@ def pair_step(
 
 
 def kto_step(
-    config: DpoConfig, policy: Role, examples: Sequence[Example], labels: Tensor, units: list[int], trunk: Trunk, ref_sums: Tensor
-) -> dict[str, float]:
+    config: DpoConfig, policy: Role, reference: Role, examples: Sequence[Example], labels: Tensor, units: list[int], trunk: Trunk,
+    ref_sums: Tensor,
+) -> dict[str, float]:  # fmt: skip
     """KTO on single texts; z is estimated on mismatched prompt and completion pairs of the same step, without gradient."""
-    z = mismatched_kl(config, policy, [examples[u] for u in units])
+    z = mismatched_kl(config, policy, reference, [examples[u] for u in units])
     totals: dict[str, float] = {"kl": float(z)}
     for group in token_batches([examples[u].length for u in units], config.max_tokens):
         rows = [units[i] for i in group]
@@ -327,16 +344,13 @@ def kto_step(
 
 
 @torch.no_grad()
-def mismatched_kl(config: DpoConfig, policy: Role, examples: Sequence[Example]) -> Tensor:
+def mismatched_kl(config: DpoConfig, policy: Role, reference: Role, examples: Sequence[Example]) -> Tensor:
     """max(0, mean log-ratio) of each prompt with the next row's response: KTO's reference point."""
     count = len(examples)
     room = policy.model.config.max_positions
     crossed = [
         Example(examples[i].prompt, examples[(i + 1) % count].response[: room - len(examples[i].prompt)]) for i in range(count)
     ]
-    reference = replace(policy, adapters=tuple(a for a in policy.adapters if a.name not in policy.trained))
-    if policy.model.trained_from is not None:
-        raise UserError("--loss-type kto needs --adapter lora (the reference is the adapter switched off)")
     trunk = Trunk.shared([policy], crossed, config.max_tokens)
     difference = response_log_probs(policy, crossed, trunk, config.max_tokens) - response_log_probs(
         reference, crossed, trunk, config.max_tokens

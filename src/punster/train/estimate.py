@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from punster.config import (
@@ -19,7 +20,7 @@ from punster.data import corpus
 from punster.data.mix import is_mixture, load_mixture
 from punster.data.schema import Row
 from punster.model.transformer import Decoder
-from punster.train.plan import measured_speed
+from punster.train.plan import block_size, measured_speed
 from punster.train.setup import layer_count, pick_device, pick_dtype, shared_base, top_layers
 
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
@@ -30,52 +31,56 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
     dtype = pick_dtype(config.dtype, device)
     base = shared_base(config.model, dtype, device)
     speed = 0.95 * measured_speed(dtype, device)
-    block = sum(out * into for out, into in base.config.sites(0).values())
-    head, layers = base.head.weight.numel(), base.config.n_layer
-    sampled = (PROMPT + RESPONSE) * block * layers + RESPONSE * head  # one sampled response
-    result = {}
     judge = layers_of(stages["reward"], base) if "reward" in stages else 0  # whose adapter the critic starts from
-    for name, stage in stages.items():
-        depth = (layer_count(stage.depth, layers) if isinstance(stage, RewardConfig) else 0) or layers
-        branch = layers_of(stage, base)
-        trunk, tokens = depth - branch, PROMPT + RESPONSE
-        if isinstance(stage, RewardConfig):
-            records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000)
-            drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
-            pairs = records * len([kind for kind in stage.negatives if kind != "sampled"]) + drawn
-            own = contrasts(stage.data)
-            records, pairs = records + len({row["chosen"] for row in own}), pairs + len(own)
-            # In families each text runs once a step, and about half of its tokens are a prefix of another.
-            texts, trained = records + pairs, (0.5 * (records + pairs) if stage.families else 2 * pairs) * stage.epochs
-            work = tokens * block * (texts * trunk + 2 * trained * branch) + stage.normalise_samples * (
-                sampled + tokens * block * depth
-            )
-            work += drawn * sampled
-            work += stage.test_limit * 6 * tokens * block * depth
-        elif isinstance(stage, SftConfig):
-            records = len(corpus.part("train"))
-            work = records * tokens * block * trunk + stage.epochs * records * (2 * tokens * block * branch + 3 * RESPONSE * head)
-        elif isinstance(stage, PolicyConfig):
-            passes = stage.epochs if isinstance(stage, PpoConfig | GrpoConfig) else 1
-            critic = (judge or branch) if isinstance(stage, PpoConfig) else 0
-            once = sampled + tokens * block * (layers + 2 * branch + (judge or branch) + critic) + 2 * RESPONSE * head
-            each = 2 * tokens * block * (branch + critic) + 3 * RESPONSE * head
-            work = (stage.steps or 1) * stage.batch_size * (once + passes * each)
-        else:
-            assert isinstance(stage, DpoConfig)
-            count = stage.prompt_limit or len(corpus.part("train"))
-            if stage.online and stage.steps:
-                count = stage.steps * stage.batch_size
-            work = (
-                count * stage.samples * (sampled + tokens * block * layers) if stage.pairs == "sampled" or stage.online else 0.0
-            )
-            work += 2 * count * (tokens * block * layers + stage.epochs * (2 * tokens * block * branch + 3 * RESPONSE * head))
-        result[name] = work / speed
+    result = {name: stage_work(stage, base, judge) / speed for name, stage in stages.items()}
     policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
-    result["evaluate"] = texts * (sampled + (PROMPT + RESPONSE) * block * layers) / speed
+    layers = block_size(base) * base.config.n_layer * (PROMPT + RESPONSE)
+    result["evaluate"] = texts * (2 * layers + RESPONSE * base.head.weight.numel()) / speed
     return result
+
+
+def stage_work(stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0) -> float:
+    """Multiply-adds of a stage: on the embedded corpus, or of dpo on so many pairs or prompts (`rows`).
+
+    judge: layers of the reward model's branch, with whose adapter the critic starts.
+    """
+    block, head, layers = block_size(base), base.head.weight.numel(), base.config.n_layer
+    depth = (layer_count(stage.depth, layers) if isinstance(stage, RewardConfig) else 0) or layers
+    branch = layers_of(stage, base)
+    trunk, tokens = depth - branch, PROMPT + RESPONSE
+    sampled = tokens * block * layers + RESPONSE * head  # one sampled response
+    learned = 2 * tokens * block * branch + 3 * RESPONSE * head  # forward, gradients of the inputs, the head once more
+    if isinstance(stage, RewardConfig):
+        records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000)
+        drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
+        pairs = records * len([kind for kind in stage.negatives if kind != "sampled"]) + drawn
+        own = contrasts(stage.data)
+        records, pairs = records + len({row["chosen"] for row in own}), pairs + len(own)
+        # In families each text runs once a step, and about half of its tokens are a prefix of another.
+        trained = (0.5 * (records + pairs) if stage.families else 2 * pairs) * stage.epochs
+        work = tokens * block * ((records + pairs) * trunk + 2 * trained * branch)
+        work += stage.normalise_samples * (sampled + tokens * block * depth) + drawn * sampled
+        return work + stage.test_limit * 6 * tokens * block * depth
+    if isinstance(stage, SftConfig):
+        records = rows or len(corpus.part("train"))
+        passes = stage.steps * stage.batch_size / records if stage.steps else stage.epochs
+        return records * (tokens * block * trunk + passes * learned)
+    if isinstance(stage, PolicyConfig):
+        passes = stage.epochs if isinstance(stage, PpoConfig | GrpoConfig) else 1
+        critic = (judge or branch) if isinstance(stage, PpoConfig) else 0
+        once = sampled + tokens * block * (layers + 2 * branch + (judge or branch) + critic) + 2 * RESPONSE * head
+        each = learned + 2 * tokens * block * critic
+        return (stage.steps or 1) * stage.batch_size * (once + passes * each)
+    assert isinstance(stage, DpoConfig)
+    count = rows or stage.prompt_limit or len(corpus.part("train"))
+    if stage.online:  # fresh pairs at each step, learned from once
+        count = (stage.steps or math.ceil(count * stage.epochs / stage.batch_size)) * stage.batch_size
+    samples = stage.samples if stage.online or stage.pairs == "sampled" else 0
+    texts = 2 * count * (stage.pairs_per_prompt if samples else 1)
+    passes = 1 if stage.online else 2 * stage.steps * stage.batch_size / texts if stage.steps else stage.epochs
+    return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
 
 
 def layers_of(stage: TrainConfig, base: Decoder) -> int:

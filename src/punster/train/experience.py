@@ -18,6 +18,7 @@ from punster.rewards import Reward, RewardFunction, load_function
 from punster.rollout.logprobs import Known, compare_policies
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train import held_out
+from punster.train.estimate import stage_work
 from punster.train.run import Run
 from punster.train.setup import check_model, check_prompts, extend, load_prompts, open_policy_role, open_reward_model, own_copy
 
@@ -43,6 +44,11 @@ class Setup:
         """Stand-ins of full length, for estimates of time and memory."""
         response = (0,) * self.decoding.max_new_tokens
         return [Example(tuple(ids), response) for ids in self.prompt_ids]
+
+    def work(self, config: PolicyConfig) -> float:
+        """Multiply-adds of the run."""
+        judge = self.reward.model
+        return stage_work(config, self.policy.model, judge.last_layer - judge.first_layer if judge is not None else 0)
 
 
 def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: RewardFunction | None) -> Setup:

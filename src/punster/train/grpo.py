@@ -34,7 +34,7 @@ from punster.train.experience import Experience, collect, open_policy, sample_ta
 from punster.train.guard import Guard
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, within_memory
 from punster.train.plan import announce
-from punster.train.run import Run, check_name
+from punster.train.run import Run, check_name, marked
 from punster.train.shaping import filter_prompts
 
 
@@ -47,7 +47,7 @@ def grpo(
     setup = open_policy(config, prompts, reward)
     policy, tokenizer = setup.policy, setup.tokenizer
     steps = config.steps or 1
-    if announce(config, "grpo", policy, steps, setup.dry_examples):
+    if announce(config, "grpo", policy, steps, setup.dry_examples, work=setup.work(config)):
         return None
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(filter_prompts(setup, config), seeded(config.seed, "data"))
@@ -57,7 +57,7 @@ def grpo(
         policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0}, fixed=[setup.reward.model],
         given=setup.prompt_ids,
     )  # fmt: skip
-    with Run(config, "grpo", steps, started) as run:
+    with Run(marked(config, prompts=prompts), "grpo", steps, started) as run:
         restore(run, state)
         guard = Guard(run, state, tokenizer, config.max_kl)
         for step in range(run.step + 1, steps + 1):
@@ -136,7 +136,6 @@ def train_step(
     chosen = [row for group in groups for row in group]
     weights = torch.zeros_like(exp.mask, dtype=torch.float32)
     weights[chosen] = token_weights(config, exp.mask[chosen])
-    high = config.clip_high if config.clip_high is not None else (0.28 if config.variant == "dapo" else None)
     tokens = float(exp.mask[chosen].sum())
     sums = dict.fromkeys(("loss", "clipfrac", "approx_kl", "ratio"), 0.0)
     largest = 0.0
@@ -149,7 +148,9 @@ def train_step(
         flat = token_log_probs(states, policy.model.head, batch.targets(), config.temperature, known=first.known)
         log_prob = batch.scatter(flat)
         # The clipped loss is linear in positive weights, so they can ride on the advantages.
-        loss, stats = clipped_policy_loss(log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, high)
+        loss, stats = clipped_policy_loss(
+            log_prob, exp.log_prob[cut], advantages[cut] * weights[cut], mask, config.clip, config.upper_clip
+        )
         if config.beta and config.kl_place != "reward":
             kl = kl_loss(log_prob, exp.log_prob[cut], exp.ref_log_prob[cut], config.kl_place == "corrected")
             loss = loss + config.beta * (kl * weights[cut]).sum()

@@ -43,8 +43,9 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
     examples: list[Example] = []
     items = []
     for number, row in enumerate(rows, 1):
-        texts = row.get("completions") or [row[side] for side in (*SIDES, "completion") if side in row]
-        for side, text in zip(SIDES if "chosen" in row else [""] * len(texts), texts, strict=True):
+        sides = SIDES if "chosen" in row else [""] * len(row.get("completions", ("one",)))
+        texts = [row[side] for side in SIDES] if "chosen" in row else row.get("completions") or [row["completion"]]
+        for side, text in zip(sides, texts, strict=True):
             if ids := row.get(f"{side}_ids"):
                 examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
             else:
@@ -64,7 +65,7 @@ def weighed(rows: Sequence[Row]) -> list[Row]:
 
 def family(row: Row) -> str:
     """What a row is about: the group that it comes from, or its first text."""
-    return str(row.get("group") or texts_of(row)[0])
+    return str(row.get("family") or row.get("group") or texts_of(row)[0])
 
 
 def families(rows: Sequence[Row]) -> list[list[int]]:
@@ -198,7 +199,8 @@ def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
         return rows
     generator = seeded(config.seed, "labels")
     coins = torch.rand(len(rows), generator=generator) < 0.5
-    return [swapped(row) if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
+    # Families stay what they are: the placebo takes the same steps.
+    return [{**swapped(row), "family": family(row)} if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
 
 
 def swapped(row: Row) -> Row:

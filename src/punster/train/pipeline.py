@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.config.pipeline import NEEDS
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial, write_json, write_text
 from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release
@@ -112,8 +113,13 @@ def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
         changed["steps"] = max(1, round(value("steps") * scale))
     elif value("epochs") is not None:
         changed["epochs"] = value("epochs") * scale
+    if issubclass(kind, PpoConfig):
+        changed["critic_warmup"] = min(value("critic_warmup"), changed["steps"] - 1)
     if issubclass(kind, PpoConfig | GrpoConfig):
-        changed["batch_size"] = max(8, int(value("batch_size") * min(1.0, scale * 4)) // 8 * 8)
+        group = value("samples") if issubclass(kind, GrpoConfig) else 8
+        if scale < 0.25:
+            changed["batch_size"] = max(group, int(value("batch_size") * scale * 4) // group * group)
+            changed["minibatches"] = min(value("minibatches"), changed["batch_size"])
         changed["eval_prompts"] = max(2, round(value("eval_prompts") * min(1.0, scale)))
     if issubclass(kind, RewardConfig):
         changed["rows_per_kind"] = max(8, round((value("rows_per_kind") or 540) * scale))
@@ -141,6 +147,15 @@ def run_pipeline(config: PipelineConfig) -> int:
             raise UserError(
                 f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage} to run it again"
             )
+    begun = [stage for stage in stages if (folder / stage / "config.yaml").exists()]
+    redone: list[str] = []  # in their order: what rests on a stage that is to be run again must be run again, too
+    for stage in begun:
+        redone += [stage] if any(need in redone or need not in begun for need in NEEDS[stage]) else []
+    if redone:
+        raise UserError(
+            f"--resume: {', '.join(redone)} rest on a stage that is to be run again; delete these, too: "
+            + ", ".join(str(folder / stage) for stage in redone)
+        )
     open_base(stages["sft"])  # a model that cannot be had is found out before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder)
@@ -167,7 +182,8 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
             print(text, file=sys.stderr)
 
     clock = Clock(config, stages, evaluation, say)
-    write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(config_dict(config), sort_keys=False))
+    again = config_dict(replace(config, resume=False))  # so that the file can be run anew under another name
+    write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
     started = time.monotonic()
     seconds: dict[str, Any] = {}
     for number, (stage, stage_settings) in enumerate(stages.items(), 1):
@@ -274,5 +290,8 @@ def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: Eva
     for stage, seconds in pipeline_seconds(config, stages, evaluation).items():
         print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
         total += seconds
-    print(f"  {'in all':15s} about {total / 60:5.1f} minutes on this machine, about 3 GB of memory")
+    base = open_base(stages["sft"])[0]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in base.weights.values())
+    memory = (weights + 2.5e9 * base.config.d_model / 576) / 1e9  # as measured for the default model, larger ones in proportion
+    print(f"  {'in all':15s} about {total / 60:5.1f} minutes on this machine, about {memory:.0f} GB of memory")
     return 0

@@ -8,6 +8,7 @@ from the training path in the very micro-batches of the first pass, so the ratio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 
 import torch
 
-from punster.algorithms.advantages import RunningScale, gae, masked_whiten, shaped_rewards
-from punster.algorithms.kl import AdaptiveKL, FixedKL, kl_penalty
+from punster.algorithms.advantages import RunningScale, gae, inverse_std, masked_whiten, shaped_rewards
+from punster.algorithms.kl import AdaptiveKL, kl_penalty
 from punster.algorithms.losses import clipped_policy_loss, clipped_value_loss
 from punster.config import PpoConfig
 from punster.model.role import Role
@@ -28,7 +29,8 @@ from punster.train.experience import Experience, collect, open_policy, sample_ta
 from punster.train.guard import Guard
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, rows_used, seeded, within_memory
 from punster.train.plan import announce
-from punster.train.run import Run, check_name
+from punster.train.run import Run, check_name, marked
+from punster.train.setup import to_stderr
 from punster.train.shaping import SftTerm, baseline_scores, filter_prompts
 
 
@@ -41,8 +43,10 @@ def ppo(
     setup = open_policy(config, prompts, reward)
     policy, tokenizer, steps = setup.policy, setup.tokenizer, config.steps or 1
     critic = make_critic(config, setup)
-    if announce(config, "ppo", policy, steps, setup.dry_examples):
+    if announce(config, "ppo", policy, steps, setup.dry_examples, work=setup.work(config)):
         return None
+    if steps <= config.critic_warmup and not config.quiet:
+        to_stderr(f"note: --critic-warmup {config.critic_warmup} leaves none of the {steps} rollouts to the policy")
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
     critic_optimizer, critic_names = make_optimizer(critic, config.critic_lr, config.weight_decay)
     count = filter_prompts(setup, config)
@@ -53,17 +57,15 @@ def ppo(
         policy, {"policy": (optimizer, names), "critic": (critic_optimizer, critic_names)},
         {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling, "sft": sft_term.cursor.generator},
         {"data": cursor, "sft": sft_term.cursor}, {"critic": critic}, {"beta": config.beta, "episodes": 0, "scale": [0.0, 0.0, 0.0]},
-        [setup.reward.model], setup.prompt_ids,
+        [setup.reward.model], [*setup.prompt_ids, *sft_term.examples],
     )  # fmt: skip
-    with Run(config, "ppo", steps, started) as run:
+    with Run(marked(config, prompts=prompts), "ppo", steps, started) as run:
         restore(run, state)
         within_memory(state, sft_term.prepare, "trunk_tokens")
-        beta, scale, guard = (
-            state.numbers["beta"],
-            RunningScale(*state.numbers["scale"]),
-            Guard(run, state, tokenizer, config.max_kl),
+        scale, guard = RunningScale(*state.numbers["scale"]), Guard(run, state, tokenizer, config.max_kl)
+        controller = AdaptiveKL(
+            state.numbers["beta"], config.target_kl, config.kl_horizon or math.ceil(steps * config.batch_size / 10)
         )
-        controller = FixedKL(beta) if config.target_kl is None else AdaptiveKL(beta, config.target_kl, config.kl_horizon)
         for step in range(run.step + 1, steps + 1):
             guard.begin(step)
             rows = cursor.next(config.batch_size)
@@ -81,13 +83,13 @@ def ppo(
                 scores = scores.clamp(-config.clip_rewards, config.clip_rewards)
             penalty = kl_penalty(exp.log_prob, exp.ref_log_prob, exp.kl, config.kl_penalty)
             rewards = shaped_rewards(scores, penalty, exp.mask, controller.beta)
-            if config.whiten_rewards:
-                rewards = masked_whiten(rewards, exp.mask, shift_mean=False)
+            unit = inverse_std(rewards, exp.mask) if config.whiten_rewards else 1.0
+            rewards = masked_whiten(rewards, exp.mask, shift_mean=False) if config.whiten_rewards else rewards
             if step == 1:
                 calibrate(critic, exp, rewards, config.gamma)
             advantages, returns = gae(rewards, exp.values, exp.mask, config.gamma, config.lam)
             if config.kl_penalty == "exact":  # one KL for all tokens of a state: what each of them adds to it is k1's deviation
-                advantages = advantages - controller.beta * (exp.log_prob - exp.ref_log_prob - exp.kl) * exp.mask
+                advantages = advantages - unit * controller.beta * (exp.log_prob - exp.ref_log_prob - exp.kl) * exp.mask
             advantages = masked_whiten(advantages, exp.mask)
             rate = learning_rate(1.0, step - 1, steps, config.warmup)
             updates: list[dict[str, float]] = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from punster.api import GENERIC_PROMPT
-from punster.config import RewardConfig
+from punster.config import RewardConfig, SftConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row, texts_of
@@ -52,7 +52,7 @@ from punster.train.optim import (
     within_memory,
 )
 from punster.train.plan import announce
-from punster.train.run import Run, check_name
+from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     check_model,
     extend,
@@ -63,10 +63,13 @@ from punster.train.setup import (
     plain_base,
     to_stderr,
 )
+from punster.train.sft import sft
 
 
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
+    if config.texts and config.resume and not Path(config.out, config.name).exists() and texts_run(config).exists():
+        config = replace(config, resume=False)  # it was interrupted while it read
     started = check_name(config, "reward")
     if config.pretrained:
         sampled_from, tokenizer = open_policy_role(config.pretrained, config)
@@ -76,6 +79,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         sampled_from = Role(base)
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
+    if config.texts and (read := read_texts(config)):
+        start, _ = open_policy_role(str(read), config, tokenizer)
 
     def judged(sources: Sequence[str] | Sequence[Row]) -> list[Row]:
         found = judged_rows(config, sources, sampled_from, tokenizer)
@@ -91,12 +96,14 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
     units[1] = [[len(first) + place for place in unit] for unit in units[1]]
     first_steps = math.ceil(len(units[0]) / config.batch_size)
-    steps = config.steps or first_steps + total_steps(config, len(units[1]), config.epochs)
+    bags = [bag(len(units[1]), config, number) for number in range(config.members)]
+    steps = config.steps or first_steps + total_steps(config, len(bags[0]), config.epochs)
+    if steps <= first_steps:
+        raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
-    if announce(config, "reward", model, steps, examples):
+    if announce(config, "reward", model, steps, examples, steps * config.batch_size * config.members / len(units[1])):
         return None
-    bags = [bag(len(units[1]), config, number) for number in range(config.members)]
     optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {}
     cursors: dict[str, Cursor] = {}
     for number, member in enumerate(members):
@@ -106,7 +113,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                     for part, places in (("first", units[0]), ("data", bags[number])) if places}  # fmt: skip
     generators = {name: cursor.generator for name, cursor in cursors.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
-    with Run(config, "reward", steps, started) as run:
+    with Run(marked(config, data=rows), "reward", steps, started) as run:
         restore(run, state)
         used = {text for row in rows_needed(config, units, first_steps, steps) for text in items[row].texts}
         trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
@@ -166,6 +173,22 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
     return replace(role, head=head.trainable(), pooling=config.pooling, aux=aux)
 
 
+def texts_run(config: RewardConfig) -> Path:
+    """The run of its own in which a reward model's base reads --texts."""
+    return Path(config.out, f"{config.name}-texts")
+
+
+def read_texts(config: RewardConfig) -> Path | None:
+    """Fine-tune on --texts; goes on with such a run that was interrupted, and takes one that is finished."""
+    settings = {name: getattr(config, name) for name in ("out", "model", "prompt_format", "device", "dtype", "seed", "dry_run", "quiet",
+                                                         "lora_r", "lora_alpha", "max_tokens")}  # fmt: skip
+    begun = (texts_run(config) / "config.yaml").exists()
+    return sft(SftConfig(
+        **settings, name=texts_run(config).name, data=config.texts, pretrained=config.pretrained if config.start == "sft" else None,
+        batch_size=64, epochs=1.0, lr=config.texts_lr, top_layers="all", eval_prompts=4, resume=begun,
+    ))  # fmt: skip
+
+
 def judged_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
@@ -215,8 +238,11 @@ def rows_needed(config: RewardConfig, units: Sequence[Sequence[Sequence[int]]], 
 def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
     """Held-out pairs of which both texts fit into the context: of the embedded corpus, and of --eval-data."""
     rows = corpus.preference_rows(("literal", "off_topic"), "val")
-    if config.eval_data:
-        rows += [row for row in load_rows(config.eval_data, "judged", list, config.columns) if "chosen" in row]
+    if given := [name for name in config.eval_data if name != "embedded"]:
+        pairs = [row for row in load_rows(given, "judged", list, config.columns) if "chosen" in row]
+        if not pairs:
+            raise UserError("--eval-data: no pairs (chosen and rejected) in it")
+        rows += pairs
     return [row for row in rows if fits(row, tokenizer, model)]
 
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
@@ -31,6 +31,9 @@ from punster.config import TrainConfig
 from punster.errors import UserError
 from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, write_json, write_text, writing
+
+Config = TypeVar("Config", bound=TrainConfig)
+FROM_PYTHON = "(given from Python)"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -285,6 +288,14 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
     }
     changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved.get(k, v) != v}
     return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())
+
+
+def marked(config: Config, **given: Any) -> Config:
+    """The settings of a run on rows or prompts that came from Python (not None): its config.yaml must not name data it did not read."""
+    kept: dict[str, Any] = {
+        name: [FROM_PYTHON] if name == "data" else FROM_PYTHON for name, value in given.items() if value is not None
+    }
+    return dataclasses.replace(config, **kept)
 
 
 def config_dict(config: Any) -> dict[str, Any]:

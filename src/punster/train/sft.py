@@ -31,7 +31,7 @@ from punster.train.optim import (
     within_memory,
 )
 from punster.train.plan import announce
-from punster.train.run import Run, check_name
+from punster.train.run import Run, check_name, marked
 from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
 
 
@@ -65,7 +65,7 @@ def sft(
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(len(examples), seeded(config.seed, "data"))
     state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor}, given=examples)
-    with Run(config, verb, steps, started) as run:
+    with Run(marked(config, data=rows if verb == "sft" else None), verb, steps, started) as run:
         restore(run, state)
         used = rows_used(len(examples), config.seed, steps * config.batch_size)
         trunk = within_memory(state, lambda tokens: Trunk.shared([policy], examples, tokens, used), "trunk_tokens")
