@@ -223,8 +223,7 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: b
     groups = [row for part in ("train", "val") for row in pool.rows("pungen_he2019", part) if "completions" in row]  # type: ignore[arg-type]
     keys = sorted({str(row.get("semeval_id") or row["id"]) for row in groups})
     random.Random(1).shuffle(keys)
-    every = Index([words(text) for row in groups for text in texts_of(row)])
-    rows, scores, config = training_rows(config), {}, reading(config, "folds", every)
+    rows, scores = training_rows(config), {}
     for fold in range(folds):
         held = set(keys[fold::folds])
         out = [row for row in groups if str(row.get("semeval_id") or row["id"]) in held]
@@ -233,23 +232,6 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: b
         print(f"fold {fold + 1}: {len(rows) - len(kept)} of {len(rows)} rows left out", file=sys.stderr)
         scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), own_prompts), he_measures(out))
     return [(measure, scores) for measure in he_measures(groups)]
-
-
-def reading(config: RewardConfig, label: str, judged: Index | None = None) -> RewardConfig:
-    """The configuration with its --texts read, once for all that is trained here; without those near to what folds judge."""
-    if not config.texts:
-        return config
-    from punster.train.reward import read_texts
-    from punster.train.setup import load_rows
-
-    given = load_rows(config.texts, "sft", corpus.sft_rows)
-    kept = [row for row in given if judged is None or not judged.has_near(row["completion"])]
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    file = Path(config.out, f"{config.name or 'human'}-{label}-texts.jsonl")
-    file.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) + "\n" for row in kept))
-    print(f"texts: {len(given) - len(kept)} of {len(given)} left out", file=sys.stderr)
-    run = read_texts(replace(config, name=f"{config.name or 'human'}-{label}", texts=[str(file)]))
-    return replace(config, texts=[], start="sft", pretrained=str(run))
 
 
 def variant(config: RewardConfig, rows: Sequence[Row], label: str) -> str:
@@ -293,7 +275,7 @@ def main() -> None:
             print(f"{len(kept)} of {len(rows)} rows", file=sys.stderr)
             parts = [f"without-{options.leave_out}"] if options.leave_out else []
             parts += [f"share-{options.share:g}"] if options.share < 1 else []
-            options.runs.append(variant(reading(config, "all"), kept, "-".join(parts) or "whole"))
+            options.runs.append(variant(config, kept, "-".join(parts) or "whole"))
     if options.runs:
         named["model"] = [scored(by_run(run, options.prompts), found) for run in options.runs]
     named["longer"] = [scored(lambda texts: [float(len(text.split())) for _, text in texts], found)]

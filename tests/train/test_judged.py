@@ -416,26 +416,3 @@ def test_evaluation_data_without_pairs_is_refused(tiny_llama: Path, tmp_path: Pa
     with pytest.raises(UserError, match="--eval-data: no pairs"):
         train_reward(config, [PAIR])
     assert train_reward(replace(config, eval_data=["embedded"]), [PAIR]) is not None
-
-
-def test_a_reward_model_that_read_texts_first(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
-    """The adapter learned from texts stays as it is under the reward's; interrupted while reading, the run goes on bit for bit."""
-    file = tmp_path / "texts.jsonl"
-    file.write_text(
-        "".join(json.dumps({"prompt": "pun: sea", "completion": f"the tide was tied {i} times"}) + "\n" for i in range(150))
-    )
-    config = make(RewardConfig, name="whole", out=str(tmp_path / "a"), model=str(tiny_llama), texts=[str(file)], batch_size=4, steps=3,
-                  lora_r=4, top_layers="all", depth=0)  # fmt: skip
-    whole = train_reward(config, ROWS[:4])
-    assert reader.summary(whole.with_name("whole-texts"))["steps"] == 3  # 150 rows, 64 a step
-    role, tokenizer = load_run(whole)
-    read, _ = load_run(whole.with_name("whole-texts"))
-    assert [adapter.name for adapter in role.adapters] == ["sft", "reward"]
-    assert role.adapters[0].fingerprint() == read.adapters[0].fingerprint()
-    assert export(role, tokenizer, "hf", tmp_path / "hf").is_dir()
-    shutil.copytree(tmp_path / "a" / "whole-texts", tmp_path / "b" / "whole-texts")
-    again = train_reward(replace(config, out=str(tmp_path / "b"), resume=True), ROWS[:4])
-    assert reader.tensor_bytes(again) == reader.tensor_bytes(whole) and reader.lines(again) == reader.lines(whole)
-    with pytest.raises(UserError, match="there is no run"):
-        train_reward(replace(config, out=str(tmp_path / "c"), resume=True), ROWS[:4])
-    assert train_reward(replace(config, name="dry", dry_run=True), ROWS[:4]) is None and not (tmp_path / "a" / "dry-texts").exists()

@@ -36,10 +36,6 @@ class RewardConfig(TrainConfig):
         "embedded, puns (public sources), a mixture.yaml, or files, folders, hub data sets with prompt and chosen, rejected "
         "(pairs), completions, scores (ranked groups) or completion, label (is it a pun)",
     )
-    texts: list[str] = opt(
-        [], "rows with prompt and completion, as --data of sft, which an adapter on all layers learns to write before the reward "
-        "model is stacked on it (a run of its own beside this one, NAME-texts)")  # fmt: skip
-    texts_lr: float = opt(5e-4, "learning rate of that; one pass, 64 rows a step", above=0)
     pretrain: list[str] = opt([], "data that is passed once before the other, as --data: votes, ratings")
     eval_data: list[str] = opt([], "pairs held out for the summary's calibration and reliability, as --data")
     columns: list[str] = opt([], COLUMNS_HELP)
@@ -218,7 +214,7 @@ class DpoConfig(TrainConfig):
     online: bool = opt(False, "sample from the current policy at every step, rank by the reward model, and learn")
     loss_type: DpoLoss = opt("sigmoid", "sigmoid, ipo, hinge, robust, kto, orpo or simpo")
     label_smoothing: float = opt(0.0, "share of wrong labels assumed (sigmoid: conservative DPO; robust)", low=0, below=0.5)
-    beta: float = opt(0.1, "strength of the tie to the reference", above=0)
+    beta: float = opt(0.1, "strength of the tie to the reference (simpo has none, and is used with 2 to 10)", above=0)
     simpo_gamma: float = opt(0.5, "SimPO's target margin", low=0)
     sft_coef: float = opt(0.0, "weight of an SFT term on the chosen responses", low=0)
     max_new_tokens: int = opt(40, "longest sampled response", low=1)

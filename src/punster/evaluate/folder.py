@@ -294,7 +294,7 @@ def data_used(run: RunData) -> list[str]:
     todo, seen = [s.config for s in run.stages], {"", "None", "base"}
     inside = {s.name for s in run.stages} if run.pipeline else set()
     for settings in todo:
-        keys = ("data", "prompts", "pretrain", "texts", *(["sft_data"] if settings.get("sft_coef") else []))
+        keys = ("data", "prompts", "pretrain", *(["sft_data"] if settings.get("sft_coef") else []))
         found += [Path(d).name for key in keys for d in listed(settings.get(key))]
         for path in (str(settings.get(key)) for key in ("actor", "pretrained", "reward_model")):
             if path not in seen and Path(path).name not in inside:

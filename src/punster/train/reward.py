@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from punster.api import GENERIC_PROMPT
-from punster.config import RewardConfig, SftConfig
+from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row, texts_of
@@ -63,13 +63,10 @@ from punster.train.setup import (
     plain_base,
     to_stderr,
 )
-from punster.train.sft import sft
 
 
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
-    if config.texts and config.resume and not Path(config.out, config.name).exists() and texts_run(config).exists():
-        config = replace(config, resume=False)  # it was interrupted while it read
     started = check_name(config, "reward")
     if config.pretrained:
         sampled_from, tokenizer = open_policy_role(config.pretrained, config)
@@ -79,8 +76,6 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         sampled_from = Role(base)
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
-    if config.texts and (read := read_texts(config)):
-        start, _ = open_policy_role(str(read), config, tokenizer)
 
     def judged(sources: Sequence[str] | Sequence[Row]) -> list[Row]:
         found = judged_rows(config, sources, sampled_from, tokenizer)
@@ -171,22 +166,6 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
         aux["pun"] = ScalarHead(torch.ones(1, device=device), torch.zeros((), device=device))
     aux = {name: each.trainable() for name, each in aux.items()}
     return replace(role, head=head.trainable(), pooling=config.pooling, aux=aux)
-
-
-def texts_run(config: RewardConfig) -> Path:
-    """The run of its own in which a reward model's base reads --texts."""
-    return Path(config.out, f"{config.name}-texts")
-
-
-def read_texts(config: RewardConfig) -> Path | None:
-    """Fine-tune on --texts; goes on with such a run that was interrupted, and takes one that is finished."""
-    settings = {name: getattr(config, name) for name in ("out", "model", "prompt_format", "device", "dtype", "seed", "dry_run", "quiet",
-                                                         "lora_r", "lora_alpha", "max_tokens")}  # fmt: skip
-    begun = (texts_run(config) / "config.yaml").exists()
-    return sft(SftConfig(
-        **settings, name=texts_run(config).name, data=config.texts, pretrained=config.pretrained if config.start == "sft" else None,
-        batch_size=64, epochs=1.0, lr=config.texts_lr, top_layers="all", eval_prompts=4, resume=begun,
-    ))  # fmt: skip
 
 
 def judged_rows(
