@@ -574,6 +574,9 @@ def test_a_card_knows_what_the_runs_before_it_learned_from(tmp_path: Path) -> No
     assert [licence_of(tmp_path / name) for name in chained] == ["apache-2.0", "other", "other", "other"]
     assert "SemEval-2017 Task 7" in (tmp_path / "b" / "README.md").read_text()
     assert "`gone (a run that is not here)`" in (tmp_path / "d" / "README.md").read_text()
+    stage(tmp_path / "moved" / "sft", "sft", [{"loss": 1.0}])
+    stage(tmp_path / "moved" / "ppo", "ppo", [{"loss": 1.0}], actor="runs/before/sft")
+    assert licence_of(tmp_path / "moved" / "ppo") == "apache-2.0"  # found beside it
     stage(tmp_path / "mixed", "ppo", [{"loss": 1.0}], actor="base", sft_coef=0.1, sft_data=["puns"])
     stage(tmp_path / "unmixed", "ppo", [{"loss": 1.0}], actor="base", sft_coef=0.0, sft_data=["puns"])
     assert [licence_of(tmp_path / name) for name in ("mixed", "unmixed")] == ["other", "apache-2.0"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ def words(text: str) -> Words:
     return frozenset(_WORD.findall(text.lower()))
 
 
-def jaccard(a: Words, b: Words) -> float:
+def jaccard(a: Set[str], b: Set[str]) -> float:
+    """Shared over all elements; 0 of two empty sets."""
     return len(a & b) / len(a | b) if a or b else 0.0
 
 

@@ -14,9 +14,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from punster.data.leakage import Index
+from punster.data.leakage import Index, jaccard
 from punster.data.leakage import words as token_set
-from punster.evaluate.metrics import jaccard, words
+from punster.evaluate.metrics import words
 
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
@@ -98,7 +98,7 @@ def nearest_training(texts: Sequence[str], training: Sequence[str], threshold: f
     found = []
     for text in texts:
         own = token_set(text)
-        found.append(max(((jaccard(set(own), set(sets[i])), i) for i in index.near(own)), default=(0.0, -1)))
+        found.append(max(((jaccard(own, sets[i]), i) for i in index.near(own)), default=(0.0, -1)))
     return found
 
 

@@ -68,6 +68,7 @@ class RunData:
     samples: list[dict[str, Any]]
     stages: list[Stage]
     config_sha256: str = ""
+    place: Path = Path()
     hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
 
     def hue(self, name: str) -> int:
@@ -125,7 +126,7 @@ def read_run(folder: Path) -> RunData:
     return RunData(
         name=scrub(place.name), shown=shown, pipeline=pipeline, config=config, summary=summary,
         samples=read_lines(folder / "samples.jsonl"), stages=stages,
-        config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file.is_file() else "",
+        config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file.is_file() else "", place=place,
     )  # fmt: skip
 
 
@@ -299,7 +300,8 @@ def data_used(run: RunData) -> list[str]:
         for path in (str(settings.get(key)) for key in ("actor", "pretrained", "reward_model")):
             if path not in seen and Path(path).name not in inside:
                 seen.add(path)
-                before, _ = _read_config(Path(path) / "config.yaml")
+                beside = run.place.parent / Path(path).name  # of a pipeline that was moved
+                before = next((c for at in (Path(path), beside) if (c := _read_config(at / "config.yaml")[0])), {})
                 todo += [before] if before else []
                 found += [] if before else [f"{Path(path).name} (a run that is not here)"]
     return list(dict.fromkeys(found))

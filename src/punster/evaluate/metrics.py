@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from statistics import correlation
 
+from punster.data.leakage import jaccard
+
 _WORD = re.compile(r"[a-z0-9']+")
 
 
@@ -17,10 +19,6 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Unique n-grams over all n-grams of the texts (Li et al. 2016). Falls with the number of texts: compare equal counts only."""
     grams = [tuple(w[i : i + n]) for w in map(words, texts) for i in range(len(w) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / len(a | b) if a or b else 0.0
 
 
 def copy_rate(texts: Sequence[str], training: Sequence[str], threshold: float = 0.6) -> float:

@@ -32,7 +32,6 @@ from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.estimate import stage_work
 from punster.train.held_out import held_out_prompts, sample_table
-from punster.train.judged import pair_batches
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
@@ -276,6 +275,12 @@ def train_step(
     if labels is not None:
         return kto_step(config, policy, reference, examples, labels, units, trunk, ref_sums)
     return pair_step(config, policy, examples, units, trunk, ref_sums)
+
+
+def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Pairs (examples 2i and 2i + 1) in micro-batches of at most max_tokens padded tokens."""
+    longest = [max(examples[2 * pair].length, examples[2 * pair + 1].length) for pair in pairs]
+    return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
 
 
 def pair_step(

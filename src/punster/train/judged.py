@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from punster.algorithms.losses import plackett_luce
 from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
-from punster.data.batch import Example, token_batches
+from punster.data.batch import Example
 from punster.data.schema import Row, texts_of
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
@@ -92,12 +92,6 @@ def item_batches(examples: Sequence[Example], items: Sequence[Item], max_tokens:
             seen = own
         groups[-1].append(place)
     return groups
-
-
-def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Pairs (examples 2i and 2i + 1) in micro-batches of at most max_tokens padded tokens."""
-    longest = [max(examples[2 * pair].length, examples[2 * pair + 1].length) for pair in pairs]
-    return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
 
 
 def item_loss(
