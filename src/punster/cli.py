@@ -8,7 +8,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -194,10 +193,11 @@ def check_files(rest: Sequence[str], parser: Any) -> None:
     for path in files + [word.removeprefix("--config=") for word in rest if word.startswith("--config=")]:
         values = None
         try:
-            with suppress(OSError, yaml.YAMLError):  # said when it is parsed
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # said when it is parsed
         if isinstance(values, dict):
             check_values(values, parser, path)
 

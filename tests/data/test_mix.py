@@ -265,3 +265,13 @@ def test_uses_that_a_part_does_not_have_are_refused(part: str, tmp_path: Path) -
         recipe_of(tmp_path, f"kind: preference\nparts: [{part}]")
     with pytest.raises(UserError, match="must be one of puns, texts"):
         recipe_of(tmp_path, "kind: sft\nparts: [{source: embedded, use: literal}]")
+
+
+def test_rows_that_are_no_pairs_are_refused_where_pairs_are_needed(tmp_path: Path) -> None:
+    from punster.train.setup import load_rows
+
+    (tmp_path / "own.jsonl").write_text('{"prompt": "p", "completion": "a text", "label": true}\n')
+    (tmp_path / "recipe.yaml").write_text("kind: preference\nparts: [{file: own.jsonl}]")
+    assert load_rows([str(tmp_path / "recipe.yaml")], "judged", list)[0]["label"] is True
+    with pytest.raises(UserError, match="rows are no pairs"):
+        load_rows([str(tmp_path / "recipe.yaml")], "preference", list)

@@ -575,8 +575,10 @@ def test_a_card_knows_what_the_runs_before_it_learned_from(tmp_path: Path) -> No
     assert "SemEval-2017 Task 7" in (tmp_path / "b" / "README.md").read_text()
     assert "`gone (a run that is not here)`" in (tmp_path / "d" / "README.md").read_text()
     stage(tmp_path / "moved" / "sft", "sft", [{"loss": 1.0}])
-    stage(tmp_path / "moved" / "ppo", "ppo", [{"loss": 1.0}], actor="runs/before/sft")
+    stage(tmp_path / "moved" / "ppo", "ppo", [{"loss": 1.0}], actor="elsewhere/moved/sft")
     assert licence_of(tmp_path / "moved" / "ppo") == "apache-2.0"  # found beside it
+    stage(tmp_path / "moved" / "other", "ppo", [{"loss": 1.0}], actor="elsewhere/else/sft")
+    assert licence_of(tmp_path / "moved" / "other") == "other"  # another run of that name
     stage(tmp_path / "mixed", "ppo", [{"loss": 1.0}], actor="base", sft_coef=0.1, sft_data=["puns"])
     stage(tmp_path / "unmixed", "ppo", [{"loss": 1.0}], actor="base", sft_coef=0.0, sft_data=["puns"])
     assert [licence_of(tmp_path / name) for name in ("mixed", "unmixed")] == ["other", "apache-2.0"]
@@ -592,9 +594,9 @@ def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
     folder = pipeline(tmp_path)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     saved |= {
-        "seed": 3,
+        "seed": 1,
         "dtype": "fp32",
-        "evaluate": {"limit": 100, "samples": 4, "best_of": 8, "pool": 10, "max_new_tokens": 32},
+        "evaluate": {"seed": 3, "limit": 100, "samples": 4, "best_of": 8, "pool": 10, "max_new_tokens": 32},
     }
     (folder / "config.yaml").write_text("# punster run\n" + yaml.safe_dump(saved))
     line = next(line for line in write_card(folder).read_text().splitlines() if line.startswith("punster evaluate"))

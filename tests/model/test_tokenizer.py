@@ -166,7 +166,7 @@ def test_default_model_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tokenizer.prompt_ids(with_system) == template_ids(tokenizer, with_system)
 
 
-@pytest.mark.parametrize("prompt_format", ["auto", 'Q: {prompt}\nA "short" one:\n'])
+@pytest.mark.parametrize("prompt_format", ["auto", 'Q 😀: {prompt}\nA "short" one:\n'])
 def test_exported_tokenizers_write_prompts_as_ours_do(prompt_format: str, tmp_path: Path) -> None:
     """transformers' own rendering, of the default model: no system turn that training never saw, or the run's own format."""
     ours = Tokenizer.load(DEFAULT_MODEL, prompt_format)

@@ -275,7 +275,7 @@ def test_samples_that_are_all_worth_the_same_teach_nothing(
     monkeypatch.setattr(dpo_module, "score_examples", lambda judge, examples, **_: [0.0] * len(examples))
     settings = {"reward_model": reward_run, "missing_eos_penalty": 0.0, "sft_coef": 1.0}
     run = dpo(config(online=True, steps=2, **settings))
-    assert reader.values(run, "skipped_steps") == [1.0, 1.0] and reader.values(run, "loss") == [0.0, 0.0]
+    assert reader.values(run, "skipped_steps") == [1.0, 1.0] and not any("loss" in line for line in reader.lines(run))
     trained, _ = load_run(run)
     assert all(float(tensor.abs().max()) == 0 for name, tensor in trained.adapters[-1].named_parameters() if "lora_B" in name)
     with pytest.raises(UserError, match="all samples of each prompt are worth the same"):

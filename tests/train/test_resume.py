@@ -273,3 +273,19 @@ def test_rows_from_python_are_not_called_the_embedded_corpus(
         assert key.replace(" \n", "\n") in (run / "config.yaml").read_text()
     again(sft(replace(shared["sft"][0], name="c"), rows), "d", 2, reader)
     assert sft(replace(shared["sft"][0], name="d", resume=True), rows) is not None
+
+
+def test_settings_that_name_no_data_or_change_nothing_do_not_stop_a_resumed_run(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    """As earlier versions wrote them: the data of a run on rows from Python, and the horizon of a controller that was off."""
+    config = replace(jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["ppo"][0], target_kl=None, kl_horizon=None)
+    again(ppo(replace(config, name="new"), ["pun: sea", "pun: oak"], vowels), "old", 2, reader)
+    file = tmp_path / "old" / "config.yaml"
+    text = file.read_text().replace("kl_horizon: null", "kl_horizon: 10000").replace("(given from Python)", "embedded")
+    assert "kl_horizon: 10000" in text and "prompts: embedded" in text
+    file.write_text(text)
+    resumed = ppo(replace(config, name="old", resume=True), ["pun: sea", "pun: oak"], vowels)
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(tmp_path / "new")
+    with pytest.raises(UserError, match="kl_horizon: 10000 -> 64"):
+        ppo(replace(config, name="old", resume=True, target_kl=1.0, kl_horizon=64), ["pun: sea", "pun: oak"], vowels)

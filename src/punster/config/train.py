@@ -145,7 +145,9 @@ class PpoConfig(PolicyConfig):
     sft_data: list[str] = opt(["embedded"], "rows with prompt and completion for --sft-coef")
     target_kl: float | None = opt(None, "adaptive coefficient: sequence KL in nats to steer at (default: fixed beta)", above=0)
     kl_horizon: int | None = opt(
-        None, "adaptive coefficient: its horizon in responses (default: a tenth of the run's, so that beta can follow)", low=1
+        None,
+        "adaptive coefficient: its horizon in responses (default: a tenth of the run's, at least two rollouts'), so that beta can follow",
+        low=1,
     )
     stop_kl: float = opt(0.1, "no further pass over a rollout once the last update's approx_kl exceeds this", above=0)
 

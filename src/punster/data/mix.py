@@ -192,8 +192,9 @@ def build(
     held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
     avoid = frozenset(topic_key(row["topic"]) for row in held_out)
     if recipe.kind in ("sft", "prompt"):
-        asked = [row for row in rows if not texts_of(row)]  # prompts of one's own
-        rows = [*with_prompts([row for row in rows if texts_of(row)], avoid), *asked]
+        written = [row for row in rows if "completion" in row or "text" in row]
+        asked = [row for row in rows if "completion" not in row and "text" not in row]  # prompts of one's own
+        rows = [*with_prompts(written, avoid), *asked]
     else:
         rows = [retopic(row, texts_of(row)[0], avoid) for row in rows]
     if recipe.kind == "prompt":

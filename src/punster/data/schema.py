@@ -113,7 +113,7 @@ def check_row(row: Any, kind: str, where: str) -> Row:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_scores(scores: Any, completions: Any, where: str) -> None:

@@ -23,6 +23,7 @@ from punster.evaluate.folder import (
     SIZES,
     RunData,
     base_of,
+    chain,
     commands,
     data_used,
     final_figures,
@@ -121,7 +122,7 @@ def _loading(run: RunData, base: str) -> list[str]:
     place, line = usage(run)
     if not line:
         return []
-    peft = all(s.config.get("adapter") != "none" for s in run.stages if s.verb != "reward")
+    peft = all(settings.get("adapter") != "none" for settings in chain(run, ("actor", "pretrained"))[0])
     python = ["from punster import load", "", f'model = load("{place}")', 'print(model.generate("make a pun about bakers", k=8))', "",
               "# or, after the export above, without punster:", "from transformers import AutoModelForCausalLM"]  # fmt: skip
     if peft:

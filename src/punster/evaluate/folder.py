@@ -267,7 +267,8 @@ def commands(run: RunData) -> list[str]:
             options = f" --gold {run.shown}/gold" if any(s.name == "gold" for s in run.stages) else ""
             given = {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
             given["best_of"] = max((int(n[8:]) for n in run.models if re.fullmatch(r"best_of_\d+", n)), default=None)
-            given |= {"limit": run.summary.get("prompts"), **{key: run.config.get(key) for key in ("seed", "dtype", "device")}}
+            shared = {key: run.config.get(key) for key in ("seed", "dtype", "device")}
+            given = {**shared, **given, "limit": run.summary.get("prompts")}
             options += "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items()
                                if isinstance(v, str | int | float) and not isinstance(v, bool) and k != "out")  # fmt: skip
             lines.append(f"punster evaluate base {' '.join(f'{run.shown}/{p}' for p in policies)}{options}")
@@ -291,20 +292,30 @@ def data_used(run: RunData) -> list[str]:
 
     A run that cannot be read any more stands there itself: nobody knows what it learned from.
     """
-    found: list[str] = []
-    todo, seen = [s.config for s in run.stages], {"", "None", "base"}
-    inside = {s.name for s in run.stages} if run.pipeline else set()
-    for settings in todo:
-        keys = ("data", "prompts", "pretrain", *(["sft_data"] if settings.get("sft_coef") else []))
-        found += [Path(d).name for key in keys for d in listed(settings.get(key))]
-        for path in (str(settings.get(key)) for key in ("actor", "pretrained", "reward_model")):
-            if path not in seen and Path(path).name not in inside:
-                seen.add(path)
-                beside = run.place.parent / Path(path).name  # of a pipeline that was moved
-                before = next((c for at in (Path(path), beside) if (c := _read_config(at / "config.yaml")[0])), {})
-                todo += [before] if before else []
-                found += [] if before else [f"{Path(path).name} (a run that is not here)"]
-    return list(dict.fromkeys(found))
+    settings, missing = chain(run, ("actor", "pretrained", "reward_model"))
+    found = []
+    for each in settings:
+        keys = ("data", "prompts", "pretrain", *(["sft_data"] if each.get("sft_coef") else []))
+        found += [Path(d).name for key in keys for d in listed(each.get(key))]
+    return list(dict.fromkeys([*found, *(f"{name} (a run that is not here)" for name in missing)]))
+
+
+def chain(run: RunData, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The settings of all stages and of the runs that these keys name, theirs included; names of those that cannot be read."""
+    settings, missing, seen = [s.config for s in run.stages], [], {"", "None", "base"}
+    if run.pipeline:
+        seen |= {f"{owner}/{s.name}" for s in run.stages for owner in (run.place.name, str(run.config.get("name")))}
+    for each in settings:
+        for path in (Path(str(each.get(key))) for key in keys):
+            if not seen & {str(path), f"{path.parent.name}/{path.name}"}:
+                seen.add(str(path))
+                beside = [run.place.parent / path.name] * (
+                    path.parent.name == run.place.parent.name
+                )  # of a pipeline that was moved
+                before = next((c for at in (path, *beside) if (c := _read_config(at / "config.yaml")[0])), None)
+                settings += [before] if before else []
+                missing += [] if before else [path.name]
+    return settings, missing
 
 
 def listed(value: Any) -> list[str]:

@@ -127,10 +127,10 @@ class Tokenizer:
         run's own prompt format."""
         hf = copy.deepcopy(self.hf)
         if self.prompt_format != "chat":
-            before, after = map(json.dumps, self.prompt_format.split("{prompt}", 1))
+            before, after = (json.dumps(part, ensure_ascii=False) for part in self.prompt_format.split("{prompt}", 1))
             hf.chat_template = f"{{{{ {before} ~ (messages | map(attribute='content') | join('\\n')) ~ {after} }}}}"
         elif self._default_system:
-            template, default = hf.get_chat_template().removesuffix("\n"), json.dumps(self._default_system)
+            template, default = hf.get_chat_template().removesuffix("\n"), json.dumps(self._default_system, ensure_ascii=False)
             shown = f"text | replace({default}, '', 1) if messages[0]['role'] != 'system' else text"
             hf.chat_template = f"{{% set text %}}{template}{{% endset %}}{{{{ {shown} }}}}"
         return hf

@@ -68,7 +68,8 @@ def dpo(
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
         pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
-        work = stage_work(config, reference.model, rows=math.ceil(pairs))
+        lengths = {"response": config.max_new_tokens} if prompts else {}
+        work = stage_work(config, reference.model, rows=math.ceil(pairs), **lengths)
         stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * math.ceil(pairs))
         announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in, work=work)
         return None
@@ -120,13 +121,13 @@ def dpo(
                 )
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             else:  # all samples of each prompt are worth the same: nothing to learn from
-                metrics = {"loss": 0.0, "grad_norm": 0.0, "skipped_steps": 1.0, "lr": rate}
+                metrics = {"grad_norm": 0.0, "skipped_steps": 1.0, "lr": rate}
             if config.online:
                 metrics["objective/scores"] = sum(worth) / len(worth)
-            state.numbers["loss"] = metrics["loss"]
+            state.numbers["loss"] = metrics.get("loss", state.numbers["loss"])
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluated(step)
-            run.log(step, metrics, f"loss {metrics['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
+            run.log(step, metrics, f"loss {state.numbers['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):

@@ -41,17 +41,20 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
     return result
 
 
-def stage_work(stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0) -> float:
+def stage_work(
+    stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0, prompt: float = PROMPT, response: float = RESPONSE
+) -> float:  # fmt: skip
     """Multiply-adds of a stage: on the embedded corpus, or of dpo on so many pairs or prompts (`rows`).
 
-    judge: layers of the reward model's branch, with whose adapter the critic starts.
+    judge: layers of the reward model's branch, with whose adapter the critic starts; prompt, response: mean lengths in tokens.
     """
     block, head, layers = block_size(base), base.head.weight.numel(), base.config.n_layer
     depth = (layer_count(stage.depth, layers) if isinstance(stage, RewardConfig) else 0) or layers
     branch = layers_of(stage, base)
-    trunk, tokens = depth - branch, PROMPT + RESPONSE
-    sampled = tokens * block * layers + RESPONSE * head  # one sampled response
-    learned = 2 * tokens * block * branch + 3 * RESPONSE * head  # forward, gradients of the inputs, the head once more
+    trunk, tokens = depth - branch, prompt + response
+    sampled = tokens * block * layers + response * head  # one sampled response
+    passes_back = 3 if stage.adapter == "none" else 2  # forward, gradients of the inputs, and of weights where these learn
+    learned = passes_back * tokens * block * branch + 3 * response * head
     if isinstance(stage, RewardConfig):
         records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000)
         drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
@@ -70,7 +73,7 @@ def stage_work(stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0)
     if isinstance(stage, PolicyConfig):
         passes = stage.epochs if isinstance(stage, PpoConfig | GrpoConfig) else 1
         critic = (judge or branch) if isinstance(stage, PpoConfig) else 0
-        once = sampled + tokens * block * (layers + 2 * branch + (judge or branch) + critic) + 2 * RESPONSE * head
+        once = sampled + tokens * block * (layers + 2 * branch + (judge or branch) + critic) + 2 * response * head
         each = learned + 2 * tokens * block * critic
         return (stage.steps or 1) * stage.batch_size * (once + passes * each)
     assert isinstance(stage, DpoConfig)
@@ -79,7 +82,8 @@ def stage_work(stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0)
         count = (stage.steps or math.ceil(count * stage.epochs / stage.batch_size)) * stage.batch_size
     samples = stage.samples if stage.online or stage.pairs == "sampled" else 0
     texts = 2 * count * (stage.pairs_per_prompt if samples else 1)
-    passes = 1 if stage.online else 2 * stage.steps * stage.batch_size / texts if stage.steps else stage.epochs
+    drawn = (stage.steps or 0) * stage.batch_size * (1 if stage.loss_type == "kto" else 2)  # texts
+    passes = 1 if stage.online else drawn / texts if drawn else stage.epochs
     return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
 
 

@@ -48,7 +48,9 @@ class Setup:
     def work(self, config: PolicyConfig) -> float:
         """Multiply-adds of the run."""
         judge = self.reward.model
-        return stage_work(config, self.policy.model, judge.last_layer - judge.first_layer if judge is not None else 0)
+        branch = judge.last_layer - judge.first_layer if judge is not None else 0
+        prompt = sum(map(len, self.prompt_ids)) / len(self.prompt_ids)
+        return stage_work(config, self.policy.model, branch, prompt=prompt, response=config.max_new_tokens)
 
 
 def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: RewardFunction | None) -> Setup:

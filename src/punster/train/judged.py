@@ -65,7 +65,7 @@ def weighed(rows: Sequence[Row]) -> list[Row]:
 
 def family(row: Row) -> str:
     """What a row is about: the group that it comes from, or its first text."""
-    return str(row.get("family") or row.get("group") or texts_of(row)[0])
+    return str(row.get("_family") or row.get("group") or texts_of(row)[0])
 
 
 def families(rows: Sequence[Row]) -> list[list[int]]:
@@ -194,7 +194,7 @@ def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
     generator = seeded(config.seed, "labels")
     coins = torch.rand(len(rows), generator=generator) < 0.5
     # Families stay what they are: the placebo takes the same steps.
-    return [{**swapped(row), "family": family(row)} if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
+    return [{**swapped(row), "_family": family(row)} if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
 
 
 def swapped(row: Row) -> Row:

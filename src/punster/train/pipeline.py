@@ -81,6 +81,7 @@ def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
     if stage == "gold":
         shared["seed"] = config.seed + 1
     if config.scale != 1:
+        typed(kind, stage, {**shared, **section})  # a mistake is said before anything is computed with it
         section = scaled(section, kind, config.scale)
     settings: TrainConfig = typed(kind, stage, {**shared, **section})
     return settings
@@ -114,7 +115,7 @@ def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
     elif value("epochs") is not None:
         changed["epochs"] = value("epochs") * scale
     if issubclass(kind, PpoConfig):
-        changed["critic_warmup"] = min(value("critic_warmup"), changed["steps"] - 1)
+        changed["critic_warmup"] = min(value("critic_warmup"), (changed.get("steps") or 1) - 1)
     if issubclass(kind, PpoConfig | GrpoConfig):
         group = value("samples") if issubclass(kind, GrpoConfig) else 8
         if scale < 0.25:
@@ -145,12 +146,14 @@ def run_pipeline(config: PipelineConfig) -> int:
     for stage, settings in stages.items():
         if (folder / stage / "config.yaml").exists() and (changed := changed_settings(folder / stage, settings)):
             raise UserError(
-                f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage} to run it again"
+                f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage}, and the stages that rest "
+                "on it, to run it again"
             )
     begun = [stage for stage in stages if (folder / stage / "config.yaml").exists()]
     redone: list[str] = []  # in their order: what rests on a stage that is to be run again must be run again, too
     for stage in begun:
-        redone += [stage] if any(need in redone or need not in begun for need in NEEDS[stage]) else []
+        used = [need for need in NEEDS[stage] if str(folder / need) in vars(stages[stage]).values()]
+        redone += [stage] if any(need in redone or need not in begun for need in used) else []
     if redone:
         raise UserError(
             f"--resume: {', '.join(redone)} rest on a stage that is to be run again; delete these, too: "

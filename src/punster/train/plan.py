@@ -55,7 +55,7 @@ def announce(
         return False
     passes = passes or steps * config.batch_size / max(1, len(examples))
     speed = measured_speed(role.model.dtype, str(role.model.device))
-    seconds = (work or training_cost(role, examples, passes)) / speed / 0.6
+    seconds = work / speed / 0.95 if work else training_cost(role, examples, passes) / speed / 0.6
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
     stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0

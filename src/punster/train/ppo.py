@@ -64,7 +64,7 @@ def ppo(
         within_memory(state, sft_term.prepare, "trunk_tokens")
         scale, guard = RunningScale(*state.numbers["scale"]), Guard(run, state, tokenizer, config.max_kl)
         controller = AdaptiveKL(
-            state.numbers["beta"], config.target_kl, config.kl_horizon or math.ceil(steps * config.batch_size / 10)
+            state.numbers["beta"], config.target_kl, config.kl_horizon or max(2, math.ceil(steps / 10)) * config.batch_size
         )
         for step in range(run.step + 1, steps + 1):
             guard.begin(step)

@@ -97,7 +97,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
-    if announce(config, "reward", model, steps, examples, steps * config.batch_size * config.members / len(units[1])):
+    if announce(config, "reward", model, steps, examples, steps * config.batch_size * config.members / sum(map(len, units))):
         return None
     optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {}
     cursors: dict[str, Cursor] = {}

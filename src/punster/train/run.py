@@ -286,7 +286,12 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
         "max_tokens",
         "reward_timeout",
     }
-    changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved.get(k, v) != v}
+    if getattr(config, "target_kl", None) is None:
+        ignored.add("kl_horizon")
+    # What came from Python, and what distill samples, is known by its hash alone.
+    unnamed: tuple[Any, ...] = ([], FROM_PYTHON, [FROM_PYTHON])
+    changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved.get(k, v) != v
+               and not (k in ("data", "prompts") and v in unnamed)}  # fmt: skip
     return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())
 
 

@@ -195,12 +195,15 @@ def load_rows(
         elif source == "embedded":
             rows += embedded()
         else:
-            mixed = "preference" if kind == "judged" else kind
-            rows += (
-                mixture(source, mixed, say=to_stderr, proposer=proposer)
-                if is_mixture(source)
-                else read_rows(source, kind, columns)
-            )
+            if not is_mixture(source):
+                rows += read_rows(source, kind, columns)
+                continue
+            found = mixture(source, "preference" if kind == "judged" else kind, say=to_stderr, proposer=proposer)
+            if kind == "preference" and not all("chosen" in row for row in found):
+                raise UserError(
+                    f"{source}: some of its rows are no pairs (ranked groups, labels), from which only reward models learn"
+                )
+            rows += found
     if not rows:
         raise UserError("no rows of data were given")
     return rows
