@@ -44,7 +44,7 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
 def stage_work(
     stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0, prompt: float = PROMPT, response: float = RESPONSE
 ) -> float:  # fmt: skip
-    """Multiply-adds of a stage: on the embedded corpus, or of dpo on so many pairs or prompts (`rows`).
+    """Multiply-adds of a stage: on the embedded corpus, or of sft and dpo on so many rows, pairs or prompts (`rows`).
 
     judge: layers of the reward model's branch, with whose adapter the critic starts; prompt, response: mean lengths in tokens.
     """

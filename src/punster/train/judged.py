@@ -43,8 +43,8 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
     examples: list[Example] = []
     items = []
     for number, row in enumerate(rows, 1):
-        sides = SIDES if "chosen" in row else [""] * len(row.get("completions", ("one",)))
         texts = [row[side] for side in SIDES] if "chosen" in row else row.get("completions") or [row["completion"]]
+        sides = SIDES if "chosen" in row else [""] * len(texts)
         for side, text in zip(sides, texts, strict=True):
             if ids := row.get(f"{side}_ids"):
                 examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
