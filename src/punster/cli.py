@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import tempfile
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -137,15 +138,20 @@ def resolve(target: str) -> Callable[..., Any]:
     return function
 
 
+CONFIG_HELP = "YAML file with any of these options"
+
+
 # ---- parsing ------------------------------------------------------------------------------------------------------
-def parser_for(verb: str, kind: type, positional: Sequence[str] = (), description: str = "") -> Any:
+def parser_for(
+    verb: str, kind: type, positional: Sequence[str] = (), description: str = "", config_help: str = CONFIG_HELP
+) -> Any:
     """A jsonargparse parser with one option for each field of the verb's dataclass; --config reads the same keys from YAML."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(
         prog=f"punster {verb}", description=description or kind.__doc__, exit_on_error=False, default_env=False
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    parser.add_argument("--config", action=ActionConfigFile, help=config_help)
     hints = get_type_hints(kind)
     for item in fields(kind):
         default = item.default_factory() if callable(item.default_factory) else item.default
@@ -236,7 +242,10 @@ def run_verb(rest: list[str]) -> int:
     from punster.train.pipeline import load_recipe, run_pipeline
 
     if set(rest) & {"-h", "--help"}:
-        parse("run", PipelineConfig, ["--help"])
+        parser = parser_for("run", PipelineConfig, config_help=SUPPRESS)  # a recipe is given by itself
+        parser.usage = "punster run RECIPE|FILE.yaml [options]"
+        parser.print_help()
+        return 0
     if any(word == "--config" or word.startswith("--config=") for word in rest):
         raise UserError("give the file itself: punster run FILE.yaml")
     if not rest or rest[0].startswith("-"):

@@ -114,6 +114,18 @@ def test_training_takes_puns_and_mixtures(copies: Path, tmp_path: Path, capsys: 
     recipe.write_text("kind: preference\nguard: false\nparts: [{source: puneval, use: groups, gap: .5}]\n")
     assert len(load_rows([str(recipe)], "preference", None)) == 2
     assert load_prompts("puns") and load_prompts("puns", "test")
+    capsys.readouterr()
+    assert len(load_rows(["puns"], "sft", None, quiet=True)) == 5 and load_prompts("puns", quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_training_on_a_mixture_prints_its_folder_alone(
+    copies: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sft", "-n", "x", "--model", str(tiny_llama), "--out", str(tmp_path), "--data", "puns", "-b", "4", "--steps", "1"]
+    assert main([*command, "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.split() == [str(tmp_path / "x")]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         raise UserError("--gold RUN is needed: a reward model that no training used")
     reference, tokenizer = open_policy_role(reference_path, config)
     gold = open_reward_model(gold_path, config, reference, tokenizer)
-    texts = load_prompts(prompts if prompts is not None else config.prompts, "test")
+    texts = load_prompts(prompts if prompts is not None else config.prompts, "test", config.quiet)
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     paths = {label_of(path): path for path in config.models}
@@ -183,7 +183,7 @@ def training_texts(path: str) -> list[str] | None:
 
     try:
         settings = yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
-        rows = load_rows(settings["data"], "sft", corpus.sft_rows, settings.get("columns") or [])
+        rows = load_rows(settings["data"], "sft", corpus.sft_rows, settings.get("columns") or [], quiet=True)
         return [row["completion"] for row in rows]
     except (OSError, KeyError, TypeError, UserError):
         return None

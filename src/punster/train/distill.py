@@ -26,7 +26,7 @@ def distill(config: DistillConfig) -> Path | None:
     policy, tokenizer = open_policy_role(config.actor, config)
     check_model(config, config.actor, policy)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
-    prompts = load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts, quiet=config.quiet)
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
     rows = []
     if config.dry_run:

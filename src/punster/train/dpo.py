@@ -44,7 +44,7 @@ from punster.train.setup import (
     load_rows,
     open_policy_role,
     open_reward_model,
-    to_stderr,
+    speaker,
 )
 
 
@@ -64,7 +64,11 @@ def dpo(
         kind, embedded = (
             ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
         )
-        given = [] if prompts else load_rows(rows if rows is not None else config.data, kind, embedded, config.columns)
+        given = (
+            []
+            if prompts
+            else load_rows(rows if rows is not None else config.data, kind, embedded, config.columns, quiet=config.quiet)
+        )
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
         pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
@@ -88,7 +92,9 @@ def dpo(
         numbers={"loss": 0.0},
         fixed=[judge],
     )
-    shown = held_out_prompts(None if config.prompts == "embedded" else load_prompts(config.prompts), config.eval_prompts)
+    shown = held_out_prompts(
+        None if config.prompts == "embedded" else load_prompts(config.prompts, quiet=True), config.eval_prompts
+    )
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
     state.given = prompt_ids if config.online else [*examples, *([] if labels is None else labels.tolist())]
 
@@ -143,7 +149,7 @@ def given_pairs() -> list[Row]:
 
 
 def sampling_prompts(config: DpoConfig) -> list[Any]:
-    prompts = load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts, quiet=config.quiet)
     return prompts[: config.prompt_limit] if config.prompt_limit else prompts
 
 
@@ -176,10 +182,10 @@ def load_examples(
         return examples, None
     source = rows if rows is not None else config.data
     if config.loss_type == "kto":
-        given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns)
+        given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns, quiet=config.quiet)
         examples, kept = encode_given(config, given, ("completion",), reference.model, tokenizer)
         return examples, torch.tensor([bool(row["label"]) for row in kept])
-    given = load_rows(source, "preference", given_pairs, config.columns)
+    given = load_rows(source, "preference", given_pairs, config.columns, quiet=config.quiet)
     return encode_given(config, given, ("chosen", "rejected"), reference.model, tokenizer)[0], None
 
 
@@ -210,7 +216,7 @@ def encode_given(
     if not kept:
         raise UserError(f"--max-length {limit}: every row has a response that alone is longer")
     if cut or len(kept) < len(rows):
-        to_stderr(
+        speaker(config.quiet)(
             f"--max-length {limit}: {cut} prompts cut at their beginning, {len(rows) - len(kept)} of {len(rows)} rows left out"
         )
     return examples, kept

@@ -21,7 +21,7 @@ from punster.data.mix import is_mixture, load_mixture
 from punster.data.schema import Row
 from punster.model.transformer import Decoder
 from punster.train.plan import block_size, measured_speed
-from punster.train.setup import layer_count, pick_device, pick_dtype, shared_base, top_layers
+from punster.train.setup import layer_count, load_rows, pick_device, pick_dtype, shared_base, top_layers
 
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 
@@ -32,7 +32,7 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
     base = shared_base(config.model, dtype, device)
     speed = 0.95 * measured_speed(dtype, device)
     judge = layers_of(stages["reward"], base) if "reward" in stages else 0  # whose adapter the critic starts from
-    result = {name: stage_work(stage, base, judge) / speed for name, stage in stages.items()}
+    result = {name: stage_work(stage, base, judge, given_rows(stage)) / speed for name, stage in stages.items()}
     policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
@@ -85,6 +85,20 @@ def stage_work(
     drawn = (stage.steps or 0) * stage.batch_size * (1 if stage.loss_type == "kto" else 2)  # texts
     passes = 1 if stage.online else drawn / texts if drawn else stage.epochs
     return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
+
+
+def given_rows(stage: TrainConfig) -> int:
+    """Rows of sft, pairs of dpo, where others than the embedded corpus are named; 0 where it is, or where pairs are sampled."""
+    if isinstance(stage, SftConfig):
+        kind = "sft"
+    elif isinstance(stage, DpoConfig) and not stage.online and stage.pairs == "data":
+        kind = "unpaired" if stage.loss_type == "kto" else "preference"
+    else:
+        return 0
+    if stage.data == ["embedded"]:
+        return 0
+    count = len(load_rows(stage.data, kind, corpus.sft_rows, stage.columns, quiet=True))
+    return math.ceil(count / 2) if kind == "unpaired" else count  # two texts of kto cost what a pair does
 
 
 def layers_of(stage: TrainConfig, base: Decoder) -> int:

@@ -63,7 +63,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     functions = [load_function(specification) for specification in config.reward]
     if function is not None:
         functions.append((getattr(function, "__name__", "reward"), function, 1.0))
-    texts = load_prompts(prompts if prompts is not None else config.prompts)
+    texts = load_prompts(prompts if prompts is not None else config.prompts, quiet=config.quiet)
     decoding = Decoding(config.max_new_tokens, config.temperature)
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     policy = extend(reference, config, "policy")

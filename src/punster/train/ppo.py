@@ -30,7 +30,7 @@ from punster.train.guard import Guard
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, rows_used, seeded, within_memory
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import to_stderr
+from punster.train.setup import speaker
 from punster.train.shaping import SftTerm, baseline_scores, filter_prompts
 
 
@@ -45,8 +45,8 @@ def ppo(
     critic = make_critic(config, setup)
     if announce(config, "ppo", policy, steps, setup.dry_examples, work=setup.work(config)):
         return None
-    if steps <= config.critic_warmup and not config.quiet:
-        to_stderr(f"note: --critic-warmup {config.critic_warmup} leaves none of the {steps} rollouts to the policy")
+    if steps <= config.critic_warmup:
+        speaker(config.quiet)(f"note: --critic-warmup {config.critic_warmup} leaves none of the {steps} rollouts to the policy")
     optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
     critic_optimizer, critic_names = make_optimizer(critic, config.critic_lr, config.weight_decay)
     count = filter_prompts(setup, config)

@@ -61,7 +61,7 @@ from punster.train.setup import (
     open_base,
     open_policy_role,
     plain_base,
-    to_stderr,
+    speaker,
 )
 
 
@@ -176,10 +176,14 @@ def judged_rows(
     Contrasts that are longer than the context are left out and counted; any other row of that kind is refused when it is encoded.
     """
     words = WordModel(Role(plain_base(sampled_from, config)), tokenizer, GENERIC_PROMPT)
-    rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words)
+    rows = load_rows(
+        sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words, config.quiet
+    )
     kept = [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, sampled_from.model)]
     if len(kept) < len(rows):
-        to_stderr(f"  {len(rows) - len(kept)} of {len(rows)} rows left out: contrasts longer than the model's context")
+        speaker(config.quiet)(
+            f"  {len(rows) - len(kept)} of {len(rows)} rows left out: contrasts longer than the model's context"
+        )
     if not kept:
         raise UserError("no row is left: all are longer than the model's context")
     return kept
@@ -218,7 +222,7 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
     """Held-out pairs of which both texts fit into the context: of the embedded corpus, and of --eval-data."""
     rows = corpus.preference_rows(("literal", "off_topic"), "val")
     if given := [name for name in config.eval_data if name != "embedded"]:
-        pairs = [row for row in load_rows(given, "judged", list, config.columns) if "chosen" in row]
+        pairs = [row for row in load_rows(given, "judged", list, config.columns, quiet=config.quiet) if "chosen" in row]
         if not pairs:
             raise UserError("--eval-data: no pairs (chosen and rejected) in it")
         rows += pairs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -180,11 +180,12 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
 def load_rows(
-    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (), proposer: Proposer | None = None
+    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (),
+    proposer: Proposer | None = None, quiet: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
 
-    proposer: knows words, for mixtures whose negatives are made with a model.
+    proposer: knows words, for mixtures whose negatives are made with a model. quiet: without what mixtures tell of themselves.
     """
     rows: list[Row] = []
     for source in sources:
@@ -198,7 +199,7 @@ def load_rows(
             if not is_mixture(source):
                 rows += read_rows(source, kind, columns)
                 continue
-            found = mixture(source, "preference" if kind == "judged" else kind, say=to_stderr, proposer=proposer)
+            found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet), proposer=proposer)
             if kind == "preference" and not all("chosen" in row for row in found):
                 raise UserError(
                     f"{source}: some of its rows are no pairs (ranked groups, labels), from which only reward models learn"
@@ -213,7 +214,12 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def load_prompts(source: str | Sequence[Any], split: str = "train") -> list[Any]:
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """For notes to the user: none under --quiet."""
+    return (lambda line: None) if quiet else to_stderr
+
+
+def load_prompts(source: str | Sequence[Any], split: str = "train", quiet: bool = False) -> list[Any]:
     if not isinstance(source, str):
         if not source:
             raise UserError("no prompts were given")
@@ -222,7 +228,7 @@ def load_prompts(source: str | Sequence[Any], split: str = "train") -> list[Any]
         return corpus.prompts(split)
     if is_mixture(source):
         name = "eval-prompts" if source == "puns" and split != "train" else source
-        return [row["prompt"] for row in mixture(name, "prompt", say=to_stderr)]
+        return [row["prompt"] for row in mixture(name, "prompt", say=speaker(quiet))]
     return [row["prompt"] for row in read_rows(source, "prompt")]
 
 

@@ -47,7 +47,7 @@ def sft(
     else:
         base, tokenizer = open_base(config)
         start = Role(base)
-    given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns)
+    given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     examples = [
         Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["completion_ids"]))  # sampled: never tokenised again
         if "completion_ids" in r

@@ -58,7 +58,7 @@ class SftTerm:
 
     def __init__(self, config: PpoConfig, setup: Setup):
         self.config, self.policy = config, setup.policy
-        rows = load_rows(config.sft_data, "sft", corpus.sft_rows) if config.sft_coef else []
+        rows = load_rows(config.sft_data, "sft", corpus.sft_rows, quiet=config.quiet) if config.sft_coef else []
         self.examples = [
             encode(setup.tokenizer, setup.policy.model, row["prompt"], row["completion"], f"row {i}")
             for i, row in enumerate(rows, 1)

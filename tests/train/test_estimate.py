@@ -1,0 +1,46 @@
+"""The estimated times of a pipeline count the rows that its stages name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from punster.config import DpoConfig, SftConfig
+from punster.data import corpus
+from punster.train.estimate import given_rows
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """Seven rows that serve as texts, as pairs, and as KTO's labelled texts."""
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "p", "completion": "c", "chosen": "a", "rejected": "b", "label": True}
+    path.write_text(f"{json.dumps(row)}\n" * 7)
+    return str(path)
+
+
+def test_own_rows_are_counted(rows: str) -> None:
+    assert given_rows(SftConfig(data=[rows])) == 7
+    assert given_rows(SftConfig(data=[rows, rows])) == 14
+    assert given_rows(DpoConfig(data=[rows])) == 7
+    assert given_rows(DpoConfig(data=[rows], loss_type="kto")) == 4  # two texts for a pair
+    assert given_rows(SftConfig()) == 0  # the embedded corpus, which `stage_work` counts by itself
+    assert given_rows(DpoConfig(data=[rows], online=True, reward_model="r")) == 0
+
+
+def test_a_recipe_with_fewer_rows_takes_less_time(
+    rows: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from punster.cli import main
+
+    monkeypatch.setattr("punster.train.estimate.measured_speed", lambda *_: 1e9)  # multiply-adds a second, whatever else runs
+
+    def minutes(data: str) -> float:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"name: r\nstages: [sft, reward, gold]\nsft: {{epochs: 1000000, data: [{data}]}}\n")
+        assert main(["run", str(recipe), "--model", str(tiny_llama), "--out", str(tmp_path / "runs"), "--dry-run"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("sft"))
+        return float(line.split()[2])
+
+    whole = minutes("embedded")
+    assert whole > 10 and minutes(rows) == pytest.approx(7 / len(corpus.part("train")) * whole, rel=0.05)
