@@ -32,7 +32,7 @@ from punster.data.leakage import Index, words
 from punster.data.pool import Pool, data_folder
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
-from punster.evaluate.metrics import ranks
+from punster.evaluate.metrics import auc
 
 Text = tuple[str, str]  # prompt, text
 Score = Callable[[Sequence[Text]], Sequence[float]]
@@ -124,20 +124,12 @@ def figure(measure: Measure, scores: dict[Text, float], resamples: int = 1000) -
         grouped[group].append((scores[a] > scores[b]) + 0.5 * (scores[a] == scores[b]))
     for text, label, group in measure.texts:
         grouped[group].append((scores[text], label))
-    value = area if measure.texts else (lambda wins: sum(wins) / len(wins))
+    value = auc if measure.texts else (lambda wins: sum(wins) / len(wins))
     names, draw = sorted(grouped), random.Random(1)
     whole = value([x for name in names for x in grouped[name]])
     drawn = sorted(value([x for name in draw.choices(names, k=len(names)) for x in grouped[name]]) for _ in range(resamples))
     return {"value": whole, "low": drawn[int(0.025 * resamples)], "high": drawn[int(0.975 * resamples)], "groups": len(names),
             "count": len(measure.pairs or measure.texts)}  # fmt: skip
-
-
-def area(labelled: Sequence[tuple[float, bool]]) -> float:
-    """Area under the ROC curve by ranks, ties half (Mann-Whitney)."""
-    rank_sum = sum(rank for rank, (_, label) in zip(ranks([score for score, _ in labelled]), labelled, strict=True) if label)
-    good = sum(label for _, label in labelled)
-    bad = len(labelled) - good
-    return (rank_sum - good * (good + 1) / 2) / (good * bad) if good and bad else math.nan
 
 
 def naive_bayes(rows: Sequence[Row]) -> Score:

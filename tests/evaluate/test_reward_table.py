@@ -14,6 +14,7 @@ from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.leakage import jaccard, words
 from punster.data.schema import texts_of
+from punster.evaluate.metrics import auc
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "reward-human.yaml")
@@ -37,8 +38,8 @@ def test_accuracy_and_area_by_hand(table: ModuleType) -> None:
     found = table.figure(pairs, scores)
     assert found["value"] == pytest.approx(0.5) and found["groups"] == 2 and found["count"] == 3
     assert found["low"] == found["high"] == 0.5, "both groups are half right, however they are drawn"
-    assert table.area([(0.1, False), (0.4, False), (0.35, True), (0.8, True)]) == pytest.approx(0.75)
-    assert table.area([(1.0, True), (1.0, False)]) == 0.5
+    assert auc([(0.1, False), (0.4, False), (0.35, True), (0.8, True)]) == pytest.approx(0.75)
+    assert auc([(1.0, True), (1.0, False)]) == 0.5
     labelled = table.Measure("m", None, texts=((a, True, "g"), (b, False, "h"), (c, False, "i")))
     assert table.figure(labelled, scores)["value"] == pytest.approx(0.75)
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from punster.api import load
+from punster.data.batch import Example
 from punster.data.leakage import words
 from punster.data.pool import Pool
 from punster.evaluate import success
 from punster.evaluate.success import Labelled
+from punster.model.heads import ScalarHead
 from punster.model.load import DEFAULT_MODEL, load_model
-from punster.model.role import Role
+from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 
 
@@ -103,3 +105,50 @@ def test_estimator_and_training_share_no_item_group_or_text(punster_data: Path) 
     guard = set(pool.evaluation.sets)
     assert all(words(row.text) in guard for row in own)
     assert success.PART != "train"
+
+
+# ---- what the yardstick calls a pun -----------------------------------------------------------------------------------
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """People call the texts with a tide puns, nine times out of ten; a model that knows the tide knows them."""
+
+    class Texts:
+        def rows(self, source: str, part: str) -> list[dict[str, object]]:
+            assert (source, part) == ("semeval2017_task7", "val")
+            return [{"id": str(i), "text": f"the tide {i}" if i % 2 else f"a fact {i}", "is_pun": bool(i % 2)} for i in range(40)]
+
+    outputs = [
+        Labelled(f"my tide {i}" if i % 2 else f"no {i}", float(bool(i % 2) != (i % 10 == 0)), str(i), f"m{i % 4 // 2}")
+        for i in range(40)
+    ]
+    monkeypatch.setattr(success, "pool_of", lambda folder: Texts())
+    monkeypatch.setattr(success, "data_folder", lambda: Path("nowhere"))
+    monkeypatch.setattr(success, "labelled", lambda pool: outputs)
+    monkeypatch.setattr(
+        success,
+        "pun_scores",
+        lambda gold, tokenizer, texts: torch.tensor([[3.0 if "tide" in t else -1.0] for t in texts], dtype=torch.float64),
+    )
+
+
+@pytest.mark.usefixtures("labels")
+def test_calls_are_set_by_people_and_counted_over_prompts() -> None:
+    calls = success.Calls.open(None, None)  # type: ignore[arg-type]
+    assert calls.agreement["semeval"] == 1.0
+    assert calls.agreement["machines"] == pytest.approx(0.9, abs=0.06)
+    found = calls.rate([["the tide", "no"], ["tide", "tide"], ["a fact", "none"], ["tide", "x"]])
+    assert found["mean"] == 0.5 and 0 <= found["low"] < 0.5 < found["high"] <= 1
+    assert calls.rate([["no"], ["none"]])["high"] == 0.0
+
+
+def test_scores_of_calls_hang_on_the_text_alone(tiny_llama: Path) -> None:
+    tokenizer = Tokenizer.load(str(tiny_llama))
+    model = load_model(str(tiny_llama))
+    gold = Role(model, head=ScalarHead.create(model.config.d_model, torch.Generator().manual_seed(1)))
+    texts = ["the tide was tied", "", "a fact"]
+    together = success.pun_scores(gold, tokenizer, texts)
+    assert together.shape == (3, 1)
+    assert len(set(together.flatten().tolist())) == 3
+    own = Example(tuple(tokenizer.prompt_ids("make a pun")), tuple(tokenizer.response_ids(texts[0])))
+    assert float(together[0]) == pytest.approx(score_examples(gold, [own])[0], abs=1e-5)
+    assert float(together[2]) == pytest.approx(float(success.pun_scores(gold, tokenizer, texts[2:])), abs=1e-5)

@@ -22,6 +22,7 @@ from punster.data.schema import read_rows
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
 from punster.evaluate.metrics import copy_rate, distinct_n, words
+from punster.evaluate.success import Calls
 from punster.evaluate.table import shown_progress
 from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
 from punster.model.role import Role, Trunk, score_examples
@@ -77,6 +78,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = training_texts(reference_path)
     extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
+    calls = Calls.open(gold, tokenizer) if config.call_puns else None
     judges = [gold, *([open_proxy(config, reference, tokenizer)] if config.best_of else [])]
     decoding = Decoding(config.max_new_tokens, config.temperature)
     pool = max(config.samples, config.pool or 2 * config.best_of)
@@ -114,6 +116,10 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         results[name], sampled[name] = best_of_row(config, pool_rollout, proxy_scores, gold_scores, tokenizer, training)
         results[name] |= extra.of_texts(sampled[name].texts)
         summary["best_of_n"] = best_of_curve(proxy_scores, gold_scores)
+    if calls is not None:
+        summary["called_puns"] = {"auc": calls.agreement}
+        for label, each in sampled.items():
+            results[label]["called_puns"] = calls.rate(each.texts, config.seed)
     save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])
     if client is not None:
         from punster.evaluate.judge import judge_texts

@@ -51,6 +51,14 @@ def ranks(values: Sequence[float]) -> list[float]:
     return found
 
 
+def auc(labelled: Sequence[tuple[float, bool]]) -> float:
+    """Area under the ROC curve by ranks, ties half (Mann-Whitney); nan where all labels are alike."""
+    rank_sum = sum(rank for rank, (_, label) in zip(ranks([score for score, _ in labelled]), labelled, strict=True) if label)
+    good = sum(label for _, label in labelled)
+    bad = len(labelled) - good
+    return (rank_sum - good * (good + 1) / 2) / (good * bad) if good and bad else float("nan")
+
+
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation, ties shared; nan where one side is constant or there are fewer than two values."""
     if len(a) != len(b):

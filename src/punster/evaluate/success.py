@@ -17,14 +17,16 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from punster.api import GENERIC_PROMPT
 from punster.data.batch import Example, collate, prefix_batches
-from punster.data.pool import Pool, data_folder
+from punster.data.pool import Pool, data_folder, pool_of
 from punster.data.schema import Row, kind_of
 from punster.data.split import Part
 from punster.errors import UserError
-from punster.evaluate.winrate import bootstrap
+from punster.evaluate.metrics import auc
+from punster.evaluate.winrate import Interval, bootstrap
 from punster.model.load import cache_folder
-from punster.model.role import Role
+from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start
 from punster.rollout.logprobs import token_statistics
@@ -125,6 +127,42 @@ def fit_estimator(x: Tensor, rows: Sequence[Labelled]) -> Estimator:
         errors[system] = float(without(system).probabilities(x[own]).mean() - y[own].mean())
     whole = without("")
     return Estimator(whole.weights, whole.centre, whole.scale, errors)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Which texts a reward model calls puns: those above the score at which, of texts that people labelled, one in two is called so."""
+
+    gold: Role
+    tokenizer: Tokenizer
+    estimator: Estimator
+    agreement: dict[str, float]  # with people, as AUC
+
+    @classmethod
+    def open(cls, gold: Role, tokenizer: Tokenizer) -> Calls:
+        """Fitted to the estimator's labels and those of SemEval's texts of the same part; UserError without local copies."""
+        pool = pool_of(data_folder())
+        outputs = labelled(pool)
+        texts = [Labelled(row["text"], float(row["is_pun"]), row["id"], "human") for row in pool.rows("semeval2017_task7", PART)]
+        x = pun_scores(gold, tokenizer, [row.text for row in outputs + texts])
+        marked = [(float(score), row.success > 0.5) for score, row in zip(x[:, 0], outputs + texts, strict=True)]
+        machines = [pair for pair, row in zip(marked, outputs, strict=False) if not row.system.startswith("human")]
+        agreement = {"machines": auc(machines), "semeval": auc(marked[len(outputs) :])}
+        return cls(gold, tokenizer, fit_estimator(x, outputs + texts), agreement)
+
+    def rate(self, by_prompt: Sequence[Sequence[str]], seed: int = 1) -> Interval:
+        """Share of all texts, with a bootstrap interval over prompts (of sampling alone: the judge's own errors are not in it)."""
+        x = pun_scores(self.gold, self.tokenizer, [text for texts in by_prompt for text in texts])
+        called = iter((self.estimator.probabilities(x) > 0.5).tolist())
+        return bootstrap([sum(next(called) for _ in texts) / len(texts) for texts in by_prompt], seed)
+
+
+def pun_scores(gold: Role, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """(N, 1) fp64: scores of texts under the generic prompt, whatever they answered."""
+    prompt = tuple(tokenizer.prompt_ids(GENERIC_PROMPT))
+    room = gold.model.config.max_positions - len(prompt)
+    examples = [Example(prompt, tuple(tokenizer.response_ids(text or ".")[:room])) for text in texts]
+    return torch.tensor(score_examples(gold, examples), dtype=torch.float64)[:, None]
 
 
 def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:

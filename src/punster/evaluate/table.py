@@ -102,6 +102,8 @@ TEXT_COLUMNS = (
     Column("success_rate", "success", "Success estimate",
            "share that a person would call a pun, interval widened by the error on unseen generators (people .84 to .86, GPT-4 .51 to .67, 7B chat models .04 to .37)",
            0, percent=True),
+    Column("called_puns", "called puns", "Called puns", "share that the gold reward model calls puns, above the score at which people do so for one text in two",
+           0, percent=True),
     Column("mauve", "MAUVE", "MAUVE", "likeness of all texts together to people's test puns, from 100 prompts on; other puns of people reach .95 (default model)"),
     Column("seq_rep_4", "seq-rep-4", "Repeated 4-grams", "share within a text", 3), Column("loop_rate", "loops", "Loops", "", 1, percent=True),
     Column("self_bleu_4", "self-BLEU", "Self-BLEU-4", "likeness of the texts to one another"),

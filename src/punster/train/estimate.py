@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from punster.config import (
     DpoConfig,
@@ -17,8 +16,7 @@ from punster.config import (
     TrainConfig,
 )
 from punster.data import corpus
-from punster.data.mix import is_mixture, load_mixture
-from punster.data.schema import Row
+from punster.data.mix import NEED_WORDS, is_mixture, load_mixture
 from punster.model.transformer import Decoder
 from punster.train.plan import block_size, measured_speed
 from punster.train.setup import layer_count, load_rows, pick_device, pick_dtype, shared_base, top_layers
@@ -44,7 +42,7 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
 def stage_work(
     stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0, prompt: float = PROMPT, response: float = RESPONSE
 ) -> float:  # fmt: skip
-    """Multiply-adds of a stage: on the embedded corpus, or of sft and dpo on so many rows, pairs or prompts (`rows`).
+    """Multiply-adds of a stage: on the embedded corpus, or of sft and dpo on so many rows, pairs or prompts (`rows`); reward: besides.
 
     judge: layers of the reward model's branch, with whose adapter the critic starts; prompt, response: mean lengths in tokens.
     """
@@ -56,14 +54,13 @@ def stage_work(
     passes_back = 3 if stage.adapter == "none" else 2  # forward, gradients of the inputs, and of weights where these learn
     learned = passes_back * tokens * block * branch + 3 * response * head
     if isinstance(stage, RewardConfig):
-        records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000)
+        records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000) if "embedded" in stage.data else 0
         drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
         pairs = records * len([kind for kind in stage.negatives if kind != "sampled"]) + drawn
-        own = contrasts(stage.data)
-        records, pairs = records + len({row["chosen"] for row in own}), pairs + len(own)
+        texts = records + pairs + 1.4 * rows  # two or three rows on a text, as in the mixtures
         # In families each text runs once a step, and about half of its tokens are a prefix of another.
-        trained = (0.5 * (records + pairs) if stage.families else 2 * pairs) * stage.epochs
-        work = tokens * block * ((records + pairs) * trunk + 2 * trained * branch)
+        passed = 0.5 * texts if stage.families else 2 * (pairs + rows)
+        work = tokens * block * (texts * trunk + 2 * passed * stage.epochs * branch) * (0.5 if stage.half else 1)
         work += stage.normalise_samples * (sampled + tokens * block * depth) + drawn * sampled
         return work + stage.test_limit * 6 * tokens * block * depth
     if isinstance(stage, SftConfig):
@@ -88,7 +85,16 @@ def stage_work(
 
 
 def given_rows(stage: TrainConfig) -> int:
-    """Rows of sft, pairs of dpo, where others than the embedded corpus are named; 0 where it is, or where pairs are sampled."""
+    """Rows of files and mixtures: of reward all of them, of sft and pairs of dpo with the embedded corpus if that is named beside them.
+
+    0 where the embedded corpus is all, or where pairs are sampled. Mixtures that ask a model for words are not counted.
+    """
+    if isinstance(stage, RewardConfig):
+        asking = [
+            name for name in stage.data if is_mixture(name) and any(part.use in NEED_WORDS for part in load_mixture(name).parts)
+        ]
+        named = [name for name in stage.data if name not in ("embedded", *asking)]
+        return len(load_rows(named, "judged", list, stage.columns, quiet=True)) if named else 0
     if isinstance(stage, SftConfig):
         kind = "sft"
     elif isinstance(stage, DpoConfig) and not stage.online and stage.pairs == "data":
@@ -105,10 +111,3 @@ def layers_of(stage: TrainConfig, base: Decoder) -> int:
     """How many layers a stage trains."""
     depth = layer_count(stage.depth, base.config.n_layer) if isinstance(stage, RewardConfig) else 0
     return len(top_layers(stage, base, depth or base.config.n_layer))
-
-
-def contrasts(data: Sequence[str]) -> list[Row]:
-    """The pairs that mixtures take from our own contrasts, before the guard leaves a few out."""
-    parts = [part for name in data if name != "embedded" and is_mixture(name) for part in load_mixture(name).parts]
-    rows = [row for part in parts if part.source == "contrasts" for row in corpus.contrast_rows(part.use, part.half)]
-    return [row for row in rows if "chosen" in row]

@@ -34,6 +34,7 @@ from punster.train.judged import (
     calibration,
     encode_items,
     families,
+    half_of,
     item_batches,
     item_loss,
     neutral,
@@ -186,6 +187,8 @@ def judged_rows(
         )
     if not kept:
         raise UserError("no row is left: all are longer than the model's context")
+    if config.half and not (kept := half_of(kept, config.half)):
+        raise UserError(f"--half {config.half}: all rows are in the other half")
     return kept
 
 

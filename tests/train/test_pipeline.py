@@ -1,11 +1,11 @@
-"""The estimated times of a pipeline count the rows that its stages name."""
+"""Pipelines: estimated times count the rows that the stages name; recipes are what they say."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from punster.config import DpoConfig, SftConfig
+from punster.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data import corpus
 from punster.train.estimate import given_rows
 
@@ -44,3 +44,18 @@ def test_a_recipe_with_fewer_rows_takes_less_time(
 
     whole = minutes("embedded")
     assert whole > 10 and minutes(rows) == pytest.approx(7 / len(corpus.part("train")) * whole, rel=0.05)
+
+
+def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:
+    import yaml
+
+    from punster.train.pipeline import evaluation_config, load_recipe, recipe_folder, stage_config
+
+    recipe = load_recipe("human")
+    settings = yaml.safe_load((recipe_folder() / "reward-human.yaml").read_text(encoding="utf-8"))
+    for stage, half in (("reward", 1), ("gold", 2)):
+        found = stage_config(recipe, stage)
+        assert isinstance(found, RewardConfig) and found.half == half
+        assert {key: getattr(found, key) for key in settings} == settings
+    assert [type(stage_config(recipe, stage)) for stage in recipe.stages] == [SftConfig, RewardConfig, RewardConfig, PpoConfig]
+    assert evaluation_config(recipe, Path("runs/human")).call_puns
