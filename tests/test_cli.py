@@ -114,6 +114,31 @@ def test_evaluate_and_report(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (runs / "sft" / "report.html").stat().st_size > 2000
 
 
+def test_evaluate_calls_puns(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from punster.evaluate import success
+
+    class Texts:
+        def rows(self, source: str, part: str) -> list[dict[str, object]]:
+            return [{"text": "a tide", "is_pun": True}, {"text": "a fact", "is_pun": False}]
+
+    outputs = [success.Labelled(f"text {n}", float(n % 4 == 0), str(n), "m") for n in range(20)]
+    monkeypatch.setattr(success, "pool_of", lambda folder: Texts())
+    monkeypatch.setattr(success, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(success, "labelled", lambda pool: outputs)
+    names = ["--gold", str(runs / "reward"), "--proxy", str(runs / "reward"), "--reference", str(runs / "sft"), "--call-puns"]
+    short = ["--limit", "4", "--samples", "2", "--best-of", "2", "--max-new-tokens", "8", "--out", str(tmp_path / "e")]
+    assert main(["evaluate", str(runs / "sft"), *names, *short]) == 0
+    told = capsys.readouterr().out
+    assert "called puns" in told and "machine outputs puns as people do (25%)" in told
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["called_puns"]["outputs"] == 20 and summary["called_puns"]["people"] == 0.25
+    found = {name: model["called_puns"] for name, model in summary["models"].items()}
+    assert all(0 <= each["low"] <= each["mean"] <= each["high"] <= 1 for each in found.values())
+    assert found["best_of_2"]["mean"] >= found["sft"]["mean"], "chosen by the same model"
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", "-n", "x", "--model", str(tiny_llama), "--out", str(tmp_path / "runs"), "--dry-run"]) == 0
     assert "minutes" in capsys.readouterr().out
@@ -245,7 +270,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             assert main([verb, "--help"]) == 0
         told = capsys.readouterr().out
         assert "usage" in told.lower() or verb == "data"
-        assert "--config CONFIG" not in told or verb != "run"  # which takes its file as a plain word
+        if verb == "run":
+            assert "--config CONFIG" not in told  # it takes its file as a plain word
 
 
 def test_lists_on_the_command_line_take_several_words(tmp_path: Path) -> None:

@@ -148,13 +148,15 @@ def parser_for(
     """A jsonargparse parser with one option for each field of the verb's dataclass; --config reads the same keys from YAML."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
+    from punster.config.shared import default_of
+
     parser = ArgumentParser(
         prog=f"punster {verb}", description=description or kind.__doc__, exit_on_error=False, default_env=False
     )
     parser.add_argument("--config", action=ActionConfigFile, help=config_help)
     hints = get_type_hints(kind)
     for item in fields(kind):
-        default = item.default_factory() if callable(item.default_factory) else item.default
+        default = default_of(item)
         flags = [f"--{item.name.replace('_', '-')}"]
         if short := item.metadata.get("short"):
             flags.insert(0, short)

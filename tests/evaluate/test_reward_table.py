@@ -15,6 +15,7 @@ from punster.data import corpus
 from punster.data.leakage import jaccard, words
 from punster.data.schema import texts_of
 from punster.evaluate.metrics import auc
+from punster.train.halves import half_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "reward-human.yaml")
@@ -160,6 +161,11 @@ def test_no_figure_comes_from_a_text_whose_group_was_trained_on(
     for kind in ("literal", "synonym", "homophone in a plain text"):
         own = {of_record[group] for group in groups[f"own minimal pairs: {kind}"]}
         assert len(own) > 120 and not own & trained
+    # The two halves of the rows, for a reward model and a yardstick: no text, no pun word and no word evoked in both.
+    halves = [half_of(mixed, half) for half in (1, 2)]
+    assert all(18_000 < len(half) < 20_500 for half in halves) and len(mixed) - sum(map(len, halves)) < 700
+    assert not set.intersection(*({frozenset(words(text)) for row in half for text in texts_of(row)} for half in halves))
+    assert not set.intersection(*(set().union(*map(table.row_words, half)) for half in halves))
     # And the check itself sees a leak: one measured text among the training rows.
     leaked = measured[0].texts[0][0][1]
     assert table.overlap([{"text": leaked}], measured[:1]) != []

@@ -108,37 +108,37 @@ def test_estimator_and_training_share_no_item_group_or_text(punster_data: Path) 
 
 
 # ---- what the yardstick calls a pun -----------------------------------------------------------------------------------
+class Texts:
+    """SemEval's texts: two puns and two sentences."""
+
+    def rows(self, source: str, part: str) -> list[dict[str, object]]:
+        assert (source, part) == ("semeval2017_task7", "val")
+        return [{"text": text, "is_pun": is_pun} for text, is_pun in (("9", True), ("2", True), ("8", False), ("1", False))]
+
+
 @pytest.fixture
 def labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """People call the texts with a tide puns, nine times out of ten; a model that knows the tide knows them."""
-
-    class Texts:
-        def rows(self, source: str, part: str) -> list[dict[str, object]]:
-            assert (source, part) == ("semeval2017_task7", "val")
-            return [{"id": str(i), "text": f"the tide {i}" if i % 2 else f"a fact {i}", "is_pun": bool(i % 2)} for i in range(40)]
-
-    outputs = [
-        Labelled(f"my tide {i}" if i % 2 else f"no {i}", float(bool(i % 2) != (i % 10 == 0)), str(i), f"m{i % 4 // 2}")
-        for i in range(40)
-    ]
+    """Ten machine outputs whose text is their score, 0 to 9; people call 9, 8 and 5 puns."""
+    outputs = [Labelled(str(i), float(i in (9, 8, 5)), str(i), "m") for i in range(10)] + [Labelled("7", 1.0, "h", "human")]
     monkeypatch.setattr(success, "pool_of", lambda folder: Texts())
     monkeypatch.setattr(success, "data_folder", lambda: Path("nowhere"))
     monkeypatch.setattr(success, "labelled", lambda pool: outputs)
     monkeypatch.setattr(
-        success,
-        "pun_scores",
-        lambda gold, tokenizer, texts: torch.tensor([[3.0 if "tide" in t else -1.0] for t in texts], dtype=torch.float64),
+        success, "pun_scores", lambda gold, tokenizer, texts: torch.tensor([float(t) for t in texts], dtype=torch.float64)
     )
 
 
 @pytest.mark.usefixtures("labels")
-def test_calls_are_set_by_people_and_counted_over_prompts() -> None:
+def test_as_many_outputs_are_called_puns_as_people_call() -> None:
     calls = success.Calls.open(None, None)  # type: ignore[arg-type]
-    assert calls.agreement["semeval"] == 1.0
-    assert calls.agreement["machines"] == pytest.approx(0.9, abs=0.06)
-    found = calls.rate([["the tide", "no"], ["tide", "tide"], ["a fact", "none"], ["tide", "x"]])
+    assert 6 < calls.threshold < 7  # of the ten outputs three lie above, as three are called puns; people's text does not count
+    # Pairs of a pun and another: 9 and 8 are above all seven, 5 is above five of them.
+    assert calls.about == pytest.approx(
+        {"outputs": 10, "people": 0.3, "auc": 19 / 21, "semeval_puns": 0.5, "semeval_others": 0.5}
+    )
+    found = calls.rate([["9", "1"], ["7", "8"], ["2", "3"], ["9", "0"]])
     assert found["mean"] == 0.5 and 0 <= found["low"] < 0.5 < found["high"] <= 1
-    assert calls.rate([["no"], ["none"]])["high"] == 0.0
+    assert calls.rate([["1"], ["6"]])["high"] == 0.0
 
 
 def test_scores_of_calls_hang_on_the_text_alone(tiny_llama: Path) -> None:
@@ -147,8 +147,7 @@ def test_scores_of_calls_hang_on_the_text_alone(tiny_llama: Path) -> None:
     gold = Role(model, head=ScalarHead.create(model.config.d_model, torch.Generator().manual_seed(1)))
     texts = ["the tide was tied", "", "a fact"]
     together = success.pun_scores(gold, tokenizer, texts)
-    assert together.shape == (3, 1)
-    assert len(set(together.flatten().tolist())) == 3
+    assert together.shape == (3,) and len(set(together.tolist())) == 3
     own = Example(tuple(tokenizer.prompt_ids("make a pun")), tuple(tokenizer.response_ids(texts[0])))
     assert float(together[0]) == pytest.approx(score_examples(gold, [own])[0], abs=1e-5)
     assert float(together[2]) == pytest.approx(float(success.pun_scores(gold, tokenizer, texts[2:])), abs=1e-5)

@@ -18,11 +18,9 @@ from torch.nn import functional as F
 
 from punster.cli import main
 from punster.config import RewardConfig
-from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.corpus import contrast_rows
 from punster.data.schema import check_row
-from punster.data.split import lemma
 from punster.errors import UserError
 from punster.model.export import export
 from punster.model.heads import ScalarHead
@@ -34,8 +32,6 @@ from punster.train.judged import (
     calibration,
     encode_items,
     families,
-    family,
-    half_of,
     item_batches,
     item_loss,
     neutral,
@@ -420,38 +416,3 @@ def test_evaluation_data_without_pairs_is_refused(tiny_llama: Path, tmp_path: Pa
     with pytest.raises(UserError, match="--eval-data: no pairs"):
         train_reward(config, [PAIR])
     assert train_reward(replace(config, eval_data=["embedded"]), [PAIR]) is not None
-
-
-# ---- halves --------------------------------------------------------------------------------------------------------
-def test_halves_share_neither_pun_words_nor_families_and_leave_nothing_out() -> None:
-    rows = [*contrast_rows("synonym_swap"), *contrast_rows("literal"), *corpus.preference_rows(("literal", "homophone"), "train")]
-    rows += [{"prompt": "p", "completion": row["chosen"], "label": True} for row in rows[:300]]  # named by its family alone
-    one, two = half_of(rows, 1), half_of(rows, 2)
-    assert [row for row in rows if row in one or row in two] == rows and len(one) + len(two) == len(rows)
-    assert 0.45 < len(one) / len(rows) < 0.55
-    assert not {family(row) for row in one} & {family(row) for row in two}
-    words = {record["id"]: record["pun_word"] for record in corpus.records()}
-    first, second = (
-        {lemma(row.get("pun_word") or words.get(row.get("id"), row["prompt"])) for row in half} - {"p"} for half in (one, two)
-    )
-    assert len(first) > 500 and len(second) > 500 and not first & second
-    shuffled_rows = rows[::-1]
-    assert [row for row in shuffled_rows if row in one] == half_of(shuffled_rows, 1)  # whatever the order
-
-
-def test_a_reward_model_learns_from_its_half_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    pairs = [
-        {"prompt": "p", "chosen": f"{word} tide", "rejected": "a fact", "pun_word": word}
-        for word in ("wail", "tail", "tied", "sea")
-    ]
-    taken = []
-    for half in (1, 2):
-        make = RewardConfig(
-            name=f"h{half}", out=str(tmp_path), model=str(tiny_llama), half=half, steps=1, normalise_samples=0, quiet=True
-        )
-        summary = json.loads((train_reward(make, pairs) / "summary.json").read_text())
-        taken.append(summary["pairs"])
-    assert sum(taken) == len(pairs) and min(taken) > 0
-    with pytest.raises(UserError, match="--half 1: all rows are in the other half"):
-        train_reward(RewardConfig(name="x", out=str(tmp_path), model=str(tiny_llama), half=1, quiet=True), half_of(pairs, 2))
-    assert not (tmp_path / "x").exists()

@@ -7,7 +7,9 @@ import pytest
 
 from punster.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data import corpus
-from punster.train.estimate import given_rows
+from punster.data.schema import texts_of
+from punster.train.dpo import given_pairs
+from punster.train.estimate import given
 
 
 @pytest.fixture
@@ -19,13 +21,19 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_own_rows_are_counted(rows: str) -> None:
-    assert given_rows(SftConfig(data=[rows])) == 7
-    assert given_rows(SftConfig(data=[rows, rows])) == 14
-    assert given_rows(DpoConfig(data=[rows])) == 7
-    assert given_rows(DpoConfig(data=[rows], loss_type="kto")) == 4  # two texts for a pair
-    assert given_rows(SftConfig()) == 0  # the embedded corpus, which `stage_work` counts by itself
-    assert given_rows(DpoConfig(data=[rows], online=True, reward_model="r")) == 0
+def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
+    train = len(corpus.part("train"))
+    assert given(SftConfig(data=[rows])) == (7, 3)
+    assert given(SftConfig(data=["embedded", rows])) == (train + 7, train + 3)
+    assert given(DpoConfig(data=[rows])) == (7, 2)
+    assert given(DpoConfig()) == (2 * train, len({text for row in given_pairs() for text in texts_of(row)}))
+    assert given(DpoConfig(data=[rows], loss_type="kto"))[0] == 4  # two texts for a pair
+    assert given(DpoConfig(data=[rows], online=True, reward_model="r")) == (0, 0)
+    assert given(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself
+    assert given(RewardConfig()) == given(PpoConfig()) == (0, 0)
+    asking = tmp_path / "asking.yaml"
+    asking.write_text("kind: preference\nparts: [{source: embedded, use: likely}]\n")
+    assert given(RewardConfig(data=[str(asking), rows])) == (7, 2)
 
 
 def test_a_recipe_with_fewer_rows_takes_less_time(
@@ -59,3 +67,33 @@ def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:
         assert {key: getattr(found, key) for key in settings} == settings
     assert [type(stage_config(recipe, stage)) for stage in recipe.stages] == [SftConfig, RewardConfig, RewardConfig, PpoConfig]
     assert evaluation_config(recipe, Path("runs/human")).call_puns
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("section", ["reward: {data: [human]}", "evaluate: {call_puns: true}"])
+def test_data_that_cannot_be_had_are_missed_before_anything_is_written(
+    section: str,
+    quiet: bool,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from punster.cli import main
+
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: r\nstages: [sft, reward, gold]\n{section}\n")
+    command = ["run", str(recipe), "--model", str(tiny_llama), "--out", str(tmp_path / "runs"), *(["--quiet"] if quiet else [])]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "nowhere: no such folder (PUNSTER_DATA names it)" in said.err and said.out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_options_that_a_saved_run_does_not_know_count_as_by_default(tmp_path: Path) -> None:
+    from punster.train.run import changed_settings
+
+    (tmp_path / "config.yaml").write_text("batch_size: 16\n")
+    assert changed_settings(tmp_path, RewardConfig(batch_size=16)) == ""
+    assert changed_settings(tmp_path, RewardConfig(batch_size=16, half=1)) == "half: 0 -> 1"

@@ -21,7 +21,8 @@ class EvaluateConfig:
     reference: str | None = opt(None, "run that the others are compared with (default: the run named sft)")
     prompts: str = opt("embedded", "embedded (the test part), or a file with prompts")
     call_puns: bool = opt(
-        False, "also the share of texts that the gold calls puns, its threshold set on texts that people labelled (PUNSTER_DATA)"
+        False,
+        "also the share of texts that the gold calls puns, its threshold set on labels of people; needs local copies (PUNSTER_DATA)",
     )
     samples: int = opt(4, "responses to each prompt", low=1)
     best_of: int = opt(0, "also report best-of-n of the reference, chosen by the proxy", low=0)

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,10 @@ def opt(default: Any, help: str = "", short: str | None = None, **limits: float)
     if isinstance(default, list | dict):
         return field(default_factory=partial(deepcopy, default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def default_of(item: Field[Any]) -> Any:
+    return item.default_factory() if callable(item.default_factory) else item.default
 
 
 def require(fine: bool, message: str) -> None:

@@ -47,8 +47,9 @@ class RewardConfig(TrainConfig):
     sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)", low=0)
     split: Literal["train", "gold"] = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     half: int = opt(
-        0, "1 or 2: this half of the rows alone, drawn by pun word, for a reward model and a yardstick that share none (0: all)",
-        low=0, high=2)  # fmt: skip
+        0, "1 or 2: this half of --data and --pretrain alone, for a reward model and a yardstick that name the same data and share no text "
+        "and no pun word (0: all)", low=0, high=2)  # fmt: skip
+    without: list[str] = opt([], "sources of the rows (embedded, puneval, ...) that are not learned from")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
     depth: float = opt(0.667, "layers that run before the head reads: a number, a share below 1, or 0 for all", low=0)

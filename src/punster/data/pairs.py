@@ -96,5 +96,6 @@ def labelled(rows: Sequence[Row], by: str, prompt: str) -> list[Row]:
         judged: Row = {"prompt": prompt, "completion": row["text"], "label": row.get("is_pun")}
         if by != "is_pun" and row.get(by) is not None:
             judged["rating"] = round((row[by] - mean) / spread, 4)
-        found.append({**judged, **{name: row[name] for name in ("source", "licence", "id")}})
+        kept = ("source", "licence", "id", "pun_word", "alternative_word")
+        found.append({**judged, **{name: row[name] for name in kept if row.get(name)}})
     return found

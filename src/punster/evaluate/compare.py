@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         results[name] |= extra.of_texts(sampled[name].texts)
         summary["best_of_n"] = best_of_curve(proxy_scores, gold_scores)
     if calls is not None:
-        summary["called_puns"] = {"auc": calls.agreement}
+        summary["called_puns"] = calls.about
         for label, each in sampled.items():
             results[label]["called_puns"] = calls.rate(each.texts, config.seed)
     save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])

@@ -9,6 +9,7 @@ widened by the errors that it made on generators it had not seen.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -131,38 +132,46 @@ def fit_estimator(x: Tensor, rows: Sequence[Labelled]) -> Estimator:
 
 @dataclass(frozen=True)
 class Calls:
-    """Which texts a reward model calls puns: those above the score at which, of texts that people labelled, one in two is called so."""
+    """Which texts a reward model calls puns: those above the score above which as many machine outputs lie as people called puns."""
 
     gold: Role
     tokenizer: Tokenizer
-    estimator: Estimator
-    agreement: dict[str, float]  # with people, as AUC
+    threshold: float
+    about: dict[str, float | None]  # how it agrees with people; see `open`
 
     @classmethod
     def open(cls, gold: Role, tokenizer: Tokenizer) -> Calls:
-        """Fitted to the estimator's labels and those of SemEval's texts of the same part; UserError without local copies."""
+        """From the estimator's labels, and SemEval's texts of the same part to see what it makes of people's; UserError without copies.
+
+        about: outputs (their number), people (the share that people called puns, and so the model), auc (of the score, on outputs),
+        semeval_puns, semeval_others (shares of people's puns and other sentences that it calls puns).
+        """
         pool = pool_of(data_folder())
-        outputs = labelled(pool)
-        texts = [Labelled(row["text"], float(row["is_pun"]), row["id"], "human") for row in pool.rows("semeval2017_task7", PART)]
-        x = pun_scores(gold, tokenizer, [row.text for row in outputs + texts])
-        marked = [(float(score), row.success > 0.5) for score, row in zip(x[:, 0], outputs + texts, strict=True)]
-        machines = [pair for pair, row in zip(marked, outputs, strict=False) if not row.system.startswith("human")]
-        agreement = {"machines": auc(machines), "semeval": auc(marked[len(outputs) :])}
-        return cls(gold, tokenizer, fit_estimator(x, outputs + texts), agreement)
+        outputs = [row for row in labelled(pool) if not row.system.startswith("human")]
+        scores = pun_scores(gold, tokenizer, [row.text for row in outputs])
+        people = sum(row.success for row in outputs) / len(outputs)
+        threshold = float(torch.quantile(scores, 1 - people))
+        about: dict[str, float | None] = {"outputs": len(outputs), "people": people}
+        agreement = auc([(float(score), row.success > 0.5) for score, row in zip(scores, outputs, strict=True)])
+        about["auc"] = agreement if math.isfinite(agreement) else None
+        for name, is_pun in (("semeval_puns", True), ("semeval_others", False)):
+            texts = [row["text"] for row in pool.rows("semeval2017_task7", PART) if row["is_pun"] is is_pun]
+            about[name] = float((pun_scores(gold, tokenizer, texts) > threshold).double().mean())
+        return cls(gold, tokenizer, threshold, about)
 
     def rate(self, by_prompt: Sequence[Sequence[str]], seed: int = 1) -> Interval:
         """Share of all texts, with a bootstrap interval over prompts (of sampling alone: the judge's own errors are not in it)."""
-        x = pun_scores(self.gold, self.tokenizer, [text for texts in by_prompt for text in texts])
-        called = iter((self.estimator.probabilities(x) > 0.5).tolist())
+        scores = pun_scores(self.gold, self.tokenizer, [text for texts in by_prompt for text in texts])
+        called = iter((scores > self.threshold).tolist())
         return bootstrap([sum(next(called) for _ in texts) / len(texts) for texts in by_prompt], seed)
 
 
 def pun_scores(gold: Role, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """(N, 1) fp64: scores of texts under the generic prompt, whatever they answered."""
+    """(N,) fp64: scores of texts under the generic prompt, whatever they answered."""
     prompt = tuple(tokenizer.prompt_ids(GENERIC_PROMPT))
     room = gold.model.config.max_positions - len(prompt)
     examples = [Example(prompt, tuple(tokenizer.response_ids(text or ".")[:room])) for text in texts]
-    return torch.tensor(score_examples(gold, examples), dtype=torch.float64)[:, None]
+    return torch.tensor(score_examples(gold, examples), dtype=torch.float64)
 
 
 def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:

@@ -102,7 +102,7 @@ TEXT_COLUMNS = (
     Column("success_rate", "success", "Success estimate",
            "share that a person would call a pun, interval widened by the error on unseen generators (people .84 to .86, GPT-4 .51 to .67, 7B chat models .04 to .37)",
            0, percent=True),
-    Column("called_puns", "called puns", "Called puns", "share that the gold reward model calls puns, above the score at which people do so for one text in two",
+    Column("called_puns", "called puns", "Called puns", "share that the gold reward model calls puns; its threshold is set on texts that people labelled",
            0, percent=True),
     Column("mauve", "MAUVE", "MAUVE", "likeness of all texts together to people's test puns, from 100 prompts on; other puns of people reach .95 (default model)"),
     Column("seq_rep_4", "seq-rep-4", "Repeated 4-grams", "share within a text", 3), Column("loop_rate", "loops", "Loops", "", 1, percent=True),
@@ -161,12 +161,19 @@ def result_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What must be known of a judge before its table is believed."""
-    about = as_dict(summary.get("judge"))
+    """What must be known of a judge, or of the yardstick as one, before its table is believed."""
+    about, lines = as_dict(summary.get("judge")), []
+    if calls := as_dict(summary.get("called_puns")):
+        lines.append(
+            f"Called puns: the yardstick calls as many of {show(calls.get('outputs'), 0)} machine outputs puns as people do "
+            f"({show(calls.get('people'), 0, percent=True)}), and tells which with an AUC of {show(calls.get('auc'))} (chance: 0.5); of "
+            f"SemEval's puns it calls {show(calls.get('semeval_puns'), 0, percent=True)} so, of its other sentences "
+            f"{show(calls.get('semeval_others'), 0, percent=True)}."
+        )
     if not about:
-        return []
+        return lines
     differ, people = as_dict(about.get("wording_disagreement")), as_dict(about.get("calibration"))
-    lines = [
+    lines += [
         f"Judge {about.get('model')} at {about.get('endpoint')}: {show(about.get('pairs'), 0)} pairs, each in both orders and two "
         f"wordings; {show(about.get('answers'), 0)} answers, {show(about.get('unusable'), 1, percent=True)} of them unusable.",
         f"The same verdict in both orders (consistency): {show(about.get('consistency'), 0, percent=True)}; the text shown first wins "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from punster.config import (
     DpoConfig,
@@ -16,7 +18,8 @@ from punster.config import (
     TrainConfig,
 )
 from punster.data import corpus
-from punster.data.mix import NEED_WORDS, is_mixture, load_mixture
+from punster.data.mix import DEFAULTS, NEED_WORDS, is_mixture, load_mixture
+from punster.data.schema import Row, texts_of
 from punster.model.transformer import Decoder
 from punster.train.plan import block_size, measured_speed
 from punster.train.setup import layer_count, load_rows, pick_device, pick_dtype, shared_base, top_layers
@@ -24,13 +27,17 @@ from punster.train.setup import layer_count, load_rows, pick_device, pick_dtype,
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 
 
-def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> dict[str, float]:
+def pipeline_seconds(
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, done: Sequence[str] = ()
+) -> dict[str, float]:
+    """Of each stage that is not done, and of the evaluation."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     base = shared_base(config.model, dtype, device)
     speed = 0.95 * measured_speed(dtype, device)
     judge = layers_of(stages["reward"], base) if "reward" in stages else 0  # whose adapter the critic starts from
-    result = {name: stage_work(stage, base, judge, given_rows(stage)) / speed for name, stage in stages.items()}
+    left = {name: stage for name, stage in stages.items() if name not in done}
+    result = {name: stage_work(stage, base, judge, *given(stage)) / speed for name, stage in left.items()}
     policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
@@ -40,10 +47,11 @@ def pipeline_seconds(config: PipelineConfig, stages: dict[str, TrainConfig], eva
 
 
 def stage_work(
-    stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0, prompt: float = PROMPT, response: float = RESPONSE
+    stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0, texts: float = 0, prompt: float = PROMPT, response: float = RESPONSE
 ) -> float:  # fmt: skip
-    """Multiply-adds of a stage: on the embedded corpus, or of sft and dpo on so many rows, pairs or prompts (`rows`); reward: besides.
+    """Multiply-adds of a stage on the embedded corpus, or, of sft and dpo, on so many rows, pairs or prompts (`rows`).
 
+    rows, texts: of reward, those that come beside the embedded corpus, and how many distinct texts they have.
     judge: layers of the reward model's branch, with whose adapter the critic starts; prompt, response: mean lengths in tokens.
     """
     block, head, layers = block_size(base), base.head.weight.numel(), base.config.n_layer
@@ -57,7 +65,7 @@ def stage_work(
         records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000) if "embedded" in stage.data else 0
         drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
         pairs = records * len([kind for kind in stage.negatives if kind != "sampled"]) + drawn
-        texts = records + pairs + 1.4 * rows  # two or three rows on a text, as in the mixtures
+        texts += records + pairs
         # In families each text runs once a step, and about half of its tokens are a prefix of another.
         passed = 0.5 * texts if stage.families else 2 * (pairs + rows)
         work = tokens * block * (texts * trunk + 2 * passed * stage.epochs * branch) * (0.5 if stage.half else 1)
@@ -84,27 +92,37 @@ def stage_work(
     return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
 
 
-def given_rows(stage: TrainConfig) -> int:
-    """Rows of files and mixtures: of reward all of them, of sft and pairs of dpo with the embedded corpus if that is named beside them.
+def given(stage: TrainConfig) -> tuple[int, int]:
+    """Rows and distinct texts that a stage is given: of sft, of dpo (pairs), and of reward those beside the embedded corpus.
 
-    0 where the embedded corpus is all, or where pairs are sampled. Mixtures that ask a model for words are not counted.
+    (0, 0) where pairs are sampled. Mixtures that ask a model for words are not counted.
     """
-    if isinstance(stage, RewardConfig):
-        asking = [
-            name for name in stage.data if is_mixture(name) and any(part.use in NEED_WORDS for part in load_mixture(name).parts)
-        ]
-        named = [name for name in stage.data if name not in ("embedded", *asking)]
-        return len(load_rows(named, "judged", list, stage.columns, quiet=True)) if named else 0
+    from punster.train.dpo import given_pairs, unpaired
+
     if isinstance(stage, SftConfig):
-        kind = "sft"
-    elif isinstance(stage, DpoConfig) and not stage.online and stage.pairs == "data":
-        kind = "unpaired" if stage.loss_type == "kto" else "preference"
-    else:
-        return 0
-    if stage.data == ["embedded"]:
-        return 0
-    count = len(load_rows(stage.data, kind, corpus.sft_rows, stage.columns, quiet=True))
-    return math.ceil(count / 2) if kind == "unpaired" else count  # two texts of kto cost what a pair does
+        return counted(tuple(stage.data), "sft", corpus.sft_rows, tuple(stage.columns))
+    if isinstance(stage, DpoConfig) and not stage.online and stage.pairs == "data":
+        if stage.loss_type != "kto":
+            return counted(tuple(stage.data), "preference", given_pairs, tuple(stage.columns))
+        rows, texts = counted(tuple(stage.data), "unpaired", lambda: unpaired(given_pairs()), tuple(stage.columns))
+        return math.ceil(rows / 2), texts  # two texts cost what a pair does
+    if isinstance(stage, RewardConfig):
+        named = tuple(name for name in stage.data if name != "embedded" and not asks(name))
+        return counted(named, "judged", list, tuple(stage.columns)) if named else (0, 0)
+    return 0, 0
+
+
+@lru_cache(maxsize=8)
+def counted(names: tuple[str, ...], kind: str, embedded: Callable[[], list[Row]], columns: tuple[str, ...]) -> tuple[int, int]:
+    rows = load_rows(names, kind, embedded, columns, quiet=True)
+    return len(rows), len({text for row in rows for text in texts_of(row)})
+
+
+def asks(name: str) -> bool:
+    """Does a mixture of judged rows need a model that proposes words?"""
+    if not is_mixture(name):
+        return False
+    return any(part.use in NEED_WORDS for part in load_mixture(DEFAULTS["preference"] if name == "puns" else name).parts)
 
 
 def layers_of(stage: TrainConfig, base: Decoder) -> int:

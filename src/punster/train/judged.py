@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ from torch.nn import functional as F
 from punster.algorithms.losses import plackett_luce
 from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
-from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.schema import Row, texts_of
-from punster.data.split import lemma
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
@@ -69,21 +66,6 @@ def weighed(rows: Sequence[Row]) -> list[Row]:
 def family(row: Row) -> str:
     """What a row is about: the group that it comes from, or its first text."""
     return str(row.get("_family") or row.get("group") or texts_of(row)[0])
-
-
-def half_of(rows: Sequence[Row], half: int) -> list[Row]:
-    """Half 1 or 2 of the rows: families are drawn whole, and those with a pun word by its dictionary form, so that halves share none.
-
-    (What a pun word sounds like, or a text of one half that is like one of the other, may still be in both.)
-    """
-    known = {
-        record["id"]: record["pun_word"] for record in corpus.records()
-    }  # pairs of the embedded corpus bear their record's id
-    words: dict[str, str] = {}
-    for row in rows:
-        if word := row.get("pun_word") or known.get(str(row.get("id"))):
-            words.setdefault(family(row), lemma(str(word)))
-    return [row for row in rows if random.Random(f"half/{words.get(family(row), family(row))}").randint(1, 2) == half]
 
 
 def families(rows: Sequence[Row]) -> list[list[int]]:

@@ -16,8 +16,10 @@ import yaml
 
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.pipeline import NEEDS
+from punster.data.pool import data_folder
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial, write_json, write_text
+from punster.train.estimate import pipeline_seconds
 from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release
 from punster.train.setup import open_base
 
@@ -159,13 +161,18 @@ def run_pipeline(config: PipelineConfig) -> int:
             f"--resume: {', '.join(redone)} rest on a stage that is to be run again; delete these, too: "
             + ", ".join(str(folder / stage) for stage in redone)
         )
-    open_base(stages["sft"])  # a model that cannot be had is found out before anything is written
+    # A model or data that cannot be had are found out before anything is written.
+    open_base(stages["sft"])
+    done = [stage for stage in stages if stage_summary(folder, stage)]
+    left = pipeline_seconds(config, stages, evaluation, done)
+    if evaluation.call_puns:
+        data_folder()
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder)
     try:
         clear_partial(folder)
         note(folder, "started", arguments=sys.argv[1:], stages=config.stages)
-        return run_stages(config, stages, evaluation, folder)
+        return run_stages(config, stages, evaluation, folder, left)
     except BaseException as error:
         note(folder, "stopped", error=f"{type(error).__name__}: {error}")
         if isinstance(error, Exception) and not isinstance(error, UserError) and not hasattr(error, "__notes__"):  # of no stage
@@ -175,8 +182,10 @@ def run_pipeline(config: PipelineConfig) -> int:
         release(lock)
 
 
-def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, folder: Path) -> int:
-    """What is left to do of a pipeline, in a folder that is this process's own."""
+def run_stages(
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, folder: Path, left: dict[str, float]
+) -> int:  # fmt: skip
+    """What is left to do of a pipeline (estimated seconds by stage), in a folder that is this process's own."""
     from punster.cli import resolve
 
     def say(text: str) -> None:
@@ -184,7 +193,7 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
         if not config.quiet:
             print(text, file=sys.stderr)
 
-    clock = Clock(config, stages, evaluation, say)
+    clock = Clock(left, say)
     again = config_dict(replace(config, resume=False))  # so that the file can be run anew under another name
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
     started = time.monotonic()
@@ -194,7 +203,6 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
         if stage_summary(folder, stage):
             say(f"[{number}/{len(stages) + 1}] {title}: done before")
             release(claim(folder / stage))  # a process that was killed at the very end leaves its lock file
-            clock.skip(stage)
         else:
             say(f"[{number}/{len(stages) + 1}] {title}")
             stage_settings.resume = (folder / stage / "config.yaml").exists()
@@ -230,18 +238,9 @@ def run_stages(config: PipelineConfig, stages: dict[str, TrainConfig], evaluatio
 class Clock:
     """Says how long the rest will take: counted work over measured speed, corrected by how long the stages so far took."""
 
-    def __init__(
-        self, config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, say: Callable[[str], None]
-    ):  # fmt: skip
-        from punster.train.estimate import pipeline_seconds
-
-        self.left = {} if config.quiet else pipeline_seconds(config, stages, evaluation)
-        self.say, self.expected, self.took = say, 0.0, 0.0
-        if self.left:
-            say(f"about {sum(self.left.values()) / 60:.0f} minutes in all on this machine")
-
-    def skip(self, stage: str) -> None:
-        self.left.pop(stage, None)
+    def __init__(self, left: dict[str, float], say: Callable[[str], None]):
+        self.left, self.say, self.expected, self.took = left, say, 0.0, 0.0
+        say(f"about {sum(left.values()) / 60:.0f} minutes in all on this machine")
 
     def done(self, stage: str, seconds: float) -> None:
         self.expected, self.took = self.expected + self.left.pop(stage, 0.0), self.took + seconds
@@ -286,11 +285,10 @@ def commit() -> str | None:
 
 def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> int:
     """--dry-run: the stages with their settings and an estimate of the time on this machine."""
-    from punster.train.estimate import pipeline_seconds
-
+    expected = pipeline_seconds(config, stages, evaluation)
     print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
     total = 0.0
-    for stage, seconds in pipeline_seconds(config, stages, evaluation).items():
+    for stage, seconds in expected.items():
         print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
         total += seconds
     base = open_base(stages["sft"])[0]

@@ -27,6 +27,7 @@ from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.rollout.words import WordModel
 from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.halves import half_of
 from punster.train.held_out import pair_table
 from punster.train.judged import (
     Item,
@@ -34,7 +35,6 @@ from punster.train.judged import (
     calibration,
     encode_items,
     families,
-    half_of,
     item_batches,
     item_loss,
     neutral,
@@ -187,8 +187,10 @@ def judged_rows(
         )
     if not kept:
         raise UserError("no row is left: all are longer than the model's context")
-    if config.half and not (kept := half_of(kept, config.half)):
-        raise UserError(f"--half {config.half}: all rows are in the other half")
+    kept = half_of(kept, config.half) if config.half else kept
+    kept = [row for row in kept if row.get("source", "embedded") not in config.without]
+    if not kept:
+        raise UserError(f"no row is left: all are in the other half (--half {config.half}) or of a source in --without")
     return kept
 
 

@@ -28,6 +28,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from punster.config import TrainConfig
+from punster.config.shared import default_of
 from punster.errors import UserError
 from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, write_json, write_text, writing
@@ -271,9 +272,12 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
     """How a run's saved settings differ from these, as text; what does not change the result is left aside."""
     path = folder / "config.yaml"
     try:
-        saved = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        known = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged and cannot be read ({' '.join(str(error).split())})") from None
+    saved = {
+        item.name: default_of(item) for item in dataclasses.fields(config)
+    } | known  # options newer than the file: as by default
     ignored = {
         "resume",
         "quiet",
@@ -290,7 +294,7 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
         ignored.add("kl_horizon")
     # What came from Python, and what distill samples, is known by its hash alone.
     unnamed: tuple[Any, ...] = ([], FROM_PYTHON, [FROM_PYTHON])
-    changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved.get(k, v) != v
+    changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved[k] != v
                and not (k in ("data", "prompts") and v in unnamed)}  # fmt: skip
     return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())
 
