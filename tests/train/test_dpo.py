@@ -240,7 +240,7 @@ def test_long_rows_lose_the_beginning_of_their_prompt_and_never_eos(
         {"prompt": "sea", "chosen": "tide", "rejected": "dull"},
         {"prompt": "sea", "chosen": "tide", "rejected": "dull " * 60},
     ]
-    examples, kept = encode_given(config(max_length=40), rows, ("chosen", "rejected"), role.model, tokenizer)
+    examples, kept = encode_given(config(max_length=40, quiet=False), rows, ("chosen", "rejected"), role.model, tokenizer)
     assert kept == rows[:2] and len(examples) == 4
     assert examples[0].prompt == examples[1].prompt  # both sides see the same prompt
     assert max(examples[0].length, examples[1].length) == 40

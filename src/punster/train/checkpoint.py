@@ -242,7 +242,7 @@ def restore(run: Run, state: State) -> None:
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: written by another version of punster; it cannot be resumed exactly ({error})") from None
     state.numbers |= {key: min(state.numbers[key], run.config.max_tokens) for key in TOKENS}
-    if changed:
+    if changed and not run.config.quiet:
         print(f"note: numbers may differ in their last bits from an uninterrupted run ({', '.join(changed)})", file=sys.stderr)
     run.note("resumed", step=run.step, changed=changed)
 

@@ -193,7 +193,7 @@ def run_stages(
         if not config.quiet:
             print(text, file=sys.stderr)
 
-    clock = Clock(left, say)
+    clock = Clock({} if config.quiet else left, say)
     again = config_dict(replace(config, resume=False))  # so that the file can be run anew under another name
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
     started = time.monotonic()
@@ -240,7 +240,8 @@ class Clock:
 
     def __init__(self, left: dict[str, float], say: Callable[[str], None]):
         self.left, self.say, self.expected, self.took = left, say, 0.0, 0.0
-        say(f"about {sum(left.values()) / 60:.0f} minutes in all on this machine")
+        if left:
+            say(f"about {sum(left.values()) / 60:.0f} minutes in all on this machine")
 
     def done(self, stage: str, seconds: float) -> None:
         self.expected, self.took = self.expected + self.left.pop(stage, 0.0), self.took + seconds
