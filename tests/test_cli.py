@@ -124,8 +124,7 @@ def test_evaluate_calls_puns(
             return [{"text": "a tide", "is_pun": True}, {"text": "a fact", "is_pun": False}]
 
     outputs = [success.Labelled(f"text {n}", float(n % 4 == 0), str(n), "m") for n in range(20)]
-    monkeypatch.setattr(success, "pool_of", lambda folder: Texts())
-    monkeypatch.setattr(success, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(success, "labels_at_hand", Texts)
     monkeypatch.setattr(success, "labelled", lambda pool: outputs)
     names = ["--gold", str(runs / "reward"), "--proxy", str(runs / "reward"), "--reference", str(runs / "sft"), "--call-puns"]
     short = ["--limit", "4", "--samples", "2", "--best-of", "2", "--max-new-tokens", "8", "--out", str(tmp_path / "e")]
@@ -134,9 +133,8 @@ def test_evaluate_calls_puns(
     assert "called puns" in told and "machine outputs puns as people do (25%)" in told
     summary = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert summary["called_puns"]["outputs"] == 20 and summary["called_puns"]["people"] == 0.25
-    found = {name: model["called_puns"] for name, model in summary["models"].items()}
-    assert all(0 <= each["low"] <= each["mean"] <= each["high"] <= 1 for each in found.values())
-    assert found["best_of_2"]["mean"] >= found["sft"]["mean"], "chosen by the same model"
+    for model in summary["models"].values():
+        assert 0 <= model["called_puns"]["low"] <= model["called_puns"]["mean"] <= model["called_puns"]["high"] <= 1
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

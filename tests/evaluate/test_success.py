@@ -120,8 +120,7 @@ class Texts:
 def labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten machine outputs whose text is their score, 0 to 9; people call 9, 8 and 5 puns."""
     outputs = [Labelled(str(i), float(i in (9, 8, 5)), str(i), "m") for i in range(10)] + [Labelled("7", 1.0, "h", "human")]
-    monkeypatch.setattr(success, "pool_of", lambda folder: Texts())
-    monkeypatch.setattr(success, "data_folder", lambda: Path("nowhere"))
+    monkeypatch.setattr(success, "labels_at_hand", Texts)
     monkeypatch.setattr(success, "labelled", lambda pool: outputs)
     monkeypatch.setattr(
         success, "pun_scores", lambda gold, tokenizer, texts: torch.tensor([float(t) for t in texts], dtype=torch.float64)

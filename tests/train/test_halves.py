@@ -13,6 +13,7 @@ from punster.config import RewardConfig
 from punster.data.corpus import contrast_rows
 from punster.errors import UserError
 from punster.train.halves import half_of
+from punster.train.judged import source_of
 from punster.train.reward import train_reward
 
 
@@ -27,9 +28,34 @@ def places(rows: list[dict[str, Any]]) -> list[int]:
     return [1 if id(row) in one else 2 if id(row) in two else 0 for row in rows]
 
 
+NOUNS = [
+    "tide",
+    "sole",
+    "whale",
+    "bank",
+    "bike",
+    "fly",
+    "baker",
+    "sailor",
+    "clock",
+    "apple",
+    "river",
+    "stone",
+    "candle",
+    "garden",
+    "window",
+    "table",
+    "pencil",
+    "farmer",
+    "doctor",
+    "lawyer",
+]
+FORMS = [(word, f"{word}s".title()) for word in NOUNS] * 3  # the third of each is the same pair again
+
+
 # Rows that must go together, by every way in which rows are tied; {n} makes many of each that share nothing else.
 TIED = {
-    "pun word in two forms": lambda n: [pair(f"a{n} tide", f"b{n}", pun_word=f"wug{n}"), pair(f"c{n} hit", f"d{n}", pun_word=f"Wug{n}")],
+    "pun word in two forms": lambda n: [pair(f"a{n}", f"b{n}", pun_word=FORMS[n][0]), pair(f"c{n}", f"d{n}", pun_word=FORMS[n][1])],
     "word evoked": lambda n: [
         pair(f"a{n}", f"b{n}", pun_word=f"wug{n}", alternative_word=f"dax{n}"), pair(f"c{n}", f"d{n}", pun_word=f"dax{n}")
     ],
@@ -80,6 +106,11 @@ def test_own_pairs_are_known_by_their_records(toy_corpus: None) -> None:
         {word for row, half in zip(rows, found, strict=True) if half == side for word in words[row["id"]]} for side in (1, 2)
     )
     assert one and two and not one & two
+    mine = [
+        {key: value for key, value in row.items() if key != "source"}
+        for row in (pair("a", "b"), pair("c", "d", id=rows[0]["id"]))
+    ]
+    assert [source_of(row) for row in (rows[0], *mine)] == ["embedded", "", ""]
     strange = [pair(f"x{n}", f"y{n}", id=rows[0]["id"]) for n in range(40)]
     assert {1, 2} == set(places(strange))
 
@@ -107,6 +138,10 @@ def test_a_reward_model_learns_from_its_half_and_without_what_is_named(tiny_llam
     one, two = taken("h1", half=1), taken("h2", half=2)
     assert one + two == 8 and min(one, two) > 0
     assert taken("w", without=["other"]) == 7
-    with pytest.raises(UserError, match=r"no row is left: all are in the other half \(--half 0\) or of a source in --without"):
+    with pytest.raises(UserError, match=r"no row is left: all are of a source in --without"):
         taken("x", without=["other", "s"])
+    with pytest.raises(UserError, match=r"--without othr: no row is of this source. Did you mean other\? Found: other, s"):
+        taken("x", without=["othr"])
+    with pytest.raises(UserError, match="--half is of --data"):
+        taken("x", half=1, pretrain=["votes"])
     assert not (tmp_path / "x").exists()

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from punster.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from punster.config import DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.schema import texts_of
+from punster.errors import UserError
+from punster.train import estimate
 from punster.train.dpo import given_pairs
-from punster.train.estimate import given
 
 
 @pytest.fixture
@@ -21,19 +22,23 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
+def count(stage: TrainConfig) -> tuple[int, int]:
+    return estimate.given(stage, {})
+
+
 def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     train = len(corpus.part("train"))
-    assert given(SftConfig(data=[rows])) == (7, 3)
-    assert given(SftConfig(data=["embedded", rows])) == (train + 7, train + 3)
-    assert given(DpoConfig(data=[rows])) == (7, 2)
-    assert given(DpoConfig()) == (2 * train, len({text for row in given_pairs() for text in texts_of(row)}))
-    assert given(DpoConfig(data=[rows], loss_type="kto"))[0] == 4  # two texts for a pair
-    assert given(DpoConfig(data=[rows], online=True, reward_model="r")) == (0, 0)
-    assert given(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself
-    assert given(RewardConfig()) == given(PpoConfig()) == (0, 0)
+    assert count(SftConfig(data=[rows])) == (7, 3)
+    assert count(SftConfig(data=["embedded", rows])) == (train + 7, train + 3)
+    assert count(DpoConfig(data=[rows])) == (7, 2)
+    assert count(DpoConfig()) == (2 * train, len({text for row in given_pairs() for text in texts_of(row)}))
+    assert count(DpoConfig(data=[rows], loss_type="kto"))[0] == 4  # two texts for a pair
+    assert count(DpoConfig(data=[rows], online=True, reward_model="r")) == (0, 0)
+    assert count(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself
+    assert count(RewardConfig()) == count(PpoConfig()) == (0, 0)
     asking = tmp_path / "asking.yaml"
     asking.write_text("kind: preference\nparts: [{source: embedded, use: likely}]\n")
-    assert given(RewardConfig(data=[str(asking), rows])) == (7, 2)
+    assert count(RewardConfig(data=[str(asking), rows])) == (7, 2)
 
 
 def test_a_recipe_with_fewer_rows_takes_less_time(
@@ -89,6 +94,18 @@ def test_data_that_cannot_be_had_are_missed_before_anything_is_written(
     said = capsys.readouterr()
     assert "nowhere: no such folder (PUNSTER_DATA names it)" in said.err and said.out == ""
     assert not (tmp_path / "runs").exists()
+
+
+def test_labels_that_puns_are_called_by_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from punster.data.sources import SOURCES
+    from punster.evaluate.success import labels_at_hand
+
+    for name in SOURCES["puneval"].files:
+        (tmp_path / "puneval" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "puneval" / name).touch()
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r"--call-puns needs pungen_he2019, semeval2017_task7, which is not there"):
+        labels_at_hand()
 
 
 def test_options_that_a_saved_run_does_not_know_count_as_by_default(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ class RewardConfig(TrainConfig):
     sampled_rows: int = opt(160, "embedded data: at most so many pairs of the kind sampled (they are the easiest to tell)", low=0)
     split: Literal["train", "gold"] = opt("train", "embedded data: part of the corpus that is trained on (train, gold)")
     half: int = opt(
-        0, "1 or 2: this half of --data and --pretrain alone, for a reward model and a yardstick that name the same data and share no text "
-        "and no pun word (0: all)", low=0, high=2)  # fmt: skip
+        0, "1 or 2: this half of --data alone, for a reward model and a yardstick that name the same data and share no text and no pun "
+        "word that a row names (0: all)", low=0, high=2)  # fmt: skip
     without: list[str] = opt([], "sources of the rows (embedded, puneval, ...) that are not learned from")
     pretrained: str | None = opt(None, "SFT run: its prompt format, and the policy whose samples normalise the score", short="-p")
     start: Literal["base", "sft"] = opt("base", "begin from the plain base, or stack on the SFT run's adapter")
@@ -88,6 +88,7 @@ class RewardConfig(TrainConfig):
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
         require("sampled" not in self.negatives or self.pretrained is not None, "--negatives sampled needs an SFT run (-p)")
+        require(not (self.half and self.pretrain), "--half is of --data; with --pretrain the halves would share texts")
         require(self.start == "base" or self.pretrained is not None, "--start sft needs an SFT run (-p)")
 
 

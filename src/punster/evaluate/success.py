@@ -146,7 +146,7 @@ class Calls:
         about: outputs (their number), people (the share that people called puns, and so the model), auc (of the score, on outputs),
         semeval_puns, semeval_others (shares of people's puns and other sentences that it calls puns).
         """
-        pool = pool_of(data_folder())
+        pool = labels_at_hand()
         outputs = [row for row in labelled(pool) if not row.system.startswith("human")]
         scores = pun_scores(gold, tokenizer, [row.text for row in outputs])
         people = sum(row.success for row in outputs) / len(outputs)
@@ -164,6 +164,14 @@ class Calls:
         scores = pun_scores(self.gold, self.tokenizer, [text for texts in by_prompt for text in texts])
         called = iter((scores > self.threshold).tolist())
         return bootstrap([sum(next(called) for _ in texts) / len(texts) for texts in by_prompt], seed)
+
+
+def labels_at_hand() -> Pool:
+    """The pool, if it has the labels that `Calls` reads; UserError if not."""
+    pool = pool_of(data_folder())
+    if missing := [name for name in ("puneval", "pungen_he2019", "semeval2017_task7") if not pool.has(name)]:
+        raise UserError(f"{pool.folder}: --call-puns needs {', '.join(missing)}, which is not there (see 'punster data list')")
+    return pool
 
 
 def pun_scores(gold: Role, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:

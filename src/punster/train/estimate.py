@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 from punster.config import (
     DpoConfig,
@@ -24,6 +23,7 @@ from punster.model.transformer import Decoder
 from punster.train.plan import block_size, measured_speed
 from punster.train.setup import layer_count, load_rows, pick_device, pick_dtype, shared_base, top_layers
 
+Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts, by what was read
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 
 
@@ -37,7 +37,8 @@ def pipeline_seconds(
     speed = 0.95 * measured_speed(dtype, device)
     judge = layers_of(stages["reward"], base) if "reward" in stages else 0  # whose adapter the critic starts from
     left = {name: stage for name, stage in stages.items() if name not in done}
-    result = {name: stage_work(stage, base, judge, *given(stage)) / speed for name, stage in left.items()}
+    counts: Counts = {}
+    result = {name: stage_work(stage, base, judge, *given(stage, counts)) / speed for name, stage in left.items()}
     policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
@@ -92,30 +93,34 @@ def stage_work(
     return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
 
 
-def given(stage: TrainConfig) -> tuple[int, int]:
+def given(stage: TrainConfig, counts: Counts) -> tuple[int, int]:
     """Rows and distinct texts that a stage is given: of sft, of dpo (pairs), and of reward those beside the embedded corpus.
 
-    (0, 0) where pairs are sampled. Mixtures that ask a model for words are not counted.
+    (0, 0) where pairs are sampled. Mixtures that ask a model for words, and --pretrain, are not counted. counts: of data read before.
     """
     from punster.train.dpo import given_pairs, unpaired
 
     if isinstance(stage, SftConfig):
-        return counted(tuple(stage.data), "sft", corpus.sft_rows, tuple(stage.columns))
+        return counted(counts, stage.data, "sft", corpus.sft_rows, stage.columns)
     if isinstance(stage, DpoConfig) and not stage.online and stage.pairs == "data":
         if stage.loss_type != "kto":
-            return counted(tuple(stage.data), "preference", given_pairs, tuple(stage.columns))
-        rows, texts = counted(tuple(stage.data), "unpaired", lambda: unpaired(given_pairs()), tuple(stage.columns))
+            return counted(counts, stage.data, "preference", given_pairs, stage.columns)
+        rows, texts = counted(counts, stage.data, "unpaired", lambda: unpaired(given_pairs()), stage.columns)
         return math.ceil(rows / 2), texts  # two texts cost what a pair does
     if isinstance(stage, RewardConfig):
-        named = tuple(name for name in stage.data if name != "embedded" and not asks(name))
-        return counted(named, "judged", list, tuple(stage.columns)) if named else (0, 0)
+        named = [name for name in stage.data if name != "embedded" and not asks(name)]
+        return counted(counts, named, "judged", list, stage.columns) if named else (0, 0)
     return 0, 0
 
 
-@lru_cache(maxsize=8)
-def counted(names: tuple[str, ...], kind: str, embedded: Callable[[], list[Row]], columns: tuple[str, ...]) -> tuple[int, int]:
-    rows = load_rows(names, kind, embedded, columns, quiet=True)
-    return len(rows), len({text for row in rows for text in texts_of(row)})
+def counted(
+    counts: Counts, names: Sequence[str], kind: str, embedded: Callable[[], list[Row]], columns: Sequence[str]
+) -> tuple[int, int]:
+    key = (*names, kind, *columns)
+    if key not in counts:
+        rows = load_rows(names, kind, embedded, columns, quiet=True)
+        counts[key] = len(rows), len({text for row in rows for text in texts_of(row)})
+    return counts[key]
 
 
 def asks(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Halves of what people judged, for two reward models that share no text and no pun word: one is trained against, one judges."""
+"""Halves of judged rows, for two reward models that share no text and no pun word that a row names: one to train against, one to judge."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from punster.data import corpus
 from punster.data.leakage import words
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
-from punster.train.judged import family
+from punster.train.judged import family, source_of
 
 
 def half_of(rows: Sequence[Row], half: int) -> list[Row]:
     """Half 1 or 2 of the rows, whatever their order; the halves are of the whole set, so two models must name the same data.
 
     Drawn together are rows of one family, rows with a text in common (the same set of words), and rows with a word in common, as
-    pun word or as what that evokes (in dictionary forms). Pairs of two texts that are rated apart, as ExPUN's are, tie nothing:
-    they stay where both texts are in the half, and are left out of both halves otherwise.
+    pun word or as what that evokes (in dictionary forms), as far as the rows name them. Texts that are alike, but no more, may fall
+    apart. Pairs whose rejected text is preferred or labelled in another family (ExPUN's, off-topic ones) tie nothing: they stay
+    where both texts are in the half, and are in neither half otherwise.
     """
     own = {record["id"]: record for record in corpus.records()}  # pairs of the embedded corpus bear its records' ids
     preferred: dict[str, set[str]] = {}
@@ -38,7 +39,7 @@ def half_of(rows: Sequence[Row], half: int) -> list[Row]:
 
     for row in rows:
         texts = texts_of(row)[:1] if apart(row) else texts_of(row)
-        told = row if "source" in row else own.get(str(row.get("id")), row)
+        told = own.get(str(row.get("id")), row) if source_of(row) == "embedded" else row
         evoked = [str(told[name]) for name in ("pun_word", "alternative_word") if told.get(name)]
         keys = [f"family {family(row)}", *map(text_key, texts), *(f"word {lemma(word)}" for word in evoked)]
         for key in keys[1:]:  # the least key of all that is tied is its root, in whatever order it is tied

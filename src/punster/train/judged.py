@@ -68,6 +68,11 @@ def family(row: Row) -> str:
     return str(row.get("_family") or row.get("group") or texts_of(row)[0])
 
 
+def source_of(row: Row) -> str:
+    """The source of a row; pairs of the embedded corpus name their kind alone, those of a file of one's own neither."""
+    return str(row.get("source") or ("embedded" if "kind" in row else ""))
+
+
 def families(rows: Sequence[Row]) -> list[list[int]]:
     """Places of the rows that are about one text or group."""
     found: dict[str, list[int]] = {}

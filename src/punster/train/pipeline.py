@@ -16,7 +16,6 @@ import yaml
 
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.pipeline import NEEDS
-from punster.data.pool import data_folder
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial, write_json, write_text
 from punster.train.estimate import pipeline_seconds
@@ -161,12 +160,9 @@ def run_pipeline(config: PipelineConfig) -> int:
             f"--resume: {', '.join(redone)} rest on a stage that is to be run again; delete these, too: "
             + ", ".join(str(folder / stage) for stage in redone)
         )
-    # A model or data that cannot be had are found out before anything is written.
+    # A model, or data to learn from, that cannot be had are found out before anything is written.
     open_base(stages["sft"])
-    done = [stage for stage in stages if stage_summary(folder, stage)]
-    left = pipeline_seconds(config, stages, evaluation, done)
-    if evaluation.call_puns:
-        data_folder()
+    left = time_left(config, stages, evaluation)
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder)
     try:
@@ -235,13 +231,23 @@ def run_stages(
     return 0
 
 
+def time_left(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> dict[str, float]:
+    """Estimated seconds of the stages that are not done, whose data are read for it, and of the evaluation; UserError if data are missing."""
+    from punster.evaluate.success import labels_at_hand
+
+    if evaluation.call_puns:
+        labels_at_hand()
+    done = [stage for stage in stages if stage_summary(Path(config.out) / config.name, stage)]
+    return pipeline_seconds(config, stages, evaluation, done)
+
+
 class Clock:
     """Says how long the rest will take: counted work over measured speed, corrected by how long the stages so far took."""
 
     def __init__(self, left: dict[str, float], say: Callable[[str], None]):
         self.left, self.say, self.expected, self.took = left, say, 0.0, 0.0
         if left:
-            say(f"about {sum(left.values()) / 60:.0f} minutes in all on this machine")
+            say(f"about {sum(left.values()) / 60:.0f} minutes to go on this machine")
 
     def done(self, stage: str, seconds: float) -> None:
         self.expected, self.took = self.expected + self.left.pop(stage, 0.0), self.took + seconds
@@ -286,7 +292,7 @@ def commit() -> str | None:
 
 def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> int:
     """--dry-run: the stages with their settings and an estimate of the time on this machine."""
-    expected = pipeline_seconds(config, stages, evaluation)
+    expected = time_left(config, stages, evaluation)
     print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
     total = 0.0
     for stage, seconds in expected.items():

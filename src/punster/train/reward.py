@@ -19,7 +19,7 @@ from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row, texts_of
-from punster.errors import UserError
+from punster.errors import UserError, near_matches
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ from punster.train.judged import (
     neutral,
     reliability,
     shuffled,
+    source_of,
     weighed,
 )
 from punster.train.optim import (
@@ -187,10 +188,28 @@ def judged_rows(
         )
     if not kept:
         raise UserError("no row is left: all are longer than the model's context")
-    kept = half_of(kept, config.half) if config.half else kept
-    kept = [row for row in kept if row.get("source", "embedded") not in config.without]
+    return of_half(config, kept)
+
+
+def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
+    """The rows of --half, less those of the sources in --without."""
+    sources = {source_of(row) for row in rows} - {""}
+    for name in config.without:
+        if name not in sources:
+            raise UserError(
+                f"--without {name}: no row is of this source.{near_matches(name, sources)} Found: {', '.join(sorted(sources))}"
+            )
+    kept = half_of(rows, config.half) if config.half else list(rows)
+    if config.half:
+        nowhere = len(rows) - len(kept) - len(half_of(rows, 3 - config.half))
+        told = f", {nowhere} are in neither half (pairs of two texts that fell apart)" if nowhere else ""
+        speaker(config.quiet)(f"  half {config.half}: {len(kept)} of {len(rows)} rows{told}")
+    kept = [row for row in kept if source_of(row) not in config.without]
     if not kept:
-        raise UserError(f"no row is left: all are in the other half (--half {config.half}) or of a source in --without")
+        why = [f"in the other half or in none (--half {config.half})"] * bool(config.half) + ["of a source in --without"] * bool(
+            config.without
+        )
+        raise UserError(f"no row is left: all are {' or '.join(why)}")
     return kept
 
 
