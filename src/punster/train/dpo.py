@@ -64,11 +64,8 @@ def dpo(
         kind, embedded = (
             ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
         )
-        given = (
-            []
-            if prompts
-            else load_rows(rows if rows is not None else config.data, kind, embedded, config.columns, quiet=config.quiet)
-        )
+        source = rows if rows is not None else config.data
+        given = [] if prompts else load_rows(source, kind, embedded, config.columns, quiet=config.quiet)
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
         pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)

@@ -16,6 +16,7 @@ import yaml
 
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.pipeline import NEEDS
+from punster.config.shared import default_of
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial, write_json, write_text
 from punster.train.estimate import pipeline_seconds
@@ -105,7 +106,7 @@ def typed(kind: type, section: str, values: dict[str, Any]) -> Any:
 
 def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
     """The same recipe at a fraction of its cost: fewer steps or passes, smaller rollouts, fewer samples."""
-    defaults = {item.name: item.default for item in fields(kind)}
+    defaults = {item.name: default_of(item) for item in fields(kind)}
 
     def value(key: str) -> Any:
         return section.get(key, defaults.get(key))

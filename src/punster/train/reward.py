@@ -206,10 +206,8 @@ def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
         speaker(config.quiet)(f"  half {config.half}: {len(kept)} of {len(rows)} rows{told}")
     kept = [row for row in kept if source_of(row) not in config.without]
     if not kept:
-        why = [f"in the other half or in none (--half {config.half})"] * bool(config.half) + ["of a source in --without"] * bool(
-            config.without
-        )
-        raise UserError(f"no row is left: all are {' or '.join(why)}")
+        half, without = config.half and f" in half {config.half}", config.without and f" without {', '.join(config.without)}"
+        raise UserError(f"no row is left{half or ''}{without or ''}")
     return kept
 
 
