@@ -128,8 +128,8 @@ def labels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("labels")
-def test_as_many_outputs_are_called_puns_as_people_call() -> None:
-    calls = success.Calls.open(None, None)  # type: ignore[arg-type]
+def test_as_many_outputs_are_called_puns_as_people_call(tiny_llama: Path) -> None:
+    calls = success.Calls.open(Role(load_model(str(tiny_llama))), Tokenizer.load(str(tiny_llama)))
     assert 6 < calls.threshold < 7  # of the ten outputs three lie above, as three are called puns; people's text does not count
     # Pairs of a pun and another: 9 and 8 are above all seven, 5 is above five of them.
     assert calls.about == pytest.approx(
