@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from punster.errors import Aborted, UserError, near_matches
+from punster.model.load import sha256_of
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
@@ -102,12 +103,10 @@ class State:
     def fingerprints(self) -> dict[str, list[str]]:
         """Hashes of what the run rests on and does not change: other adapters, another reward model or other data make another run."""
         roles = [role for role in (self.policy, *self.others.values(), *self.fixed) if role is not None]
-        adapters = [
-            a for role in roles for member in (role, *role.others) for a in member.adapters if a.name not in member.trained
-        ]
-        whole = [(member, member.head) for role in roles for member in (role, *role.others)]
-        weights = [member.model.weights[name] for member, _ in whole for name in sorted(member.model.own)]
-        weights += [t for _, head in whole if head is not None for _, t in head.named_parameters()]
+        members = [member for role in roles for member in (role, *role.others)]
+        adapters = [a for member in members for a in member.adapters if a.name not in member.trained]
+        weights = [member.model.weights[name] for member in members for name in sorted(member.model.own)]
+        weights += [t for member in members if member.head is not None for _, t in member.head.named_parameters()]
         return {"adapters": [a.fingerprint() for a in adapters],
                 "weights": [digest(tensor) for tensor in weights if not tensor.requires_grad],
                 "data": [hashlib.sha256(repr(self.given).encode()).hexdigest()]}  # fmt: skip
@@ -154,7 +153,7 @@ def save_checkpoint(
             write_json(temporary / "state.json", {"step": step, **numbers, "keys": state.keys})
             write_json(temporary / "context.json", {**context(), **(place or run.place())})
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            write_json(temporary / "manifest.json", {str(p.relative_to(temporary)): _sha256(p) for p in files})
+            write_json(temporary / "manifest.json", {str(p.relative_to(temporary)): sha256_of(p) for p in files})
             for path in [*temporary.rglob("*"), temporary]:
                 flush(path)
             if target.exists():  # damaged: a run goes on from its newest whole one
@@ -283,18 +282,14 @@ def damage(place: Path) -> str:
         manifest = dict(json.loads((place / "manifest.json").read_text()))
     except (OSError, ValueError, TypeError):
         return "the manifest is missing or damaged"
-    for name, digest in manifest.items():
+    for name, expected in manifest.items():
         try:
-            if _sha256(place / name) != digest:
-                return f"{name} is missing or damaged"
+            whole = sha256_of(place / name) == expected
         except (OSError, ValueError):
+            whole = False
+        if not whole:
             return f"{name} is missing or damaged"
     return "" if {"role.json", "state.safetensors", "state.json"} <= set(manifest) else "the manifest is incomplete"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def checkpoint_of(path: str | Path) -> Path:

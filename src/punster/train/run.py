@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -78,11 +77,10 @@ class Run:
     def _create(self) -> None:
         """The folder appears with its settings in it, or not at all."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".part", dir=self.folder.parent))
-        (fresh / "checkpoints").mkdir()
+        fresh = self.folder.with_name(f".{self.folder.name}.{os.urandom(4).hex()}.part")
+        (fresh / "checkpoints").mkdir(parents=True)
         text = yaml.safe_dump(config_dict(self.config), sort_keys=False)
         write_text(fresh / "config.yaml", f"# punster {self.verb}\n{text}")
-        fresh.chmod(0o777 & ~_umask())
         try:
             fresh.rename(self.folder)
         except OSError:
@@ -224,12 +222,6 @@ def note(folder: Path, event: str, **values: Any) -> None:
         handle.write(json_line(redact(line)))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def claim(folder: Path) -> FileLock:
     """Keep every other process out of a run folder until `release`; UserError naming the one that is in it."""
     path = folder / "run.lock"
@@ -255,8 +247,8 @@ def release(lock: FileLock) -> None:
     lock.release()
 
 
-def crash_report(folder: Path, error: BaseException, **known: Any) -> Path | None:
-    """Write crash.json: what a bug report needs, without secrets. None where it cannot be written."""
+def crash_report(folder: Path, error: BaseException, **known: Any) -> None:
+    """Write crash.json, where that can be written: what a bug report needs, without secrets. The error then names it."""
     from punster.doctor import machine, versions
 
     report = {"time": datetime.now(UTC).isoformat(), "arguments": sys.argv[1:], "machine": machine(), "versions": versions(), **known,
@@ -264,8 +256,6 @@ def crash_report(folder: Path, error: BaseException, **known: Any) -> Path | Non
     with suppress(OSError):
         write_json(folder / "crash.json", redact(report))
         error.add_note(str(folder / "crash.json"))
-        return folder / "crash.json"
-    return None
 
 
 def changed_settings(folder: Path, config: TrainConfig) -> str:
@@ -275,21 +265,11 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
         known = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged and cannot be read ({' '.join(str(error).split())})") from None
-    saved = {
-        item.name: default_of(item) for item in dataclasses.fields(config)
-    } | known  # options newer than the file: as by default
+    defaults = {item.name: default_of(item) for item in dataclasses.fields(config)}
+    saved = defaults | known  # options newer than the file: as by default
     ignored = {
-        "resume",
-        "quiet",
-        "dry_run",
-        "save_every",
-        "keep",
-        "keep_best",
-        "eval_every",
-        "out",
-        "max_tokens",
-        "reward_timeout",
-    }
+        "resume", "quiet", "dry_run", "save_every", "keep", "keep_best", "eval_every", "out", "max_tokens", "reward_timeout",
+    }  # fmt: skip
     if getattr(config, "target_kl", None) is None:
         ignored.add("kl_horizon")
     # What came from Python, and what distill samples, is known by its hash alone.
@@ -301,10 +281,8 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
 
 def marked(config: Config, **given: Any) -> Config:
     """The settings of a run on rows or prompts that came from Python (not None): its config.yaml must not name data it did not read."""
-    kept: dict[str, Any] = {
-        name: [FROM_PYTHON] if name == "data" else FROM_PYTHON for name, value in given.items() if value is not None
-    }
-    return dataclasses.replace(config, **kept)
+    named: dict[str, Any] = {"data": [FROM_PYTHON], "prompts": FROM_PYTHON}
+    return dataclasses.replace(config, **{name: named[name] for name, value in given.items() if value is not None})
 
 
 def config_dict(config: Any) -> dict[str, Any]:
