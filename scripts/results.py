@@ -92,13 +92,12 @@ def recipe(options: argparse.Namespace) -> Any:
 
 
 def train_shared(options: argparse.Namespace, stage: str) -> None:
-    from punster.cli import resolve
     from punster.train.pipeline import STAGES, stage_config
 
     kind, more = ("reward", {"name": ENSEMBLE, "members": 3, "combine": "cautious"}) if stage == ENSEMBLE else (stage, {})
     settings = replace(stage_config(recipe(options), kind), **more)
     settings.resume = (Path(settings.out) / stage / "config.yaml").exists()
-    resolve(STAGES[kind][1])(settings)
+    STAGES[kind][1](settings)
 
 
 def judge_of(name: str) -> str:
@@ -108,9 +107,9 @@ def judge_of(name: str) -> str:
 
 def train_cell(options: argparse.Namespace, name: str) -> Path | None:
     """The run of a cell, trained unless it is there; None where nothing is trained."""
-    from punster.cli import resolve
     from punster.config import DistillConfig
     from punster.data import corpus
+    from punster.train.distill import distill
     from punster.train.pipeline import STAGES, stage_config
 
     verb, seed, changes = cells()[name]
@@ -129,15 +128,14 @@ def train_cell(options: argparse.Namespace, name: str) -> Path | None:
             name=name, out=str(folder), model=config.model, seed=seed, device=start.device, dtype=start.dtype, quiet=True, lr=start.lr,
             actor=str(folder / "sft"), reward_model=str(folder / "reward"), best_of=8, prompts=str(few), max_new_tokens=32, epochs=1,
         )  # fmt: skip
-        target = "punster.train.distill:distill"
+        train: Callable[[Any], Path | None] = distill
     else:
         own = {key: value for key, value in changes.items() if key != "reward"}
         setattr(config, verb, {**getattr(config, verb), **own})
         settings = replace(stage_config(config, verb), name=name, seed=seed, reward_model=str(folder / judge_of(name)))
-        target = STAGES[verb][1]
+        train = STAGES[verb][1]
     settings.resume = (folder / name / "config.yaml").exists()
-    run: Path = resolve(target)(settings)
-    return run
+    return train(settings)
 
 
 def count_tokens(counter: dict[str, int]) -> None:

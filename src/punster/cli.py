@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from punster import __version__
+import punster
 from punster.errors import Aborted, UserError, near_matches
 from punster.safe import plain
 
@@ -34,35 +34,11 @@ USAGE = """punster: RLHF for small language models, made for puns
 """
 
 
-def training_verbs() -> dict[str, tuple[type, str]]:
-    from punster import config
-
-    return {
-        "sft": (config.SftConfig, "punster.train.sft:sft"),
-        "reward": (config.RewardConfig, "punster.train.reward:train_reward"),
-        "ppo": (config.PpoConfig, "punster.train.ppo:ppo"),
-        "grpo": (config.GrpoConfig, "punster.train.grpo:grpo"),
-        "dpo": (config.DpoConfig, "punster.train.dpo:dpo"),
-        "distill": (config.DistillConfig, "punster.train.distill:distill"),
-    }
-
-
-VERBS = (
-    "run",
-    "sft",
-    "reward",
-    "ppo",
-    "grpo",
-    "dpo",
-    "distill",
-    "generate",
-    "score",
-    "evaluate",
-    "report",
-    "data",
-    "export",
-    "doctor",
-)
+# The settings and the function of each training verb, by their names in the Python API.
+TRAINING = {
+    "sft": ("SftConfig", "sft"), "reward": ("RewardConfig", "train_reward"), "ppo": ("PpoConfig", "ppo"),
+    "grpo": ("GrpoConfig", "grpo"), "dpo": ("DpoConfig", "dpo"), "distill": ("DistillConfig", "distill"),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if arguments[0] in ("--version", "-V"):
-        print(f"punster {__version__}")
+        print(f"punster {punster.__version__}")
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
@@ -80,12 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return dispatch(verb, rest)
-    except UserError as error:
+    except (UserError, Aborted) as error:
         print(f"punster {verb}: {plain(str(error))}", file=sys.stderr)
-        return 2
-    except Aborted as error:
-        print(f"punster {verb}: {plain(str(error))}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 128 + int(getattr(error, "number", signal.SIGINT))
@@ -117,42 +90,25 @@ def unexpected(verb: str, error: Exception) -> int:
 
 
 def dispatch(verb: str, rest: list[str]) -> int:
-    if verb in training_verbs():
-        kind, target = training_verbs()[verb]
-        folder = resolve(target)(parse(verb, kind, rest))
-        if folder is not None:
-            print(folder)
-        return 0
-    handlers: dict[str, Callable[[list[str]], int]] = {
-        "run": run_verb, "generate": generate_verb, "score": score_verb, "evaluate": evaluate_verb, "report": report_verb,
-        "data": data_verb, "export": export_verb, "doctor": doctor_verb,
-    }  # fmt: skip
-    return handlers[verb](rest)
-
-
-def resolve(target: str) -> Callable[..., Any]:
-    from importlib import import_module
-
-    module, name = target.split(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
-
-
-CONFIG_HELP = "YAML file with any of these options"
+    if verb in HANDLERS:
+        return HANDLERS[verb](rest)
+    kind, train = (getattr(punster, name) for name in TRAINING[verb])
+    folder = train(parse(verb, kind, rest))
+    if folder is not None:
+        print(folder)
+    return 0
 
 
 # ---- parsing ------------------------------------------------------------------------------------------------------
 def parser_for(
-    verb: str, kind: type, positional: Sequence[str] = (), description: str = "", config_help: str = CONFIG_HELP
+    verb: str, kind: type, positional: Sequence[str] = (), config_help: str = "YAML file with any of these options"
 ) -> Any:
     """A jsonargparse parser with one option for each field of the verb's dataclass; --config reads the same keys from YAML."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     from punster.config.shared import default_of
 
-    parser = ArgumentParser(
-        prog=f"punster {verb}", description=description or kind.__doc__, exit_on_error=False, default_env=False
-    )
+    parser = ArgumentParser(prog=f"punster {verb}", description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help=config_help)
     hints = get_type_hints(kind)
     for item in fields(kind):
@@ -160,11 +116,11 @@ def parser_for(
         flags = [f"--{item.name.replace('_', '-')}"]
         if short := item.metadata.get("short"):
             flags.insert(0, short)
-        options: dict[str, Any] = {"help": item.metadata.get("help", ""), "default": default}
+        options: dict[str, Any] = {"help": item.metadata["help"], "default": default}
         if item.name in positional:
-            parser.add_argument(item.name, type=str, nargs="*", help=options["help"], default=default)
+            parser.add_argument(item.name, type=str, nargs="*", **options)
         elif hints[item.name] is bool:
-            parser.add_argument(*flags, action="store_true", help=options["help"], default=default)
+            parser.add_argument(*flags, action="store_true", **options)
         elif hints[item.name] == list[str]:
             parser.add_argument(*flags, type=str, nargs="+", **options)
         else:
@@ -252,7 +208,8 @@ def run_verb(rest: list[str]) -> int:
         raise UserError("give the file itself: punster run FILE.yaml")
     if not rest or rest[0].startswith("-"):
         raise UserError("which recipe? For example: punster run demo" + " (options come after it)" * bool(rest))
-    return run_pipeline(load_recipe(rest[0], rest[1:]))
+    run_pipeline(load_recipe(rest[0], rest[1:]))
+    return 0
 
 
 def simple_parser(verb: str, description: str) -> Any:
@@ -380,6 +337,13 @@ def doctor_verb(rest: list[str]) -> int:
     from punster.doctor import doctor
 
     return doctor()
+
+
+HANDLERS: dict[str, Callable[[list[str]], int]] = {
+    "run": run_verb, "generate": generate_verb, "score": score_verb, "evaluate": evaluate_verb, "report": report_verb,
+    "data": data_verb, "export": export_verb, "doctor": doctor_verb,
+}  # fmt: skip
+VERBS = (*TRAINING, *HANDLERS)
 
 
 if __name__ == "__main__":

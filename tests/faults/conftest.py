@@ -59,7 +59,7 @@ def pipeline(tiny_llama: Path) -> Callable[[Path], Job]:
     from punster.train.pipeline import run_pipeline
 
     def train(config: PipelineConfig) -> Path:
-        assert run_pipeline(config) == 0
+        run_pipeline(config)
         return Path(config.out) / config.name
 
     def build(out: Path) -> Job:

@@ -10,28 +10,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from punster.cli import check_values, parse, parser_for, readable
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.pipeline import NEEDS
-from punster.config.shared import default_of
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial, write_json, write_text
+from punster.train.dpo import dpo
 from punster.train.estimate import pipeline_seconds
+from punster.train.grpo import grpo
+from punster.train.ppo import ppo
+from punster.train.reward import train_reward
 from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release
 from punster.train.setup import open_base
+from punster.train.sft import sft
 
-STAGES: dict[str, tuple[type[TrainConfig], str, str]] = {
-    "sft": (SftConfig, "punster.train.sft:sft", "supervised fine-tuning on puns"),
-    "reward": (RewardConfig, "punster.train.reward:train_reward", "reward model that is trained against"),
-    "gold": (RewardConfig, "punster.train.reward:train_reward", "yardstick reward model, never trained against"),
-    "ppo": (PpoConfig, "punster.train.ppo:ppo", "PPO"),
-    "grpo": (GrpoConfig, "punster.train.grpo:grpo", "GRPO"),
-    "dpo": (DpoConfig, "punster.train.dpo:dpo", "DPO"),
-    "placebo_reward": (RewardConfig, "punster.train.reward:train_reward", "reward model with shuffled labels"),
-    "placebo": (PpoConfig, "punster.train.ppo:ppo", "PPO against shuffled labels"),
+Settings = TypeVar("Settings", TrainConfig, EvaluateConfig)
+STAGES: dict[str, tuple[type[TrainConfig], Callable[[Any], Path | None], str]] = {
+    "sft": (SftConfig, sft, "supervised fine-tuning on puns"),
+    "reward": (RewardConfig, train_reward, "reward model that is trained against"),
+    "gold": (RewardConfig, train_reward, "yardstick reward model, never trained against"),
+    "ppo": (PpoConfig, ppo, "PPO"),
+    "grpo": (GrpoConfig, grpo, "GRPO"),
+    "dpo": (DpoConfig, dpo, "DPO"),
+    "placebo_reward": (RewardConfig, train_reward, "reward model with shuffled labels"),
+    "placebo": (PpoConfig, ppo, "PPO against shuffled labels"),
 }
 
 
@@ -43,8 +49,6 @@ def recipe_folder() -> Path:
 
 def load_recipe(recipe: str, rest: Sequence[str] = ()) -> PipelineConfig:
     """A recipe's name or a YAML file, with options of the command line on top."""
-    from punster.cli import parse
-
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         path = recipe_folder() / f"{recipe}.yaml"
@@ -60,12 +64,6 @@ def load_recipe(recipe: str, rest: Sequence[str] = ()) -> PipelineConfig:
 
 def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
     """A stage's dataclass: the verb's defaults, what the pipeline shares, the recipe's section, and the scale."""
-    kind, _, _ = STAGES[stage]
-    section = dict(getattr(config, stage))
-    known = [item.name for item in fields(kind)]
-    for key in section:
-        if key not in known:
-            raise UserError(f"section {stage!r} of the recipe: unknown key {key!r}.{near_matches(key, known)}")
     folder = Path(config.out) / config.name
     shared: dict[str, Any] = {
         "name": stage, "out": str(folder), "model": config.model, "prompt_format": config.prompt_format, "device": config.device,
@@ -82,65 +80,61 @@ def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
         shared["shuffle_labels"] = True
     if stage == "gold":
         shared["seed"] = config.seed + 1
-    if config.scale != 1:
-        typed(kind, stage, {**shared, **section})  # a mistake is said before anything is computed with it
-        section = scaled(section, kind, config.scale)
-    settings: TrainConfig = typed(kind, stage, {**shared, **section})
-    return settings
+    settings = typed(STAGES[stage][0], stage, shared, getattr(config, stage))
+    return settings if config.scale == 1 else scaled(settings, config.scale)
 
 
-def typed(kind: type, section: str, values: dict[str, Any]) -> Any:
-    """A verb's dataclass from a recipe's section, with types checked as on the command line."""
+def typed(kind: type[Settings], name: str, shared: dict[str, Any], section: dict[str, Any]) -> Settings:
+    """A verb's dataclass: what the pipeline shares under the recipe's section, with types checked as on the command line."""
     from jsonargparse import ArgumentError
 
-    from punster.cli import check_values, parser_for, readable
-
-    parser = parser_for(section, kind)
-    check_values(values, parser, f"section {section!r} of the recipe")
+    place, known = f"section {name!r} of the recipe", [item.name for item in fields(kind)]
+    for key in section:
+        if key not in known:
+            raise UserError(f"{place}: unknown key {key!r}.{near_matches(str(key), known)}")
+    values, parser = {**shared, **section}, parser_for(name, kind)
+    check_values(values, parser, place)
     try:
         checked = parser.parse_object(values).as_dict()
     except (ArgumentError, TypeError) as error:
-        raise UserError(f"section {section!r} of the recipe: {readable(str(error), parser)}") from None
-    return kind(**{item.name: checked[item.name] for item in fields(kind)})
+        raise UserError(f"{place}: {readable(str(error), parser)}") from None
+    return kind(**{key: checked[key] for key in known})
 
 
-def scaled(section: dict[str, Any], kind: type, scale: float) -> dict[str, Any]:
-    """The same recipe at a fraction of its cost: fewer steps or passes, smaller rollouts, fewer samples."""
-    defaults = {item.name: default_of(item) for item in fields(kind)}
-
-    def value(key: str) -> Any:
-        return section.get(key, defaults.get(key))
-
-    changed = dict(section)
-    if value("steps") is not None:
-        changed["steps"] = max(1, round(value("steps") * scale))
-    elif value("epochs") is not None:
-        changed["epochs"] = value("epochs") * scale
-    if issubclass(kind, PpoConfig):
-        changed["critic_warmup"] = min(value("critic_warmup"), (changed.get("steps") or 1) - 1)
-    if issubclass(kind, PpoConfig | GrpoConfig):
-        group = value("samples") if issubclass(kind, GrpoConfig) else 8
+def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
+    """The same stage at a fraction of its cost: fewer steps or passes, smaller rollouts, fewer samples."""
+    changed: dict[str, Any] = {}
+    fraction = min(1.0, scale)
+    if stage.steps is not None:
+        changed["steps"] = max(1, round(stage.steps * scale))
+    elif isinstance(stage, SftConfig | RewardConfig | DpoConfig):
+        changed["epochs"] = stage.epochs * scale
+    if isinstance(stage, PpoConfig):
+        changed["critic_warmup"] = min(stage.critic_warmup, changed.get("steps", 1) - 1)
+    if isinstance(stage, PpoConfig | GrpoConfig):
+        group = stage.samples if isinstance(stage, GrpoConfig) else 8
         if scale < 0.25:
-            changed["batch_size"] = max(group, int(value("batch_size") * scale * 4) // group * group)
-            changed["minibatches"] = min(value("minibatches"), changed["batch_size"])
-        changed["eval_prompts"] = max(2, round(value("eval_prompts") * min(1.0, scale)))
-    if issubclass(kind, RewardConfig):
-        changed["rows_per_kind"] = max(8, round((value("rows_per_kind") or 540) * scale))
-        changed["sampled_rows"] = max(8, round(value("sampled_rows") * scale))
-        changed["normalise_samples"] = max(8, round(value("normalise_samples") * min(1.0, scale)))
-        changed["test_limit"] = max(4, round(value("test_limit") * min(1.0, scale)))
-    if issubclass(kind, DpoConfig):
-        changed["prompt_limit"] = max(8, round((value("prompt_limit") or 500) * scale))
-    return changed
+            changed["batch_size"] = max(group, int(stage.batch_size * scale * 4) // group * group)
+            changed["minibatches"] = min(stage.minibatches, changed["batch_size"])
+        changed["eval_prompts"] = max(2, round(stage.eval_prompts * fraction))
+    if isinstance(stage, RewardConfig):
+        changed["rows_per_kind"] = max(8, round((stage.rows_per_kind or 540) * scale))
+        changed["sampled_rows"] = max(8, round(stage.sampled_rows * scale))
+        changed["normalise_samples"] = max(8, round(stage.normalise_samples * fraction))
+        changed["test_limit"] = max(4, round(stage.test_limit * fraction))
+    if isinstance(stage, DpoConfig):
+        changed["prompt_limit"] = max(8, round((stage.prompt_limit or 500) * scale))
+    return replace(stage, **changed)
 
 
-def run_pipeline(config: PipelineConfig) -> int:
-    """All stages, the evaluation, the report; prints the closing table. Returns the exit code."""
+def run_pipeline(config: PipelineConfig) -> None:
+    """All stages, the evaluation, the report; prints the closing table."""
     folder = Path(config.out) / config.name
     stages = {stage: stage_config(config, stage) for stage in config.stages}
     evaluation = evaluation_config(config, folder)
     if config.dry_run:
-        return plan(config, stages, evaluation)
+        plan(config, stages, evaluation)
+        return
     if folder.exists() and not config.resume:
         raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
     if config.resume and not folder.exists():
@@ -169,7 +163,7 @@ def run_pipeline(config: PipelineConfig) -> int:
     try:
         clear_partial(folder)
         note(folder, "started", arguments=sys.argv[1:], stages=config.stages)
-        return run_stages(config, stages, evaluation, folder, left)
+        run_stages(config, stages, evaluation, folder, left)
     except BaseException as error:
         note(folder, "stopped", error=f"{type(error).__name__}: {error}")
         if isinstance(error, Exception) and not isinstance(error, UserError) and not hasattr(error, "__notes__"):  # of no stage
@@ -181,31 +175,35 @@ def run_pipeline(config: PipelineConfig) -> int:
 
 def run_stages(
     config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, folder: Path, left: dict[str, float]
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """What is left to do of a pipeline (estimated seconds by stage), in a folder that is this process's own."""
-    from punster.cli import resolve
 
     def say(text: str) -> None:
         note(folder, "stage", text=text.strip())
         if not config.quiet:
             print(text, file=sys.stderr)
 
-    clock = Clock({} if config.quiet else left, say)
+    if not config.quiet:
+        say(f"about {sum(left.values()) / 60:.0f} minutes to go on this machine")
+    expected = took = 0.0  # seconds, of what has been done since
     again = config_dict(replace(config, resume=False))  # so that the file can be run anew under another name
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
     started = time.monotonic()
     seconds: dict[str, Any] = {}
-    for number, (stage, stage_settings) in enumerate(stages.items(), 1):
-        _, target, title = STAGES[stage]
-        if stage_summary(folder, stage):
+    for number, (stage, settings) in enumerate(stages.items(), 1):
+        _, train, title = STAGES[stage]
+        if before := stage_summary(folder, stage):
             say(f"[{number}/{len(stages) + 1}] {title}: done before")
             release(claim(folder / stage))  # a process that was killed at the very end leaves its lock file
         else:
             say(f"[{number}/{len(stages) + 1}] {title}")
-            stage_settings.resume = (folder / stage / "config.yaml").exists()
-            resolve(target)(stage_settings)
-            clock.done(stage, stage_summary(folder, stage)["wall_seconds"])
+            settings.resume = (folder / stage / "config.yaml").exists()
+            train(settings)
         seconds[stage] = {"seconds": stage_summary(folder, stage)["wall_seconds"]}  # over all processes that worked on it
+        if not before and not config.quiet:
+            expected, took = expected + left.pop(stage, 0.0), took + seconds[stage]["seconds"]
+            if expected:
+                say(f"    about {sum(left.values()) * took / expected / 60:.0f} minutes left")
     say(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation on held-out prompts, report")
     evaluated = time.monotonic()
     from punster.doctor import machine
@@ -229,7 +227,6 @@ def run_stages(
         print(
             f"wall time {summary['wall_seconds'] / 60:.1f} minutes (this call {(time.monotonic() - started) / 60:.1f}); report: {report}"
         )
-    return 0
 
 
 def time_left(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> dict[str, float]:
@@ -242,35 +239,15 @@ def time_left(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation
     return pipeline_seconds(config, stages, evaluation, done)
 
 
-class Clock:
-    """Says how long the rest will take: counted work over measured speed, corrected by how long the stages so far took."""
-
-    def __init__(self, left: dict[str, float], say: Callable[[str], None]):
-        self.left, self.say, self.expected, self.took = left, say, 0.0, 0.0
-        if left:
-            say(f"about {sum(left.values()) / 60:.0f} minutes to go on this machine")
-
-    def done(self, stage: str, seconds: float) -> None:
-        self.expected, self.took = self.expected + self.left.pop(stage, 0.0), self.took + seconds
-        if self.left and self.expected:
-            self.say(f"    about {sum(self.left.values()) * self.took / self.expected / 60:.0f} minutes left")
-
-
 def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
-    section = dict(config.evaluate)
-    known = [item.name for item in fields(EvaluateConfig)]
-    for key in section:
-        if key not in known:
-            raise UserError(f"section 'evaluate' of the recipe: unknown key {key!r}.{near_matches(key, known)}")
-    if config.scale < 1:
-        section["limit"] = max(4, round((section.get("limit") or 100) * config.scale))
     policies = [stage for stage in config.stages if stage not in ("reward", "gold", "placebo_reward")]
     shared = {
         "models": ["base", *(str(folder / stage) for stage in policies)], "seed": config.seed, "device": config.device,
         "dtype": config.dtype, "out": str(folder), "quiet": config.quiet,
     }  # fmt: skip
-    settings: EvaluateConfig = typed(EvaluateConfig, "evaluate", {**shared, **section})
-    return settings
+    settings = typed(EvaluateConfig, "evaluate", shared, config.evaluate)
+    limit = max(4, round((settings.limit or 100) * config.scale)) if config.scale < 1 else settings.limit
+    return replace(settings, limit=limit)
 
 
 def stage_summary(folder: Path, stage: str) -> dict[str, Any]:
@@ -291,16 +268,13 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> int:
+def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> None:
     """--dry-run: the stages with their settings and an estimate of the time on this machine."""
     expected = time_left(config, stages, evaluation)
     print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
-    total = 0.0
     for stage, seconds in expected.items():
         print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
-        total += seconds
     base = open_base(stages["sft"])[0]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in base.weights.values())
     memory = (weights + 2.5e9 * base.config.d_model / 576) / 1e9  # as measured for the default model, larger ones in proportion
-    print(f"  {'in all':15s} about {total / 60:5.1f} minutes on this machine, about {memory:.0f} GB of memory")
-    return 0
+    print(f"  {'in all':15s} about {sum(expected.values()) / 60:5.1f} minutes on this machine, about {memory:.0f} GB of memory")
