@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from punster.data.batch import Example
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL
 from punster.model.role import Role, score_examples, scores_and_spreads
@@ -60,7 +59,7 @@ class Model:
         for _ in range(5 if distinct else 1):
             rollout = generate(self.role, ids, decoding, self.tokenizer.eos_id, generator, max(1, best_of) * (k - len(found)))
             examples = rollout.examples
-            if judge is not None and best_of:
+            if judge is not None:
                 scores = score_examples(judge.role, rollout.closed)
                 blocks = [range(i, i + best_of) for i in range(0, len(examples), best_of)]
                 examples = [examples[max(block, key=lambda i: scores[i])] for block in blocks]
@@ -83,7 +82,7 @@ class Model:
         from punster.train.setup import encode
 
         pairs = zip(prompts, completions, strict=True)
-        examples: list[Example] = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]
+        examples = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]
         unique = list(dict.fromkeys(examples))  # equal texts get equal scores to the last digit, and run once
         found = dict(zip(unique, zip(*scores_and_spreads(self.role, unique), strict=True), strict=True))
         return [found[example][0] for example in examples], [found[example][1] for example in examples]
@@ -93,7 +92,7 @@ def load(
     path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", prompt_format: str = "auto", merge: bool = False
 ) -> Model:
     """A run folder, or any --model value. merge: in fp32 a run's adapters are added into the weights, which scores faster."""
-    from punster.train.setup import open_role, pick_device, pick_dtype, shared_base
+    from punster.train.setup import open_role, shared_base
 
     where = SimpleNamespace(device=device, dtype=dtype)
     folder = Path(path)
@@ -105,6 +104,5 @@ def load(
         if runs:
             raise UserError(f"{path} is a folder of runs: choose one, such as {path}/{runs[0]} ({', '.join(runs)})")
         raise UserError(f"{path}: neither a run nor a model folder (no checkpoints, no config.json)")
-    chosen = pick_device(device)
-    base = shared_base(path, pick_dtype(dtype, chosen), chosen)
+    base = shared_base(path, where)
     return Model(Role(base), Tokenizer.load(path, prompt_format).check_fits(base))

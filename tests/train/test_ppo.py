@@ -110,7 +110,7 @@ def test_reference_base_and_sft_adapter_are_bit_identical_afterwards(
     run = ppo(config(lr=3e-2), None, letters)
     assert all(torch.equal(reader.adapter(run, "sft")[name], given[name]) for name in given)
     assert all(torch.equal(reader.adapter(sft_run, "sft")[name], given[name]) for name in given)
-    shared = shared_base(str(tiny_llama), torch.float32, "cpu")
+    shared = shared_base(str(tiny_llama), PpoConfig(device="cpu", dtype="fp32"))
     assert all(torch.equal(before[name], tensor) for name, tensor in shared.weights.items())
     moved = reader.adapter(run, "policy")
     assert max(float(tensor.abs().max()) for name, tensor in moved.items() if "lora_B" in name) > 1e-3

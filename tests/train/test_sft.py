@@ -159,7 +159,7 @@ def test_the_base_is_untouched(tiny_llama: Path, tmp_path: Path, make: Make) -> 
     before = {name: tensor.clone() for name, tensor in load_model(str(tiny_llama)).weights.items()}
     for adapter in ("lora", "none"):
         sft(make(SftConfig, name=adapter, out=str(tmp_path), model=str(tiny_llama), steps=2, batch_size=4, adapter=adapter), ROWS)
-    shared = shared_base(str(tiny_llama), torch.float32, "cpu")
+    shared = shared_base(str(tiny_llama), SftConfig(device="cpu", dtype="fp32"))
     assert all(torch.equal(before[name], tensor) for name, tensor in shared.weights.items())
 
 

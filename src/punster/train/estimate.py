@@ -21,7 +21,7 @@ from punster.data.mix import DEFAULTS, NEED_WORDS, is_mixture, load_mixture
 from punster.data.schema import Row, texts_of
 from punster.model.transformer import Decoder
 from punster.train.plan import block_size, measured_speed
-from punster.train.setup import layer_count, load_rows, pick_device, pick_dtype, shared_base, top_layers
+from punster.train.setup import layer_count, load_rows, shared_base, top_layers
 
 Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts, by what was read
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
@@ -31,10 +31,8 @@ def pipeline_seconds(
     config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, done: Sequence[str] = ()
 ) -> dict[str, float]:
     """Of each stage that is not done, and of the evaluation."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    base = shared_base(config.model, dtype, device)
-    speed = 0.95 * measured_speed(dtype, device)
+    base = shared_base(config.model, config)
+    speed = 0.95 * measured_speed(base.dtype, str(base.device))
     judge = layers_of(stages["reward"], base) if "reward" in stages else 0  # whose adapter the critic starts from
     left = {name: stage for name, stage in stages.items() if name not in done}
     counts: Counts = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +17,15 @@ from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
 from punster.data.replace import Proposer
-from punster.data.schema import Row, read_rows
+from punster.data.schema import Row, check_row, read_rows
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL, load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
+from punster.model.saved import load_role
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
+from punster.train.checkpoint import checkpoint_of
 from punster.train.optim import seeded
 
 _BASES: dict[tuple[str, torch.dtype, str], Decoder] = {}
@@ -58,32 +62,25 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def shared_base(model: str, dtype: torch.dtype, device: str) -> Decoder:
-    """One base in memory for all roles and stages of a process."""
-    key = (model, dtype, device)
+def shared_base(model: str, config: Any) -> Decoder:
+    """One base in memory for all roles and stages of a process, on the device and of the type that are configured."""
+    device = pick_device(config.device)
+    key = (model, pick_dtype(config.dtype, device), device)
     if key not in _BASES:
         _BASES.clear()
-        _BASES[key] = load_model(model, dtype, device)
+        _BASES[key] = load_model(*key)
     return _BASES[key]
 
 
 def open_role(path: str, config: Any, tokenizer: Tokenizer | None = None) -> tuple[Role, Tokenizer]:
     """The trained role of a run, on the shared base, with this verb's device and type."""
-    import json
-
-    from punster.model.saved import load_role
-    from punster.train.checkpoint import checkpoint_of
-
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     place = checkpoint_of(path)
-    base = shared_base(json.loads((place / "role.json").read_text())["model"], dtype, device)
-    return load_role(place, device=device, dtype=dtype, base=base, tokenizer=tokenizer)
+    base = shared_base(json.loads((place / "role.json").read_text())["model"], config)
+    return load_role(place, base=base, tokenizer=tokenizer)
 
 
 def open_base(config: TrainConfig) -> tuple[Decoder, Tokenizer]:
-    device = pick_device(config.device)
-    base = shared_base(config.model, pick_dtype(config.dtype, device), device)
+    base = shared_base(config.model, config)
     return base, Tokenizer.load(config.model, config.prompt_format).check_fits(base)
 
 
@@ -162,8 +159,7 @@ def plain_base(role: Role, config: Any) -> Decoder:
         return role.model
     if role.model.trunk_of is not None:
         return role.model.trunk_of
-    device = pick_device(config.device)
-    return shared_base(role.model.name, pick_dtype(config.dtype, device), device)
+    return shared_base(role.model.name, config)
 
 
 def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer) -> Role:
@@ -190,15 +186,12 @@ def load_rows(
     rows: list[Row] = []
     for source in sources:
         if isinstance(source, dict):
-            from punster.data.schema import check_row
-
             rows.append(check_row(source, kind, f"row {len(rows) + 1}"))
         elif source == "embedded":
             rows += embedded()
+        elif not is_mixture(source):
+            rows += read_rows(source, kind, columns)
         else:
-            if not is_mixture(source):
-                rows += read_rows(source, kind, columns)
-                continue
             found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet), proposer=proposer)
             if kind == "preference" and not all("chosen" in row for row in found):
                 raise UserError(
@@ -210,13 +203,9 @@ def load_rows(
     return rows
 
 
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def speaker(quiet: bool) -> Callable[[str], None]:
     """For notes to the user: none under --quiet."""
-    return (lambda line: None) if quiet else to_stderr
+    return (lambda line: None) if quiet else partial(print, file=sys.stderr)
 
 
 def load_prompts(source: str | Sequence[Any], split: str = "train", quiet: bool = False) -> list[Any]:
