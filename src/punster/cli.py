@@ -167,9 +167,10 @@ def check_files(rest: Sequence[str], parser: Any) -> None:
 
 
 def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
-    from punster.config import CONFIG_VERSION, check_version
+    from punster.config.shared import check_version
 
-    check_version(values.get("config_version", CONFIG_VERSION), place)
+    if "config_version" in values:
+        check_version(values["config_version"], place)
     defaults = parser.get_defaults().as_dict()
     for key, value in values.items():
         default = defaults.get(key)

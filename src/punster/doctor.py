@@ -39,29 +39,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+def told(path: str) -> list[str]:
+    """Lines of a file in which Linux tells about the machine; none on other systems."""
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in told("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
     """What decides the speed of matrix products, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    return sorted(
-        flags & {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve"}
-    )
+    known = {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve"}
+    return sorted(known & {word for line in told("/proc/cpuinfo") for word in line.split()})
 
 
 def available_bytes() -> int:
     """Memory that programs can still take (Linux), else all of it."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), memory_bytes())
+    sizes = [int(line.split()[1]) * 1024 for line in told("/proc/meminfo") if line.startswith("MemAvailable")]
+    return sizes[0] if sizes else memory_bytes()
 
 
 def memory_bytes() -> int:
@@ -106,16 +103,15 @@ def doctor() -> int:
     kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
     print(f"cache          {cache} ({kept / 1e9:.2f} GB in it, {free / 1e9:.0f} GB free{'' if writable else ', NOT writable'})")
-    healthy = writable
     model = BUILT_IN[DEFAULT_MODEL]
     path = cache / "models" / model.name / Path(model.member).name
-    if not path.exists():
-        print(f"default model  {model.name}: not fetched yet (it will be, on first use)")
-    elif sha256_of(path) == model.sha256:
+    damaged = path.exists() and sha256_of(path) != model.sha256
+    if damaged:
+        print(f"default model  {model.name}: damaged (wrong checksum); it will be fetched again on first use")
+    elif path.exists():
         print(f"default model  {model.name}: present, SHA-256 {model.sha256[:16]}… correct")
     else:
-        print(f"default model  {model.name}: damaged (wrong checksum); it will be fetched again on first use")
-        healthy = False
+        print(f"default model  {model.name}: not fetched yet (it will be, on first use)")
     if torch.get_num_threads() < (os.cpu_count() or 1):
         print("note           fewer threads than cores: OMP_NUM_THREADS may be set")
     if free_memory and free_memory < 3e9:
@@ -124,4 +120,4 @@ def doctor() -> int:
         )
     if min(here, free) < 2e9:
         print("note           less than 2 GB of disk free")
-    return 0 if healthy else 1
+    return 0 if writable and not damaged else 1

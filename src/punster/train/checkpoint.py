@@ -195,13 +195,13 @@ def cut_logs(folder: Path, step: int) -> dict[str, Any]:
 
     Returns the checkpoint's context: the last evaluation that is in the logs, and the seconds that were spent.
     """
-    then = folder / "checkpoints" / f"step-{step}" / "context.json"
-    known: dict[str, Any] = json.loads(then.read_text()) if step and then.exists() else {}
+    known: dict[str, Any] = {}
+    if step:
+        known = json.loads((folder / "checkpoints" / f"step-{step}" / "context.json").read_text())
     sizes = known.get("logs", {})
-    for log in LOGS:
-        path, size = folder / log, sizes.get(log, 0)
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+    for log, now in log_sizes(folder).items():
+        if now > sizes.get(log, 0):
+            os.truncate(folder / log, sizes.get(log, 0))
     clear_partial(folder)
     clear_partial(folder / "checkpoints")
     return known

@@ -131,4 +131,4 @@ def asks(name: str) -> bool:
 def layers_of(stage: TrainConfig, base: Decoder) -> int:
     """How many layers a stage trains."""
     depth = layer_count(stage.depth, base.config.n_layer) if isinstance(stage, RewardConfig) else 0
-    return len(top_layers(stage, base, depth or base.config.n_layer))
+    return len(top_layers(stage, base, depth))

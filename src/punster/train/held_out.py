@@ -53,10 +53,10 @@ def sample_table(
         "eval/length": sum(len(words(text)) for text in texts) / count,
         "eval/distinct_2": distinct_n(texts, 2),
     }
-    scores: list[float | None] = [None] * count
+    scores: Sequence[float | None] = [None] * count
     if score is not None:
-        scores = [round(float(value), 4) for value in score(asked, texts, rollout.closed)]
-        found["eval/score"] = sum(value for value in scores if value is not None) / count
+        scores = rewards = [round(float(value), 4) for value in score(asked, texts, rollout.closed)]
+        found["eval/score"] = sum(rewards) / count
     if reference is not None:
         found["eval/exact_kl"] = exact_kl(policy, reference, rollout, decoding.temperature)
     if training is not None:

@@ -221,16 +221,14 @@ def load_prompts(source: str | Sequence[Any], split: str = "train", quiet: bool 
     return [row["prompt"] for row in read_rows(source, "prompt")]
 
 
-def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, where: str = "") -> Example:
+def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, where: str = "a row") -> Example:
     """Prompt and completion as ids; UserError if they do not fit into the context."""
     example = Example(tuple(tokenizer.prompt_ids(prompt)), tuple(tokenizer.response_ids(completion)))
     limit = model.config.max_positions
     if example.length > limit:
-        raise UserError(
-            f"{where or 'a row'}: {example.length} tokens, but the model's context is {limit}; shorten the prompt or the text"
-        )
+        raise UserError(f"{where}: {example.length} tokens, but the model's context is {limit}; shorten the prompt or the text")
     if not example.prompt:
-        raise UserError(f"{where or 'a row'}: the prompt has no tokens in this prompt format")
+        raise UserError(f"{where}: the prompt has no tokens in this prompt format")
     return example
 
 
