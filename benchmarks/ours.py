@@ -112,7 +112,7 @@ def dpo_step(line: Line, top_layers: str) -> None:
     config = DpoConfig(**settings("dpo", actor=str(prepare.RUNS / "sft-all"), top_layers=top_layers))
     reference, tokenizer = open_policy_role(config.actor, config)
     policy = extend(reference, config, "policy")
-    optimizer, _ = make_optimizer(policy, config.lr)
+    optimizer = make_optimizer(policy, config.lr)
     examples, _ = dpo.load_examples(config, pair_rows(POOL), reference, None, tokenizer)
     cursor, nothing = Cursor(POOL, seeded(1, "data")), Trunk.compute(policy.model, [], [])
     while True:
@@ -206,7 +206,7 @@ def growth_rollout(policy: Role, point: Point) -> Callable[[], object]:
 def growth_step(policy: Role, point: Point) -> Callable[[], object]:
     """A step as train/sft.py does it, micro-batches included."""
     config = SftConfig()
-    optimizer, _ = make_optimizer(policy, 1e-6)
+    optimizer = make_optimizer(policy, 1e-6)
     examples = [Example(tuple(ids[:16]), tuple(ids[16:])) for ids in random_ids(point, point.length)]
 
     def step() -> None:

@@ -144,7 +144,7 @@ def test_a_checkpoint_holds_its_parameters_and_nothing_else(tiny_llama: Path, tm
 def test_default_rank_and_adam_betas(tiny_llama: Path) -> None:
     config = PpoConfig(name="x", top_layers="all")
     assert config.lora_r >= 8
-    optimizer, _ = make_optimizer(extend(Role(load_model(str(tiny_llama))), config, "policy"), 1e-4)
+    optimizer = make_optimizer(extend(Role(load_model(str(tiny_llama))), config, "policy"), 1e-4)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 

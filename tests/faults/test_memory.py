@@ -129,7 +129,7 @@ def test_a_real_lack_of_memory(jobs: Any, child: Any, reader: Any, tmp_path: Pat
     assert run is not None
     role, _ = load_run(run)
     adapter = role.adapters[0].trainable()
-    optimizer, names = make_optimizer(replace(role, trained=(adapter.name,)), 1e-3)
+    optimizer = make_optimizer(replace(role, trained=(adapter.name,)), 1e-3)
 
     def attempt(tokens: int) -> float:
         """The gradient of a sum of squares over 2^14 rows, in micro-batches; a full one needs 2 GB."""
@@ -142,7 +142,7 @@ def test_a_real_lack_of_memory(jobs: Any, child: Any, reader: Any, tmp_path: Pat
         return total
 
     def body() -> int:
-        state = State(role, {"policy": (optimizer, names)}, {}, numbers={"max_tokens": 16384})
+        state = State(role, {"policy": optimizer}, {}, numbers={"max_tokens": 16384})
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 900 * 2**20, resource.RLIM_INFINITY))
         assert within_memory(state, attempt) > 0

@@ -72,7 +72,7 @@ class State:
     """Everything a loop needs to go on exactly: roles, optimizers, generators, cursors, and plain numbers."""
 
     policy: Role
-    optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]]
+    optimizers: dict[str, torch.optim.Optimizer]
     generators: dict[str, torch.Generator]
     cursors: dict[str, Cursor] = dataclasses.field(default_factory=dict)
     others: dict[str, Role] = dataclasses.field(default_factory=dict)  # roles that are not the result, such as the critic
@@ -88,9 +88,9 @@ class State:
         for role_name, role in {"policy": self.policy, **self.others}.items():
             for name, tensor in role.named_parameters():
                 tensors[f"{role_name}|{name}"] = tensor.detach().cpu().contiguous()
-        for name, (optimizer, names) in self.optimizers.items():
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for label, parameter in zip(names, parameters, strict=True):
+        for name, optimizer in self.optimizers.items():
+            [group] = optimizer.param_groups
+            for label, parameter in zip(group["param_names"], group["params"], strict=True):
                 for key, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer|{name}|{label}|{key}"] = value.detach().cpu().contiguous()
         for name, generator in self.generators.items():
@@ -117,9 +117,9 @@ class State:
         for role_name, role in {"policy": self.policy, **self.others}.items():
             for name, tensor in role.named_parameters():
                 tensor.copy_(tensors[f"{role_name}|{name}"])
-        for name, (optimizer, names) in self.optimizers.items():
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for label, parameter in zip(names, parameters, strict=True):
+        for name, optimizer in self.optimizers.items():
+            [group] = optimizer.param_groups
+            for label, parameter in zip(group["param_names"], group["params"], strict=True):
                 prefix = f"optimizer|{name}|{label}|"
                 found = {k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)}
                 optimizer.state.pop(parameter, None)

@@ -78,12 +78,12 @@ def dpo(
     unit = 1 if labels is not None else 2  # rows of KTO are single texts
     count = len(prompts) if config.online else len(examples) // unit
     steps = total_steps(config, count, config.epochs)
-    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(count, seeded(config.seed, "data"))
     sampling = seeded(config.seed, "sampling")
     state = State(
         policy,
-        {"policy": (optimizer, names)},
+        {"policy": optimizer},
         {"data": cursor.generator, "sampling": sampling},
         {"data": cursor},
         numbers={"loss": 0.0},

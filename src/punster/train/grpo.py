@@ -49,12 +49,12 @@ def grpo(
     steps = config.steps or 1
     if announce(config, "grpo", policy, steps, setup.dry_examples, work=setup.work(config)):
         return None
-    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(filter_prompts(setup, config), seeded(config.seed, "data"))
     sampling, shuffling = seeded(config.seed, "sampling"), seeded(config.seed, "minibatches")
     generators = {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling}
     state = State(
-        policy, {"policy": (optimizer, names)}, generators, {"data": cursor}, numbers={"episodes": 0}, fixed=[setup.reward.model],
+        policy, {"policy": optimizer}, generators, {"data": cursor}, numbers={"episodes": 0}, fixed=[setup.reward.model],
         given=setup.prompt_ids,
     )  # fmt: skip
     with Run(marked(config, prompts=prompts), "grpo", steps, started) as run:

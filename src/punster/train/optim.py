@@ -50,10 +50,9 @@ def rows_used(rows: int, seed: int, count: int) -> set[int]:
     return set(Cursor(rows, seeded(seed, "data")).next(count))
 
 
-def make_optimizer(role: Role, lr: float, weight_decay: float = 0.0) -> tuple[torch.optim.Optimizer, list[str]]:
-    """AdamW with eps 1e-5 (Huang et al. 2022, detail 3) over a role's trainable parameters, and their names."""
-    names, tensors = zip(*role.named_parameters(), strict=True)
-    return torch.optim.AdamW(list(tensors), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=weight_decay), list(names)
+def make_optimizer(role: Role, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW with eps 1e-5 (Huang et al. 2022, detail 3) over a role's trainable parameters, whose names it keeps."""
+    return torch.optim.AdamW(role.named_parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=weight_decay)
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float) -> float:
@@ -108,7 +107,7 @@ def within_memory(state: State, attempt: Callable[[int], T], kind: str = "max_to
             if tokens < 2 * SMALLEST:
                 raise Aborted(f"out of memory even with {tokens} tokens in a micro-batch: a smaller -b may help") from error
         # Here, and not in the handler, the failed attempt's tensors are free.
-        for optimizer, _ in state.optimizers.values():
+        for optimizer in state.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         for name, generator in state.generators.items():
             generator.set_state(drawn[name])

@@ -47,14 +47,14 @@ def ppo(
         return None
     if steps <= config.critic_warmup:
         speaker(config.quiet)(f"note: --critic-warmup {config.critic_warmup} leaves none of the {steps} rollouts to the policy")
-    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
-    critic_optimizer, critic_names = make_optimizer(critic, config.critic_lr, config.weight_decay)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
+    critic_optimizer = make_optimizer(critic, config.critic_lr, config.weight_decay)
     count = filter_prompts(setup, config)
     baseline = baseline_scores(setup, config, rows_used(count, config.seed, steps * config.batch_size))
     cursor, sft_term = Cursor(count, seeded(config.seed, "data")), SftTerm(config, setup)
     sampling, shuffling = seeded(config.seed, "sampling"), seeded(config.seed, "minibatches")
     state = State(
-        policy, {"policy": (optimizer, names), "critic": (critic_optimizer, critic_names)},
+        policy, {"policy": optimizer, "critic": critic_optimizer},
         {"data": cursor.generator, "sampling": sampling, "minibatches": shuffling, "sft": sft_term.cursor.generator},
         {"data": cursor, "sft": sft_term.cursor}, {"critic": critic}, {"beta": config.beta, "episodes": 0, "scale": [0.0, 0.0, 0.0]},
         [setup.reward.model], [*setup.prompt_ids, *sft_term.examples],

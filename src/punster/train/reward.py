@@ -101,7 +101,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     if announce(config, "reward", model, steps, examples, steps * config.batch_size * config.members / sum(map(len, units))):
         return None
-    optimizers: dict[str, tuple[torch.optim.Optimizer, list[str]]] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     cursors: dict[str, Cursor] = {}
     for number, member in enumerate(members):
         label = f"reward{number + 1 if number else ''}"
@@ -120,7 +120,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
             metrics: dict[str, float] = {}
-            for number, (member, (label, (optimizer, _))) in enumerate(zip(members, optimizers.items(), strict=True)):
+            for number, (member, (label, optimizer)) in enumerate(zip(members, optimizers.items(), strict=True)):
                 if step <= first_steps:
                     drawn, part = cursors[f"{label}|first"].next(config.batch_size), units[0]
                 else:

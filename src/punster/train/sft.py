@@ -62,9 +62,9 @@ def sft(
     policy = extend(start, config, "sft")
     if announce(config, verb, policy, steps, examples):
         return None
-    optimizer, names = make_optimizer(policy, config.lr, config.weight_decay)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(len(examples), seeded(config.seed, "data"))
-    state = State(policy, {"policy": (optimizer, names)}, {"data": cursor.generator}, {"data": cursor}, given=examples)
+    state = State(policy, {"policy": optimizer}, {"data": cursor.generator}, {"data": cursor}, given=examples)
     with Run(marked(config, data=rows if verb == "sft" else None), verb, steps, started) as run:
         restore(run, state)
         used = rows_used(len(examples), config.seed, steps * config.batch_size)
