@@ -28,7 +28,7 @@ PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default m
 
 
 def pipeline_seconds(
-    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, done: Sequence[str] = ()
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, done: Sequence[str]
 ) -> dict[str, float]:
     """Of each stage that is not done, and of the evaluation."""
     base = shared_base(config.model, config)
@@ -37,7 +37,7 @@ def pipeline_seconds(
     left = {name: stage for name, stage in stages.items() if name not in done}
     counts: Counts = {}
     result = {name: stage_work(stage, base, judge, *given(stage, counts)) / speed for name, stage in left.items()}
-    policies = 1 + len([stage for stage in stages if stage not in ("sft", "reward", "gold", "placebo_reward")])
+    policies = len(evaluation.models) - 1  # the reference draws a pool
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
     layers = block_size(base) * base.config.n_layer * (PROMPT + RESPONSE)

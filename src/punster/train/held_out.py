@@ -69,9 +69,9 @@ def sample_table(
 
 
 @torch.no_grad()
-def pair_table(run: Run, step: int, model: Role, tokenizer: Tokenizer, pairs: Sequence[Example], count: int = 8) -> None:
-    """Scores of the first held-out pairs (even places the preferred text, odd ones the rejected)."""
-    chosen = pairs[: 2 * count]
+def pair_table(run: Run, step: int, model: Role, tokenizer: Tokenizer, pairs: Sequence[Example]) -> None:
+    """Scores of the first eight held-out pairs (even places the preferred text, odd ones the rejected)."""
+    chosen = pairs[:16]
     scores = score_examples(model, chosen)
     texts = [tokenizer.decode(example.response) for example in chosen]
     rows = [(texts[i], scores[i], texts[i + 1], scores[i + 1]) for i in range(0, len(texts), 2)]

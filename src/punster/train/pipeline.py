@@ -139,13 +139,13 @@ def run_pipeline(config: PipelineConfig) -> None:
         raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
     if config.resume and not folder.exists():
         raise UserError(f"--resume: there is no run {folder}")
-    for stage, settings in stages.items():
-        if (folder / stage / "config.yaml").exists() and (changed := changed_settings(folder / stage, settings)):
+    begun = [stage for stage in stages if (folder / stage / "config.yaml").exists()]
+    for stage in begun:
+        if changed := changed_settings(folder / stage, stages[stage]):
             raise UserError(
                 f"--resume: stage {stage} was run with other settings ({changed}); delete {folder / stage}, and the stages that rest "
                 "on it, to run it again"
             )
-    begun = [stage for stage in stages if (folder / stage / "config.yaml").exists()]
     redone: list[str] = []  # in their order: what rests on a stage that is to be run again must be run again, too
     for stage in begun:
         used = [need for need in NEEDS[stage] if str(folder / need) in vars(stages[stage]).values()]

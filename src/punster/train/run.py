@@ -171,7 +171,7 @@ class Run:
             self._events = False
             self.note("no_events", reason=str(error))
 
-    def show(self, step: int, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], on_screen: int = 5) -> None:
+    def show(self, step: int, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table of texts and numbers: all of it to TensorBoard, the first rows to the terminal. Texts stay plain text."""
         from punster.evaluate.card import md, md_table
         from punster.evaluate.folder import prompt_text
@@ -180,7 +180,7 @@ class Run:
         cells = [[show(c) if c is None or isinstance(c, float) else scrub(prompt_text(c)) for c in row] for row in rows]
         self._picture("add_text", title, md_table(list(head), [[md(cell) for cell in row] for row in cells]), step)
         if self._progress:
-            self._progress.console.print(text_table(f"step {step}: {title}", head, cells[:on_screen], wrap=True))
+            self._progress.console.print(text_table(f"step {step}: {title}", head, cells[:5], wrap=True))
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
         path = self.folder / "samples.jsonl"

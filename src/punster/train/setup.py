@@ -205,7 +205,9 @@ def load_rows(
 
 def speaker(quiet: bool) -> Callable[[str], None]:
     """For notes to the user: none under --quiet."""
-    return (lambda line: None) if quiet else partial(print, file=sys.stderr)
+    if quiet:
+        return lambda line: None
+    return partial(print, file=sys.stderr)
 
 
 def load_prompts(source: str | Sequence[Any], split: str = "train", quiet: bool = False) -> list[Any]:
