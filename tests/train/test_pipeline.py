@@ -62,7 +62,8 @@ def test_a_recipe_with_fewer_rows_takes_less_time(
 def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:
     import yaml
 
-    from punster.train.pipeline import evaluation_config, load_recipe, recipe_folder, stage_config
+    from punster.data.mix import recipe_folder
+    from punster.train.pipeline import evaluation_config, load_recipe, stage_config
 
     recipe = load_recipe("human")
     settings = yaml.safe_load((recipe_folder() / "reward-human.yaml").read_text(encoding="utf-8"))

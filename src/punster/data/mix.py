@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -74,10 +75,14 @@ DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
 # ---- the recipe ---------------------------------------------------------------------------------------------------
-def built_in() -> dict[str, Path]:
-    """The recipes that come with the package."""
-    from punster.train.pipeline import recipe_folder
+def recipe_folder() -> Path:
+    """Recipes ship inside the package; in a checkout they lie at its root."""
+    packaged = Path(str(files("punster"))) / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "recipes"
 
+
+def built_in() -> dict[str, Path]:
+    """The mixtures that come with the package."""
     return {file.stem: file for file in sorted((recipe_folder() / "data").glob("*.yaml"))}
 
 

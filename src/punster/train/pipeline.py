@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import yaml
 from punster.cli import check_values, parse, parser_for, readable
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.pipeline import NEEDS
+from punster.data.mix import recipe_folder
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial, write_json, write_text
 from punster.train.dpo import dpo
@@ -39,12 +39,6 @@ STAGES: dict[str, tuple[type[TrainConfig], Callable[[Any], Path | None], str]] =
     "placebo_reward": (RewardConfig, train_reward, "reward model with shuffled labels"),
     "placebo": (PpoConfig, ppo, "PPO against shuffled labels"),
 }
-
-
-def recipe_folder() -> Path:
-    """Recipes ship inside the package; in a checkout they lie at its root."""
-    packaged = Path(str(files("punster"))) / "recipes"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "recipes"
 
 
 def load_recipe(recipe: str, rest: Sequence[str] = ()) -> PipelineConfig:
