@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes as c
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +27,6 @@ from punster.model.kernels import (
     CRuns,
     CTree,
     LowRank,
-    Packed,
     at,
     call,
     empty_low,
@@ -82,19 +80,17 @@ class Step:
         self.matrix = model.matrix(tuple(site for site, _ in places))
         self.low = LowRank.of(places, adapters)
 
-    @property
-    def forward(self) -> Packed:
-        return self.matrix.packed
+    def __call__(self, x: Tensor, low: Tensor, base: Tensor | None = None, half: bool = False) -> Tensor:
+        """x (n, in) bf16 and its low-rank image -> (n, out); base and half as `Packed` takes them."""
+        return self.matrix.packed(x, low, self.low.forward(), base, half)
 
     def factors(self) -> list[Tensor]:
         return [tensor for _, _, adapter, site in self.low.parts for tensor in (adapter.a[site], adapter.b[site])]
 
     def pull_back(self, dy: Tensor, pulled: Tensor) -> Tensor:
         """dy (n, out) bf16 and its low-rank image -> (n, in) fp32."""
-        update, alive = self.low.backward()
-        result = self.matrix.packed_back(dy, pulled, update)
-        del alive
-        return result
+        update, _alive = self.low.backward()
+        return self.matrix.packed_back(dy, pulled, update)
 
     def rounded_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """dy (n, out) fp32 -> bf16, and pulled = dy b^T."""
@@ -103,53 +99,17 @@ class Step:
         return rounded(dy, update, self.low.ends, pulled), pulled
 
 
-@dataclass
-class Into:
-    """The way into attention."""
-
-    norm: Norm
-    step: Step
-    rope: Rope | None
-    heads: Heads
-
-    def __call__(self, x: Tensor) -> tuple[Saved, Tensor]:
-        """x (n, d) -> norm, q, k, v with rotary embedding (n, (H + 2K) h)."""
-        normed, low, stat = self.norm(x, self.step.low)
-        qkv = self.step.forward(normed, low, self.step.low.forward())
-        turn(qkv, self.rope, self.heads, 1.0)
-        return (x, normed, low, stat), qkv
-
-    def pull_back(
-        self, gradient: Tensor, saved: Saved, base: Tensor | None, wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """base + the gradient of x (None: not wanted), and those of the factors. The gradient (n, (H + 2K) h) is overwritten."""
-        x, normed, low, stat = saved
-        turn(gradient, self.rope, self.heads, -1.0)
-        dy, pulled = self.step.rounded_gradient(gradient)
-        dx = None if base is None else self.norm.gradient(self.step.pull_back(dy, pulled), x, stat, base)
-        return dx, self.step.low.gradients(low, dy, pulled, normed, wanted)
-
-
-def add_out(x: Tensor, found: Tensor, step: Step) -> tuple[Saved, Tensor]:
-    """x (n, d) + the output product of what attention found (n, H h)."""
-    low = empty_low(len(x), step.low)
-    narrow = rounded(found, step.low.forward(), None, low)
-    return (narrow, low), step.forward(narrow, low, step.low.forward(), base=x)
-
-
-def add_out_back(gradient: Tensor, saved: Saved, step: Step, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of what was found, and of the factors."""
-    narrow, low = saved
-    dy, pulled = step.rounded_gradient(gradient)
-    return step.pull_back(dy, pulled), step.low.gradients(low, dy, pulled, narrow, wanted)
-
-
-def attention(x: Tensor, into: Into, paths: Paths, out: Step) -> tuple[Saved, Tensor]:
-    """x (N, d) + out(attention(norm(x))) of a prefix tree's nodes."""
-    saved, qkv = into(x)
-    found, total = paths.attend(qkv, into.heads)
-    of_out, y = add_out(x, found, out)
-    return (*saved, qkv, total, *of_out), y
+def attention(
+    x: Tensor, norm: Norm, into: Step, out: Step, rope: Rope | None, heads: Heads, paths: Paths
+) -> tuple[Saved, Tensor]:
+    """x (N, d) + out(attention(norm(x))) of a prefix tree's nodes, with rotary embedding."""
+    normed, low_in, stat = norm(x, into.low)
+    qkv = into(normed, low_in)  # (N, (H + 2K) h)
+    turn(qkv, rope, heads, 1.0)
+    found, total = paths.attend(qkv, heads)
+    low_out = empty_low(len(x), out.low)
+    narrow = rounded(found, out.low.forward(), None, low_out)
+    return (x, normed, low_in, stat, qkv, total, narrow, low_out), out(narrow, low_out, base=x)
 
 
 class _Attention(torch.autograd.Function):
@@ -157,25 +117,30 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, into: Into, paths: Paths, out: Step, recorded: tuple[Saved, Tensor] | None, *factors: Tensor
-    ) -> Tensor:
-        saved, y = attention(x, into, paths, out) if recorded is None else recorded
+        ctx: Any, x: Tensor, norm: Norm, into: Step, out: Step, rope: Rope | None, heads: Heads, paths: Paths,
+        recorded: tuple[Saved, Tensor] | None, *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        saved, y = attention(x, norm, into, out, rope, heads, paths) if recorded is None else recorded
         ctx.save_for_backward(*saved)
-        ctx.rest = into, paths, out
+        ctx.rest = norm, into, out, rope, heads, paths
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, qkv, total, narrow, low = ctx.saved_tensors
-        into, paths, out = ctx.rest
-        middle = 5 + len(into.step.factors())
+        x, normed, low_in, stat, qkv, total, narrow, low_out = ctx.saved_tensors
+        norm, into, out, rope, heads, paths = ctx.rest
+        middle = 8 + len(into.factors())
         gradient = gradient.contiguous()
-        found, of_out = add_out_back(gradient, (narrow, low), out, ctx.needs_input_grad[middle:])
-        own = paths.pull_back(qkv, narrow, total, found, into.heads)
-        base = gradient if ctx.needs_input_grad[0] else None
-        dx, of_in = into.pull_back(own, tuple(saved), base, ctx.needs_input_grad[5:middle])
-        return dx, None, None, None, None, *of_in, *of_out
+        dy, pulled = out.rounded_gradient(gradient)
+        found = out.pull_back(dy, pulled)
+        of_out = out.low.gradients(low_out, dy, pulled, narrow, ctx.needs_input_grad[middle:])
+        dqkv = paths.pull_back(qkv, narrow, total, found, heads)
+        turn(dqkv, rope, heads, -1.0)
+        dy, pulled = into.rounded_gradient(dqkv)
+        dx = norm.gradient(into.pull_back(dy, pulled), x, stat, gradient) if ctx.needs_input_grad[0] else None
+        of_in = into.low.gradients(low_in, dy, pulled, normed, ctx.needs_input_grad[8:middle])
+        return dx, None, None, None, None, None, None, None, *of_in, *of_out
 
 
 class Paths:
@@ -248,6 +213,7 @@ class Paths:
 
 
 def turn(qkv: Tensor, rope: Rope | None, heads: Heads, sign: float) -> None:
+    """Rotary embedding in place, or with sign -1 its transpose."""
     if rope is not None:
         all_heads, turned = heads.queries + 2 * heads.keys, heads.queries + heads.keys
         call("punster_rope", qkv, c.c_long(len(qkv)), all_heads, turned, heads.size, *rope, c.c_float(sign))
@@ -256,11 +222,11 @@ def turn(qkv: Tensor, rope: Rope | None, heads: Heads, sign: float) -> None:
 def feed_forward(x: Tensor, norm: Norm, up: Step, down: Step, act: int) -> tuple[Saved, Tensor]:
     """x (n, d) + down(act(up(norm(x)))); what lies between the products is kept in bf16."""
     normed, low_up, stat = norm(x, up.low)
-    y = up.forward(normed, low_up, up.low.forward(), half=True)
+    y = up(normed, low_up, half=True)
     width = y.shape[1] // (2 if act == SILU else 1)
     h, low_down = torch.empty(len(x), width, dtype=torch.bfloat16), empty_low(len(x), down.low)
     call("punster_act", y, c.c_long(len(x)), width, act, c.byref(down.low.forward()), h, low_down)
-    result = down.forward(h, low_down, down.low.forward(), base=x)
+    result = down(h, low_down, base=x)
     return (x, normed, low_up, stat, y, h, low_down), result
 
 
@@ -323,10 +289,9 @@ def block(
     before, between = (Norm(model, prefix + name) for name in config.norm_sites)
     attend, out, up, down = (Step(model, layer, which, adapters) for which in ("attend", "out", "up", "down"))
     act = ACTIVATIONS[config.family, config.activation]
-    flat = x[0].contiguous()
-    into, paths = Into(before, attend, rope, Heads(config.n_head, config.n_kv_head, config.d_head)), Paths.of(tree)
+    flat, paths, heads = x[0].contiguous(), Paths.of(tree), Heads(config.n_head, config.n_kv_head, config.d_head)
     if cache is not None:  # prompts, without gradients
-        saved, flat = attention(flat, into, paths, out)
+        saved, flat = attention(flat, before, attend, out, rope, heads, paths)
         rows = tree.spread(saved[QKV].view(1, len(flat), -1, config.d_head)[:, :, config.n_head :])
         cache.append(layer, *rows.transpose(1, 2).chunk(2, 1))
         of_rest, result = feed_forward(flat, between, up, down, act)
@@ -334,7 +299,7 @@ def block(
             record.put(layer, (*saved, *of_rest), result)
         return result[None]
     recorded = None if record is None else record.attention(layer)
-    flat = _Attention.apply(flat, into, paths, out, recorded, *attend.factors(), *out.factors())
+    flat = _Attention.apply(flat, before, attend, out, rope, heads, paths, recorded, *attend.factors(), *out.factors())
     recorded = None if record is None else record.feed_forward(layer)
     last: Tensor = _FeedForward.apply(flat, between, up, down, act, recorded, *up.factors(), *down.factors())
     return last[None]

@@ -75,7 +75,7 @@ class Stepper:
     def prepare(self, layer: int, adapters: Sequence[Adapter]) -> None:
         norms = [fused.Norm(self.model, self.model.config.block_prefix(layer) + name) for name in self.model.config.norm_sites]
         steps = [fused.Step(self.model, layer, which, adapters) for which in STEPS]
-        products = [step.forward.product(step.low.forward()) for step in steps]
+        products = [step.matrix.packed.product(step.low.forward()) for step in steps]
         self.layers[layer] = CLayer(*(norm.struct for norm in norms), *products)
         self.alive.append(norms)
         self.steps.append(steps)
