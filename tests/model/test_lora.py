@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_adapter_of_another_base_is_refused(
     with pytest.raises(UserError, match=r"is \(.*32.*\), this base model needs \(.*48.*\)"):
         Adapter.load(tmp_path, "policy", wider.config)
     with pytest.raises(UserError, match="does not belong to this base model"):
-        Adapter.load(tmp_path, "policy", model.truncated(3).config)
+        Adapter.load(tmp_path, "policy", replace(model.config, n_layer=3))
 
 
 def test_unpaired_matrices_are_refused(model: Decoder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Passes of the decoder: padding, cache, full fine-tuning copies, truncation, fingerprints."""
+"""Passes of the decoder: padding, cache, full fine-tuning copies, fingerprints."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_cache_on_equals_cache_off_with_left_padding(model: Decoder) -> None:
     extra = some_ids(3, 8, 99)
     whole = model.forward(torch.cat((ids, extra), 1), mask=torch.cat((mask, torch.ones_like(extra)), 1))
 
-    cache = KeyValueCache(model.config, 3, 40, torch.float32, ids.device)
+    cache = KeyValueCache(model.config, 3, 40, ids.device)
     positions = positions_of(mask)
     state = model.embed(ids, positions)
     state = model.blocks(state, 0, model.config.n_layer, positions=positions, mask=causal_mask(mask), cache=cache)
@@ -161,21 +161,6 @@ def test_fingerprint_and_trunk_key_tell_models_apart(make_model: object) -> None
     copy = one.trainable_copy(2)
     assert [copy.trunk_key(depth) == one.trunk_key(depth) for depth in (1, 2, 3)] == [True, True, False]
     assert one.trainable_copy(0).trunk_key(1) != one.trunk_key(1)
-
-
-@torch.no_grad()
-def test_truncated_model_reads_the_lower_state(model: Decoder) -> None:
-    ids = some_ids(1, 10)
-    short = model.truncated(2)
-    assert short.config.n_layer == 2
-    assert short.config.raw.get("n_layer", short.config.raw.get("num_hidden_layers")) == 2
-    assert not [
-        key
-        for key in short.weights
-        if 2 <= short.layer_of(key) < 4 and ".norm" not in key and "ln_f" not in key and "head" not in key
-    ]
-    expected = model.logits(model.final_norm(model.blocks(model.embed(ids), 0, 2)))
-    assert torch.equal(short.forward(ids), expected)
 
 
 def test_positions_and_mask_by_hand() -> None:

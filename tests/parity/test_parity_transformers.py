@@ -34,7 +34,7 @@ def theirs(folder: Path) -> Any:
 @torch.no_grad()
 def greedy(model: Decoder, prompt: Tensor, steps: int) -> Tensor:
     """(1, P) -> (1, P + steps): argmax decoding through the key-value cache."""
-    cache = KeyValueCache(model.config, 1, prompt.shape[1] + steps, torch.float32, prompt.device)
+    cache = KeyValueCache(model.config, 1, prompt.shape[1] + steps, prompt.device)
     ids, fresh = prompt, prompt
     for _ in range(steps):
         positions = torch.arange(cache.length, ids.shape[1])[None]

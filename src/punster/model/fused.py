@@ -1,4 +1,4 @@
-"""One block in three differentiable steps on the kernels: into attention, out of it, and the feed-forward part.
+"""One block in two differentiable steps on the kernels: attention, and the feed-forward part.
 
 The same function as the plain block of transformer.py, with products of bf16 inputs summed in fp32. Gradients are formed by hand:
 pulled back through the frozen products in bf16, as the plain path does; those of A and B are fp32 sums over bf16 rows.
@@ -287,7 +287,7 @@ def block(
     """(1, N, d) states of a tree's nodes -> (1, N, d)."""
     config, prefix = model.config, model.config.block_prefix(layer)
     before, between = (Norm(model, prefix + name) for name in config.norm_sites)
-    attend, out, up, down = (Step(model, layer, which, adapters) for which in ("attend", "out", "up", "down"))
+    attend, out, up, down = (Step(model, layer, which, adapters) for which in config.steps)
     act = ACTIVATIONS[config.family, config.activation]
     flat, paths, heads = x[0].contiguous(), Paths.of(tree), Heads(config.n_head, config.n_kv_head, config.d_head)
     if cache is not None:  # prompts, without gradients

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,48 +83,43 @@ class ModelConfig:
             )  # fmt: skip
         raise UserError(f"model_type {kind!r} is not supported: punster runs the gpt2 and llama families")
 
-    def sites(self, layer: int) -> dict[str, tuple[int, int]]:
-        """The linear layers of one block: Hugging Face module path -> (out, in) features."""
+    @property
+    def steps(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """The linear layers of a block by what they do, with (out, in) features; those of one step read the same input."""
         d, ff = self.d_model, self.d_ff
         if self.family == "gpt2":
-            at = f"transformer.h.{layer}."
             return {
-                at + "attn.c_attn": (3 * d, d), at + "attn.c_proj": (d, d),
-                at + "mlp.c_fc": (ff, d), at + "mlp.c_proj": (d, ff),
+                "attend": {"attn.c_attn": (3 * d, d)}, "out": {"attn.c_proj": (d, d)},
+                "up": {"mlp.c_fc": (ff, d)}, "down": {"mlp.c_proj": (d, ff)},
             }  # fmt: skip
-        at, q, kv = f"model.layers.{layer}.", self.n_head * self.d_head, self.n_kv_head * self.d_head
+        q, kv = self.n_head * self.d_head, self.n_kv_head * self.d_head
         return {
-            at + "self_attn.q_proj": (q, d), at + "self_attn.k_proj": (kv, d), at + "self_attn.v_proj": (kv, d),
-            at + "self_attn.o_proj": (d, q), at + "mlp.gate_proj": (ff, d), at + "mlp.up_proj": (ff, d),
-            at + "mlp.down_proj": (d, ff),
+            "attend": {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)},
+            "out": {"self_attn.o_proj": (d, q)}, "up": {"mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d)},
+            "down": {"mlp.down_proj": (d, ff)},
         }  # fmt: skip
+
+    def sites(self, layer: int) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: Hugging Face module path -> (out, in) features."""
+        prefix = self.block_prefix(layer)
+        return {prefix + name: shape for step in self.steps.values() for name, shape in step.items()}
 
     @property
     def norm_sites(self) -> tuple[str, str]:
         """The norms before attention and before the feed-forward part."""
         return ("ln_1", "ln_2") if self.family == "gpt2" else ("input_layernorm", "post_attention_layernorm")
 
-    @property
-    def steps(self) -> dict[str, tuple[str, ...]]:
-        """The linear layers of a block by what they do; those of one step read the same input."""
-        if self.family == "gpt2":
-            return {"attend": ("attn.c_attn",), "out": ("attn.c_proj",), "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)}
-        queries = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        return {
-            "attend": queries, "out": ("self_attn.o_proj",), "up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)
-        }  # fmt: skip
-
     def block_prefix(self, layer: int) -> str:
         return f"transformer.h.{layer}." if self.family == "gpt2" else f"model.layers.{layer}."
 
 
 class KeyValueCache:
-    """Keys and values of every layer in static buffers of shape (B, K, capacity, h)."""
+    """Keys and values of every layer in static fp32 buffers of shape (B, K, capacity, h)."""
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device):
         shape = (rows, config.n_kv_head, capacity, config.d_head)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.keys = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device) for _ in range(config.n_layer)]
         self.length, self.capacity = 0, capacity
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,15 +139,6 @@ class KeyValueCache:
         fresh = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
         fresh[:, :, : self.length] = buffer[rows, :, : self.length]
         return fresh
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What queries may look at: a mask (None: causal over the tokens given), earlier keys, and how nodes make up rows."""
-
-    mask: Tensor | None = None
-    cache: KeyValueCache | None = None
-    tree: PrefixTree | None = None
 
 
 class Decoder:
@@ -194,11 +180,9 @@ class Decoder:
     def projection(self, layer: int, which: str) -> list[tuple[str, slice]]:
         """The linear layers of one step of a block ("attend", "out", "up" or "down"), and their columns of the joint output."""
         places, column = [], 0
-        sites = self.config.sites(layer)
-        for name in self.config.steps[which]:
-            site = self.config.block_prefix(layer) + name
-            places.append((site, slice(column, column + sites[site][0])))
-            column += sites[site][0]
+        for name, (out, _) in self.config.steps[which].items():
+            places.append((self.config.block_prefix(layer) + name, slice(column, column + out)))
+            column += out
         return places
 
     @property
@@ -251,12 +235,6 @@ class Decoder:
             copy._head = self.head
         return copy
 
-    def truncated(self, layers: int) -> Decoder:
-        """The same model with only its first `layers` blocks (for export of heads that read lower)."""
-        raw = {**self.config.raw, ("n_layer" if self.config.family == "gpt2" else "num_hidden_layers"): layers}
-        keep = {k: t for k, t in self.weights.items() if not 0 <= self.layer_of(k) - layers < self.config.n_layer - layers}
-        return Decoder(replace(self.config, n_layer=layers, raw=raw), keep, self.name)
-
     # ---- passes -----------------------------------------------------------------------------------------------
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Token (and, for GPT-2, position) embeddings: (B, T) -> (B, T, d) fp32."""
@@ -289,13 +267,13 @@ class Decoder:
         turn = None
         if self.config.family == "llama":
             turn = self.turn(torch.arange(hidden.shape[1], device=self.device)[None] if positions is None else positions)
-        seen, rope = Attention(mask, cache, tree), None
+        rope: fused.Rope | None = None
         for layer in range(first, last):
             if tree is not None and fused.usable(self, layer):
                 rope = rope if rope is not None or turn is None else fused.rope_rows(*turn, hidden.shape)
                 hidden = fused.block(self, hidden, layer, adapters, rope, tree, cache, record)
             else:
-                hidden = self._block(hidden, layer, adapters, turn, seen)
+                hidden = self._block(hidden, layer, adapters, turn, mask, cache, tree)
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -339,9 +317,10 @@ class Decoder:
         sin = angles.sin()
         return angles.cos()[..., None, None, :], torch.stack((-sin, sin), -2)[..., None, :, :]
 
-    def _attend(self, qkv: Tensor, layer: int, seen: Attention) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, layer: int, mask: Tensor | None, cache: KeyValueCache | None, tree: PrefixTree | None
+    ) -> Tensor:
         """(B, T, H + 2K, h) or with a tree (1, N, H + 2K, h) -> (B, T, H*h) or (1, N, H*h)."""
-        mask, cache, tree = seen.mask, seen.cache, seen.tree
         heads, kv_heads = self.config.n_head, self.config.n_kv_head
         qkv = (qkv if tree is None else tree.spread(qkv)).transpose(1, 2)
         length = qkv.shape[2]
@@ -361,15 +340,16 @@ class Decoder:
         return out if tree is None else tree.gather(out)
 
     def _block(
-        self, x: Tensor, layer: int, adapters: Sequence[Adapter], turn: tuple[Tensor, Tensor] | None, seen: Attention
-    ) -> Tensor:
+        self, x: Tensor, layer: int, adapters: Sequence[Adapter], turn: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None, cache: KeyValueCache | None, tree: PrefixTree | None,
+    ) -> Tensor:  # fmt: skip
         at, c = self.config.block_prefix(layer), self.config
         before, between = c.norm_sites
         qkv = self._project(norm(self, x, at + before), layer, "attend", adapters).unflatten(-1, (-1, c.d_head))
         if turn is not None:
             turned = c.n_head + c.n_kv_head
             qkv = torch.cat((rotated(qkv[..., :turned, :], *turn), qkv[..., turned:, :]), -2)
-        x = x + self._project(self._attend(qkv, layer, seen), layer, "out", adapters)
+        x = x + self._project(self._attend(qkv, layer, mask, cache, tree), layer, "out", adapters)
         y = self._project(norm(self, x, at + between), layer, "up", adapters)
         if c.family == "llama":
             gate, up = y.chunk(2, -1)

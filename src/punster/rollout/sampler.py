@@ -225,7 +225,7 @@ def prefill(
     """
     model, done, states = role.model, 0, {}
     rows, widest = ids.shape
-    cache = KeyValueCache(model.config, rows, widest + new_tokens, torch.float32, ids.device)
+    cache = KeyValueCache(model.config, rows, widest + new_tokens, ids.device)
     hidden = model.embed_tree(ids, tree)
     seen = None if bool(mask.all()) else causal_mask(mask)  # without one attention skips what lies ahead
     for depth in (*keep, role.last_layer):
