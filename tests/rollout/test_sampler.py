@@ -131,7 +131,7 @@ def test_a_row_does_not_depend_on_how_the_batch_is_cut(adapted: Role, max_rows: 
 def test_a_row_depends_on_its_own_uniforms_only(role: Role) -> None:
     """Each row alone, all rows, and all rows the other way round: the same ids (finished rows leave in between)."""
     uniforms = torch.rand(len(PROMPTS), 12, generator=seeded(6))
-    stepper = Stepper.of(role.model, role.adapters, role.last_layer)
+    stepper = Stepper(role.model, role.adapters, role.last_layer)
     together = _generate(role, stepper, PROMPTS, 1, Decoding(12), EOS, uniforms)
     lengths = [len(ids) for ids, _, _ in together]
     assert min(lengths) <= 6 and max(lengths) >= 10

@@ -29,8 +29,7 @@ class Recording:
         cls, stepper: Stepper, first_layer: int, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int, rows: list[int]
     ) -> Recording | None:  # fmt: skip
         """None where some layer is not the kernels', or a path is long: there training attends in blocks, with other numbers."""
-        possible = len(stepper.steps) == len(stepper.stages)
-        if not possible or max(map(len, prompts)) + new_tokens > LONGEST:
+        if len(stepper.steps) < len(stepper.stages) or max(map(len, prompts)) + new_tokens > LONGEST:
             return None
         return cls(stepper, first_layer, sum(map(len, prompts)) + len(prompts) * samples * new_tokens, rows)
 

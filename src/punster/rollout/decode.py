@@ -9,8 +9,7 @@ from __future__ import annotations
 import ctypes as c
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from punster.model.lora import Adapter
 from punster.model.product import Matrix
 from punster.model.recording import Recording
 from punster.model.transformer import Decoder, KeyValueCache, activate, norm, rotated
-
-STEPS = ("attend", "out", "up", "down")
 
 
 @dataclass
@@ -41,54 +38,30 @@ class Product:
         self.low.add_to(total.add_(self.matrix(x)), x)
 
 
-@dataclass
-class Stage:
-    """One block, ready for decoding."""
-
-    attend: Product  # q, k, v
-    out: Product
-    up: Product  # Llama: gate and up; GPT-2: c_fc
-    down: Product
-
-
-@dataclass
 class Stepper:
-    """A network with its adapters, ready for decoding: each block for the kernels where they can take it, else as a stage."""
+    """A network with its adapters, ready for decoding: each block for the kernels where they can take it, else as products."""
 
-    model: Decoder
-    stages: list[Stage | None]
-    steps: list[list[fused.Step]] = field(default_factory=list)  # of each layer that the kernels take
-    layers: Any = None  # array of kernels.CLayer
-    alive: list[Any] = field(default_factory=list)  # what its addresses point to
-    ranks: int = 0  # most ranks of one product
-
-    @classmethod
-    def of(cls, model: Decoder, adapters: Sequence[Adapter], layers: int) -> Stepper:
-        stepper = cls(model, [None] * layers, layers=(CLayer * layers)())
+    def __init__(self, model: Decoder, adapters: Sequence[Adapter], layers: int):
+        self.model = model
+        self.stages: list[list[Product] | None] = [None] * layers  # of each other layer its products, in the order of the steps
+        self.steps: list[list[fused.Step]] = []  # of each layer that the kernels take
+        self.layers = (CLayer * layers)()
+        self.alive: list[list[fused.Norm]] = []  # what its addresses point to
+        self.ranks = 0  # most ranks of one product
         for layer in range(layers):
-            if fused.usable(model, layer):
-                stepper.prepare(layer, adapters)
-            else:
-                stepper.stages[layer] = Stage(*(product_of(model, layer, step, adapters) for step in STEPS))
-        return stepper
-
-    def prepare(self, layer: int, adapters: Sequence[Adapter]) -> None:
-        norms = [fused.Norm(self.model, self.model.config.block_prefix(layer) + name) for name in self.model.config.norm_sites]
-        steps = [fused.Step(self.model, layer, which, adapters) for which in STEPS]
-        products = [step.matrix.packed.product(step.low.forward()) for step in steps]
-        self.layers[layer] = CLayer(*(norm.struct for norm in norms), *products)
-        self.alive.append(norms)
-        self.steps.append(steps)
-        self.ranks = max(self.ranks, *(step.low.ranks for step in steps))
+            if not fused.usable(model, layer):
+                self.stages[layer] = [product_of(model, layer, which, adapters) for which in model.config.steps]
+                continue
+            norms = [fused.Norm(model, model.config.block_prefix(layer) + name) for name in model.config.norm_sites]
+            steps = [fused.Step(model, layer, which, adapters) for which in model.config.steps]
+            products = [step.matrix.packed.product(step.low.forward()) for step in steps]
+            self.layers[layer] = CLayer(*(norm.struct for norm in norms), *products)
+            self.alive.append(norms)
+            self.steps.append(steps)
+            self.ranks = max(self.ranks, *(step.low.ranks for step in steps))
 
     def run(
-        self,
-        x: Tensor,
-        first: int,
-        last: int,
-        stream: Stream,
-        turn: tuple[Tensor, Tensor] | None,
-        record: Recording | None = None,
+        self, x: Tensor, first: int, last: int, stream: Stream, turn: tuple[Tensor, Tensor] | None, record: Recording | None
     ) -> None:
         """The kernels' layers first..last-1 on x (B, d) fp32, in place; turn as `Decoder.turn` makes it."""
         config, cache, rows = self.model.config, stream.cache, len(x)
@@ -162,15 +135,16 @@ def decode_one_token(
             continue
         done = layer + 1
         before, between = (config.block_prefix(layer) + name for name in config.norm_sites)
-        qkv = stage.attend(norm(model, x, before))
-        stage.out.add_to(x, attend(config.n_head, config.n_kv_head, qkv, turn, layer, stream))
-        y = stage.up(norm(model, x, between))
+        into, out, up, down = stage
+        qkv = into(norm(model, x, before))
+        out.add_to(x, attend(config.n_head, config.n_kv_head, qkv, turn, layer, stream))
+        y = up(norm(model, x, between))
         if config.family == "llama":
-            gate, up = y.chunk(2, -1)
-            y = activate(gate, config.activation).mul_(up)
+            gate, wide = y.chunk(2, -1)
+            y = activate(gate, config.activation).mul_(wide)
         else:
             y = activate(y, config.activation)
-        stage.down.add_to(x, y)
+        down.add_to(x, y)
     if record is not None:
         record.last[record.count : record.count + len(x)] = x
     stream.cache.length += 1

@@ -105,10 +105,10 @@ def generate(
                 f"a prompt of {len(prompt)} tokens leaves no room for {decoding.max_new_tokens} new ones: the context is {limit} tokens"
             )
     roomy = all(len(prompt) + decoding.max_new_tokens < limit for prompt in prompts)  # for the EOS that closes a cut-off response
-    kept_depths = sorted(depth for depth in keep if 0 < depth <= min(role.frozen_depth, role.last_layer - 1) and roomy)
-    keys = {depth: role.trunk_key(depth) for depth in kept_depths}
+    highest = min(role.frozen_depth, role.last_layer - 1) if roomy else 0
+    keys = {depth: role.trunk_key(depth) for depth in sorted(keep) if 0 < depth <= highest}
     uniforms = torch.rand(len(prompts) * samples, decoding.max_new_tokens, generator=generator, dtype=torch.float64).float()
-    stepper = Stepper.of(role.model, role.adapters, role.last_layer)
+    stepper = Stepper(role.model, role.adapters, role.last_layer)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     per_call = max(1, max_rows // samples)
     examples: list[Example | None] = [None] * (len(prompts) * samples)
@@ -139,24 +139,25 @@ def _generate(
 ) -> list[tuple[list[int], Tensor, dict[int, Tensor]]]:  # fmt: skip
     """Ids, log-probs and kept states of each row."""
     model, device, longest = role.model, role.model.device, decoding.max_new_tokens
-    widest = max(len(prompt) for prompt in prompts)
-    ids, mask = left_padded(prompts, device)
-    tree = PrefixTree.of(prompts, device, left=True)
-    logits, stream, of_prompts = prefill(role, ids, mask, tree, longest + 1, keep, record)
-    of_prompt = [tree.nodes[row, widest - len(prompt) :] for row, prompt in enumerate(prompts)]
+    logits, stream, tree, of_prompts = prefill(role, prompts, longest + 1, keep, record)
+    of_prompt = [nodes[len(nodes) - len(prompt) :] for nodes, prompt in zip(tree.nodes, prompts, strict=True)]
     if record is not None:
         record.begin([nodes for nodes in of_prompt for _ in range(samples)], len(tree.first))
     if samples > 1:  # the prompt was run once for all its samples
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
         stream.select(repeat)
-        logits, mask, ids = logits[repeat], mask[repeat], ids[repeat]
+        logits = logits[repeat]
     total = logits.shape[0]
     active = torch.arange(total, device=device)
     tokens = torch.zeros(total, longest, dtype=torch.long, device=device)
     logs = torch.zeros(total, longest, device=device)
     lengths = torch.full((total,), longest, dtype=torch.long, device=device)
     alive = torch.ones(total, dtype=torch.bool, device=device)
-    seen = _seen_tokens(ids, mask, model.config.vocab_size) if decoding.repetition_penalty != 1 else None
+    seen = None
+    if decoding.repetition_penalty != 1:
+        seen = torch.zeros(total, model.config.vocab_size, dtype=torch.bool, device=device)
+        for row in range(total):
+            seen[row, list(prompts[row // samples])] = True
     states = {depth: torch.empty(total, longest + 1, model.config.d_model, device=device) for depth in keep}
 
     def feed(token: Tensor, place: int, record: Recording | None = None) -> Tensor:
@@ -198,43 +199,31 @@ def _generate(
     return results
 
 
-def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and mask of real tokens, both (B, P)."""
-    widest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), widest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(prompts), widest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
-        mask[row, widest - len(prompt) :] = True
-    return ids, mask
-
-
 def prefill(
-    role: Role,
-    ids: Tensor,
-    mask: Tensor,
-    tree: PrefixTree,
-    new_tokens: int,
-    keep: Sequence[int] = (),
-    record: Recording | None = None,
-) -> tuple[Tensor, Stream, dict[int, Tensor]]:
-    """Run left-padded prompts (B, P) into a cache with room for new tokens, what they share once.
+    role: Role, prompts: Sequence[Sequence[int]], new_tokens: int, keep: Sequence[int] = (), record: Recording | None = None
+) -> tuple[Tensor, Stream, PrefixTree, dict[int, Tensor]]:
+    """Run prompts, padded on the left to (B, P), into a cache with room for new tokens, what they share once.
 
-    Returns logits (B, V) of the next token, the rows in flight, and the states (N, d) of the tree's nodes after `keep` layers
-    (ascending).
+    Returns logits (B, V) of the next token, the rows in flight, the prompts' tree, and the states (N, d) of its nodes after `keep`
+    layers (ascending).
     """
-    model, done, states = role.model, 0, {}
-    rows, widest = ids.shape
-    cache = KeyValueCache(model.config, rows, widest + new_tokens, ids.device)
-    hidden = model.embed_tree(ids, tree)
-    seen = None if bool(mask.all()) else causal_mask(mask)  # without one attention skips what lies ahead
+    model, device = role.model, role.model.device
+    tree = PrefixTree.of(prompts, device, left=True)
+    rows, widest = tree.nodes.shape
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = torch.arange(widest, device=device) >= widest - lengths[:, None]
+    ids = torch.zeros(rows, widest, dtype=torch.long, device=device)
+    ids[mask] = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    even = bool(mask.all())
+    seen = None if even else causal_mask(mask)  # without one attention skips what lies ahead
+    cache = KeyValueCache(model.config, rows, widest + new_tokens, device)
+    hidden, done, states = model.embed_tree(ids, tree), 0, {}
     for depth in (*keep, role.last_layer):
         hidden = model.blocks(hidden, done, depth, adapters=role.adapters, mask=seen, cache=cache, tree=tree, record=record)
         states[depth], done = hidden[0], depth
     cache.length = widest
-    lengths = mask.sum(1)
-    stream = Stream(cache, lengths, None if bool(mask.all()) else widest - lengths)
-    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]])), stream, states
+    stream = Stream(cache, lengths, None if even else widest - lengths)
+    return model.logits(model.final_norm(hidden[0, tree.nodes[:, -1]])), stream, tree, states
 
 
 def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,9 +237,7 @@ def choose(logits: Tensor, decoding: Decoding, uniform: Tensor, seen: Tensor | N
     if logits.device.type == "cpu" and logits.dtype == torch.float32 and not decoding.truncated and compiled() is not None:
         return choose_plainly(logits, decoding.temperature, uniform)
     logits = logits / decoding.temperature if decoding.temperature != 1 else logits
-    if decoding.top_k or decoding.top_p < 1 or decoding.min_p:
-        logits = truncate(logits, decoding)
-    probs = logits.softmax(-1)
+    probs = truncate(logits, decoding).softmax(-1)
     token = inverse_cdf(probs, uniform)
     return token, probs.gather(1, token[:, None])[:, 0].log()
 
@@ -300,10 +287,3 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
     place = torch.minimum((cumulative <= target).sum(-1, keepdim=True), last).maximum(first)
     # A zero-probability token right after the crossing cannot be chosen: its cumulative sum equals its predecessor's.
     return (which * block + place)[:, 0]
-
-
-def _seen_tokens(ids: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
-    seen = torch.zeros(ids.shape[0], vocab_size, dtype=torch.bool, device=ids.device)
-    for row in range(ids.shape[0]):
-        seen[row, ids[row][mask[row]]] = True
-    return seen

@@ -6,17 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from punster.data.batch import PrefixTree
 from punster.model.role import Role
-from punster.rollout.decode import Stepper, Stream, decode_one_token
-from punster.rollout.sampler import Decoding, choose, left_padded, prefill
-
-
-def _start(role: Role, prompts: Sequence[Sequence[int]], new: int) -> tuple[torch.Tensor, Stepper, Stream]:
-    """Logits (B, V) of the first new token, and what decoding goes on with."""
-    device = role.model.device
-    logits, stream, _ = prefill(role, *left_padded(prompts, device), PrefixTree.of(prompts, device, left=True), new)
-    return logits, Stepper.of(role.model, role.adapters, role.last_layer), stream
+from punster.rollout.decode import Stepper, decode_one_token
+from punster.rollout.sampler import Decoding, choose, prefill
 
 
 @torch.no_grad()
@@ -24,7 +16,8 @@ def beam_search(
     role: Role, prompt: Sequence[int], eos_id: int, beams: int = 4, max_new_tokens: int = 48
 ) -> tuple[list[int], float]:
     """The likeliest text that `beams` hypotheses find, and its log-prob; finished texts go before unfinished ones; no length penalty."""
-    logits, stepper, stream = _start(role, [prompt], max_new_tokens)
+    stepper = Stepper(role.model, role.adapters, role.last_layer)
+    logits, stream, *_ = prefill(role, [prompt], max_new_tokens)
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     done: list[tuple[float, list[int]]] = []
     for step in range(max_new_tokens):
@@ -51,7 +44,8 @@ def joint_decode(
 
     Yu, Tan & Wan 2018 decode a homograph's two senses jointly so; here the senses are stated in the prompts.
     """
-    logits, stepper, stream = _start(role, prompts, decoding.max_new_tokens)
+    stepper = Stepper(role.model, role.adapters, role.last_layer)
+    logits, stream, *_ = prefill(role, prompts, decoding.max_new_tokens)
     tokens: list[int] = []
     while True:
         uniform = torch.rand(1, generator=generator).to(logits.device)
