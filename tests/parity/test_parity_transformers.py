@@ -97,7 +97,7 @@ def test_gpt2_saved_from_the_bare_model(tiny_gpt2: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_default_model_equals_transformers_on_the_same_file(default_model: Decoder) -> None:
-    path = resolve(DEFAULT_MODEL).weights
+    path = resolve(DEFAULT_MODEL)
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     tokenizer = Tokenizer.load(DEFAULT_MODEL)
     prompt = torch.tensor([tokenizer.prompt_ids("make a pun about bakers")])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from punster.errors import UserError
-from punster.model.load import BUILT_IN
+from punster.model.load import BUILT_IN, transposed
 from punster.model.lora import join, merged_weights
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
@@ -68,7 +66,7 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
         config["punster_score_bias"] = float(role.head.bias) * gain + offset
     config["pad_token_id"] = distinct_pad(tokenizer)
     config["eos_token_id"] = tokenizer.eos_id
-    save_file(hub_layout(weights, model.config.family), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(transposed(weights, model.config.family), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": config["pad_token_id"], "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -85,12 +83,6 @@ def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
         note = f"Trained on {known.name}, a 4-bit copy of {known.origin}: on the full model the logits differ slightly.\n"
         (folder / "README.md").write_text(note)
     tokenizer.for_transformers().save_pretrained(folder)
-
-
-def hub_layout(weights: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Back to the orientation of Hugging Face's files (GPT-2's Conv1D is in x out)."""
-    turn = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-    return {k: (t.t() if family == "gpt2" and turn.search(k) else t).contiguous() for k, t in weights.items()}
 
 
 def distinct_pad(tokenizer: Tokenizer) -> int:

@@ -117,27 +117,17 @@ def fetch(model: BuiltIn, cache: Path | None = None) -> Path:
     return target
 
 
-@dataclass(frozen=True)
-class Source:
-    """A resolved --model: what it was called, where its weights and its tokenizer lie."""
-
-    name: str
-    weights: Path
-    tokenizer: Path  # a folder, or a GGUF file
-
-
-def resolve(name: str) -> Source:
-    """Turn a --model value into files; downloads what has to be downloaded."""
+def resolve(name: str) -> Path:
+    """The folder or GGUF file of a --model value, weights and tokenizer; downloads what has to be downloaded."""
     if name in BUILT_IN:
-        path = fetch(BUILT_IN[name])
-        return Source(name, path, path)
+        return fetch(BUILT_IN[name])
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Source(name, path, path)
+        return path
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{name}: no config.json in this folder, so it is not a Hugging Face model folder")
-        return Source(name, path, path)
+        return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such file or folder")
     if Path(name.split("/")[0]).is_dir():
@@ -153,20 +143,16 @@ def resolve(name: str) -> Source:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"could not fetch {hub_id!r} from the hub ({reason}).{near_matches(name, known)}") from None
-    return Source(name, folder, folder)
 
 
 def load_model(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
     """A frozen decoder from any --model value."""
-    source = resolve(name)
-    if source.weights.suffix == ".gguf":
-        config, weights = read_gguf(source.weights)
-    else:
-        config, weights = read_folder(source.weights)
+    path = resolve(name)
+    config, weights = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
     weights = {key: tensor.to(device=device, dtype=dtype) for key, tensor in weights.items()}
     return Decoder(config, weights, name)
 
@@ -184,7 +170,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             found.update(load_file(folder / file))
         except Exception as error:
             raise UserError(f"{folder / file} is damaged: {error}") from None
-    return config, checked(config, found, str(folder))
+    return config, checked(config, transposed(found, config.family), str(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checked(config: ModelConfig, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Bring names and orientations to ours (matrices out x in) and insist on every tensor and shape."""
+    """Bring names to ours and insist on every tensor and shape."""
     if config.family == "gpt2":  # some checkpoints were saved from the bare model
         found = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": t for k, t in found.items()}
     expected = expected_shapes(config)
@@ -206,38 +192,40 @@ def checked(config: ModelConfig, found: dict[str, Tensor], where: str) -> dict[s
     for name, shape in expected.items():
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")
-        tensor = found[name]
-        if config.family == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
-            tensor = tensor.t().contiguous()  # Conv1D stores in x out
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {shape}")
-        weights[name] = tensor
+        if tuple(found[name].shape) != shape:
+            raise UserError(f"{where}: {name} is {tuple(found[name].shape)}, expected {shape}")
+        weights[name] = found[name]
     allowed = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|lm_head\.weight)$")
     if extra := [name for name in found if name not in expected and not allowed.search(name)]:
         raise UserError(f"{where}: unknown tensors {extra[:3]}: another architecture than {config.family}?")
     return weights
 
 
+def transposed(weights: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Between the orientation of Hugging Face's files and ours (matrices out x in): GPT-2's Conv1D stores in x out."""
+    turn = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+    return {k: (t.t() if family == "gpt2" and t.dim() == 2 and turn.search(k) else t).contiguous() for k, t in weights.items()}
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor, matrices as out x in."""
     c, d = config, config.d_model
     shapes: dict[str, tuple[int, ...]] = {}
-    if c.family == "gpt2":
+    gpt2 = c.family == "gpt2"  # every layer of which has a bias
+    if gpt2:
         shapes["transformer.wte.weight"], shapes["transformer.wpe.weight"] = (c.vocab_size, d), (c.max_positions, d)
-        norms, biased = ("ln_1", "ln_2"), True
         shapes["transformer.ln_f.weight"] = shapes["transformer.ln_f.bias"] = (d,)
     else:
         shapes["model.embed_tokens.weight"], shapes["model.norm.weight"] = (c.vocab_size, d), (d,)
-        norms, biased = ("input_layernorm", "post_attention_layernorm"), False
     for layer in range(c.n_layer):
-        for norm in norms:
+        for norm in c.norm_sites:
             shapes[f"{c.block_prefix(layer)}{norm}.weight"] = (d,)
-            if biased:
+            if gpt2:
                 shapes[f"{c.block_prefix(layer)}{norm}.bias"] = (d,)
         for site, (out, into) in c.sites(layer).items():
             shapes[f"{site}.weight"] = (out, into)
             attention = ".self_attn." in site
-            if biased or (c.raw.get("attention_bias") and attention) or (c.raw.get("mlp_bias") and ".mlp." in site):
+            if gpt2 or (c.raw.get("attention_bias") and attention) or (c.raw.get("mlp_bias") and ".mlp." in site):
                 shapes[f"{site}.bias"] = (out,)
     if not c.tied:
         shapes["lm_head.weight"] = (c.vocab_size, d)
@@ -330,8 +318,6 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             target = f"{prefix}.{match[1]}.{module}.{kind}" if module else name
         else:
             target = f"{names.get(stem, stem)}.{kind}"
-        if architecture == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", target):
-            tensor = tensor.t()  # `checked` expects Conv1D's orientation
         weights[target] = tensor
     return config, checked(config, weights, str(path))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from punster.errors import UserError
-from punster.model.load import BUILT_IN, Source, cache_folder, resolve, sha256_of
+from punster.model.load import BUILT_IN, cache_folder, resolve, sha256_of
 
 if TYPE_CHECKING:
     from punster.model.transformer import Decoder
@@ -53,21 +53,18 @@ class Tokenizer:
         self.eos_id: int = eos
 
     @classmethod
-    def from_source(cls, source: Source, prompt_format: str = "auto") -> Tokenizer:
+    def load(cls, model: str, prompt_format: str = "auto") -> Tokenizer:
+        """The tokenizer of a --model value."""
         from transformers import AutoTokenizer
 
-        where: Path = source.tokenizer
+        where = resolve(model)
         if where.suffix == ".gguf":
-            where = converted_gguf(source)
+            where = converted_gguf(where, BUILT_IN[model].sha256 if model in BUILT_IN else sha256_of(where))
         try:
             hf = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: no usable tokenizer ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
         return cls(hf, prompt_format)
-
-    @classmethod
-    def load(cls, model: str, prompt_format: str = "auto") -> Tokenizer:
-        return cls.from_source(resolve(model), prompt_format)
 
     def check_fits(self, model: Decoder) -> Tokenizer:
         """Refuse a model that has no embedding for some of this tokenizer's ids."""
@@ -155,21 +152,19 @@ class Tokenizer:
         return default, closing
 
 
-def converted_gguf(source: Source) -> Path:
+def converted_gguf(file: Path, sha256: str) -> Path:
     """The tokenizer of a GGUF file as a folder; the conversion takes seconds, so it is kept in the cache."""
     from filelock import FileLock
     from transformers import AutoTokenizer
 
-    known = BUILT_IN.get(source.name)
-    key = known.sha256 if known else sha256_of(source.weights)
-    folder = cache_folder() / "tokenizers" / key[:24]
+    folder = cache_folder() / "tokenizers" / sha256[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{key[:24]}.lock"):
+    with FileLock(folder.parent / f".{folder.name}.lock"):
         if not (folder / "complete").exists():
             try:
-                tokenizer = AutoTokenizer.from_pretrained(source.weights.parent, gguf_file=source.weights.name)
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             except Exception as error:  # the converter raises a dozen kinds
-                raise UserError(f"{source.weights}: no usable tokenizer ({str(error) or type(error).__name__})") from None
+                raise UserError(f"{file}: no usable tokenizer ({str(error) or type(error).__name__})") from None
             tokenizer.save_pretrained(folder)
             (folder / "complete").touch()
     return folder
