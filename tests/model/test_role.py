@@ -63,7 +63,7 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> Non
 
 
 def gradients(role: Role, batch: Batch) -> list[Tensor]:
-    role.scores(batch).square().sum().backward()
+    role.scores_and_spread(batch)[0].square().sum().backward()
     found = [tensor.grad.clone() for tensor in role.parameters()]
     for tensor in role.parameters():
         tensor.grad = None
@@ -86,9 +86,9 @@ def test_shared_prefixes_run_once_and_change_nothing(model: Decoder, cached: boo
     assert together.tree.first.numel() == 19 < sum(example.length for example in some)  # 44 tokens, 19 distinct prefixes
     batch = Trunk.compute(model, some, [2]).collate(some, range(len(some))) if cached else together
     assert cached == ((2, model.trunk_key(2)) in batch.trunk)
-    found_scores, found = role.scores(batch).detach(), gradients(role, batch)
+    found_scores, found = role.scores_and_spread(batch)[0].detach(), gradients(role, batch)
     alone = [collate([example]) for example in some]
-    assert_same(found_scores, torch.cat([role.scores(one).detach() for one in alone]))
+    assert_same(found_scores, torch.cat([role.scores_and_spread(one)[0].detach() for one in alone]))
     expected = [sum(parts) for parts in zip(*(gradients(role, one) for one in alone), strict=True)]
     for a, b in zip(found, expected, strict=True):
         assert_same(a, b, 2e-6)
@@ -193,7 +193,7 @@ def test_frozen_adapters_are_part_of_the_trunk(model: Decoder) -> None:
     below, mine = adapter(model, 1, name="sft"), adapter(model, 3).trainable()
     policy = role_on(model, below, mine, trained=("policy",))
     assert (policy.first_layer, policy.frozen_depth) == (1, 3)
-    cached, plain = Trunk.shared([policy], some, 4096).collate(some, [0, 3]), collate([some[0], some[3]])
+    cached, plain = Trunk.compute(policy, some, [policy.frozen_depth], 4096).collate(some, [0, 3]), collate([some[0], some[3]])
     assert [depth for depth, _ in cached.trunk] == [3]
     for a, b in zip(gradients(policy, cached), gradients(policy, plain), strict=True):
         assert_same(a, b, 5e-6)
@@ -240,7 +240,7 @@ def test_scores_do_not_depend_on_padding_or_neighbours(model: Decoder, pooling: 
     some = examples()
     role = role_on(model, adapter(model), pooling=pooling, normalisation=(2.0, -1.0))
     assert role.head is not None
-    together = role.scores(collate(some, pad_id=7))
+    together = role.scores_and_spread(collate(some, pad_id=7))[0]
     for row, example in enumerate(some):
         values = role.head(role.hidden(collate([example])))[0]
         by_hand = values[-1] if pooling == "last" else values[len(example.prompt) :].mean()
@@ -291,7 +291,7 @@ def test_saved_role_comes_back(model: Decoder, folder: Path, tmp_path: Path) -> 
     loaded, its_tokenizer = load_role(tmp_path / "role")
     batch = collate(examples())
     with torch.no_grad():
-        torch.testing.assert_close(loaded.scores(batch), role.scores(batch), atol=1e-6, rtol=0)
+        torch.testing.assert_close(loaded.scores_and_spread(batch)[0], role.scores_and_spread(batch)[0], atol=1e-6, rtol=0)
     assert its_tokenizer.prompt_format == "Q: {prompt}\n"
     assert [a.name for a in loaded.adapters] == ["sft", "policy"] and not loaded.parameters()
     shared, same = load_role(tmp_path / "role", base=model, tokenizer=its_tokenizer)
@@ -334,10 +334,3 @@ def test_a_role_is_refused_on_other_weights_of_the_same_name(
     other.name = model.name  # the folder was filled with another model since
     with pytest.raises(UserError, match="base"):
         load_role(tmp_path, base=other)
-
-
-def test_frozen_view_shares_storage(model: Decoder) -> None:
-    role = role_on(model, adapter(model), trained=("policy",))
-    view = role.frozen()
-    assert not list(view.named_parameters()) and view.adapters[0] is role.adapters[0]
-    assert replace(view, trained=("policy",)).parameters()

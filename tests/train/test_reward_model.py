@@ -74,9 +74,9 @@ def test_padding_does_not_move_scores(pooling: str, reward_run: str) -> None:
     role, tokenizer = load_run(reward_run)
     role = replace(role, pooling=pooling)
     examples, _ = encode_items([*PAIRS, {"prompt": "x", "chosen": "long " * 15, "rejected": "y"}], tokenizer, role.model)
-    alone = torch.cat([role.scores(collate([example])) for example in examples])
+    alone = torch.cat([role.scores_and_spread(collate([example]))[0] for example in examples])
     for pad in (0, tokenizer.eos_id, 77):
-        torch.testing.assert_close(role.scores(collate(examples, pad_id=pad)), alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(role.scores_and_spread(collate(examples, pad_id=pad))[0], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.tensor(score_examples(role, examples, max_tokens=64)), alone, rtol=0, atol=1e-5)
     assert alone.std() > 0.01
 
@@ -159,9 +159,9 @@ def test_depth_reads_lower_layers(tiny_llama: Path, tmp_path: Path, make: Make, 
     role, tokenizer = load_run(train_reward(config, PAIRS))
     assert role.depth == 2 and role.first_layer == 1
     batch = collate(encode_items(PAIRS, tokenizer, role.model)[0])
-    before = role.scores(batch)
+    before = role.scores_and_spread(batch)[0]
     role.model.weights["model.layers.3.mlp.down_proj.weight"] += 1.0
-    assert torch.equal(role.scores(batch), before)
+    assert torch.equal(role.scores_and_spread(batch)[0], before)
     with pytest.raises(UserError, match="--depth 9"):
         train_reward(replace(config, name="deep", depth=9), PAIRS)
 

@@ -30,9 +30,9 @@ class ScalarHead:
         yield "head.weight", self.weight
         yield "head.bias", self.bias
 
-    def trainable(self, on: bool = True) -> ScalarHead:
+    def trainable(self) -> ScalarHead:
         for _, tensor in self.named_parameters():
-            tensor.requires_grad_(on)
+            tensor.requires_grad_()
         return self
 
     def scaled(self, gain: float, offset: float) -> ScalarHead:

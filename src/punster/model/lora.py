@@ -68,18 +68,16 @@ class Adapter:
         return self.alpha / self.rank
 
     def parameters(self) -> Iterator[Tensor]:
-        for site in self.a:
-            yield self.a[site]
-            yield self.b[site]
+        return (tensor for _, tensor in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for site in self.a:
             yield f"{site}.lora_A", self.a[site]
             yield f"{site}.lora_B", self.b[site]
 
-    def trainable(self, on: bool = True) -> Adapter:
+    def trainable(self) -> Adapter:
         for tensor in self.parameters():
-            tensor.requires_grad_(on)
+            tensor.requires_grad_()
         return self
 
     def copy(self, name: str) -> Adapter:
@@ -137,13 +135,13 @@ class Adapter:
         return adapter
 
 
-def join(adapters: Sequence[Adapter], name: str = "joined") -> Adapter:
+def join(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter equal to the sum of several: ranks concatenated, scales absorbed into B (so alpha = r).
 
     Sites that only some adapters have are filled with zeros, so that one rank fits all (as PEFT wants it).
     """
     rank = sum(adapter.rank for adapter in adapters)
-    joined = Adapter(name, rank, float(rank), first_layer=min(adapter.first_layer for adapter in adapters))
+    joined = Adapter("joined", rank, float(rank), first_layer=min(adapter.first_layer for adapter in adapters))
     for site in dict.fromkeys(site for adapter in adapters for site in adapter.a):
         like = next(adapter for adapter in adapters if site in adapter.a)
         into, out = like.a[site].shape[1], like.b[site].shape[0]

@@ -76,10 +76,6 @@ class Role:
     def parameters(self) -> list[Tensor]:
         return [tensor for _, tensor in self.named_parameters()]
 
-    def frozen(self) -> Role:
-        """The same function without anything trainable (shares storage)."""
-        return replace(self, trained=())
-
     @torch.no_grad()
     def merged(self) -> Role:
         """The same function with the adapters added into a copy of the weights: for many passes in fp32 that train nothing.
@@ -131,12 +127,9 @@ class Role:
         span = batch.response_span()[:, :, None]
         return (self.hidden(batch) * span).sum(1) / span.sum(1)
 
-    def scores(self, batch: Batch) -> Tensor:
-        """(B,) normalised scores; of an ensemble its combination (Coste et al. 2023, arXiv 2310.02743)."""
-        return self.scores_and_spread(batch)[0]
-
     def scores_and_spread(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B,) scores, and the standard deviation over the members (0 of a single model)."""
+        """(B,) normalised scores, of an ensemble its combination (Coste et al. 2023, arXiv 2310.02743), and the standard deviation
+        over the members (0 of a single model)."""
         members = torch.stack(
             [role.raw_scores(batch) * role.normalisation[0] + role.normalisation[1] for role in (self, *self.others)]
         )
@@ -178,18 +171,6 @@ class Trunk:
         absent = torch.empty(0, model.config.d_model)
         return cls({(d, role.trunk_key(d)): [states[d].get(example, absent) for example in examples] for d in wanted})
 
-    @staticmethod
-    def depths(roles: Sequence[Role]) -> set[int]:
-        """Where several roles can share states along the path of the first: its frozen part, and where the others leave the base."""
-        return {roles[0].frozen_depth, *(role.first_layer for role in roles[1:])}
-
-    @classmethod
-    def shared(
-        cls, roles: Sequence[Role], examples: Sequence[Example], max_tokens: int, only: Collection[int] | None = None
-    ) -> Trunk:
-        """What several roles can share, computed along the path of the first."""
-        return cls.compute(roles[0], examples, cls.depths(roles), max_tokens, only)
-
     def collate(self, examples: Sequence[Example], rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """A padded batch of some of the examples, with their activations (attention is causal: a longer text's serve too)."""
         batch = collate([examples[row] for row in rows], device=device)
@@ -201,7 +182,6 @@ class Trunk:
         return batch
 
 
-@torch.no_grad()
 def score_examples(role: Role, examples: Sequence[Example], trunk: Trunk | None = None, max_tokens: int = 4096) -> list[float]:
     """Normalised scores of many examples, in their order."""
     return scores_and_spreads(role, examples, trunk, max_tokens)[0]

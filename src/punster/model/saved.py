@@ -27,10 +27,8 @@ def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, A
     for adapter in role.adapters:
         adapter.save(folder / "adapters" / adapter.name, role.model.name, config)
     if role.head is not None:
-        save_file(
-            {f"head.{n}": t.detach().cpu().contiguous() for n, t in vars(role.head).items() if t is not None},
-            folder / "head.safetensors",
-        )
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in role.head.named_parameters()}
+        save_file(head, folder / "head.safetensors")
     if role.model.trained_from is not None:
         own = {n: role.model.weights[n].detach().cpu().contiguous() for n in sorted(role.model.own)}
         save_file(own, folder / "base.safetensors")

@@ -96,7 +96,7 @@ def dpo(
     state.given = prompt_ids if config.online else [*examples, *([] if labels is None else labels.tolist())]
 
     def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
-        trunk = Trunk.shared([policy], examples, tokens)
+        trunk = Trunk.compute(policy, examples, [policy.frozen_depth], tokens)
         return trunk, response_log_probs(reference, examples, trunk, tokens)
 
     with Run(marked(config, data=rows), "dpo", steps, started) as run:
@@ -360,7 +360,7 @@ def mismatched_kl(config: DpoConfig, policy: Role, reference: Role, examples: Se
     crossed = [
         Example(examples[i].prompt, examples[(i + 1) % count].response[: room - len(examples[i].prompt)]) for i in range(count)
     ]
-    trunk = Trunk.shared([policy], crossed, config.max_tokens)
+    trunk = Trunk.compute(policy, crossed, [policy.frozen_depth], config.max_tokens)
     difference = response_log_probs(policy, crossed, trunk, config.max_tokens) - response_log_probs(
         reference, crossed, trunk, config.max_tokens
     )

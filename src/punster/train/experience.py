@@ -196,8 +196,9 @@ def collect(
     and the kernels sampled it, the policy's was never made: sampling has recorded what the gradients need.
     """
     policy, reference = setup.policy, setup.reference
-    roles = [role for role in (policy, reference, critic, setup.reward.model) if role is not None]
-    depths = Trunk.depths(roles) if setup.cache_trunk else set()
+    others = [role for role in (reference, critic, setup.reward.model) if role is not None]
+    # States are shared along the policy's path: its frozen part, and where the others leave the base.
+    depths = {policy.frozen_depth, *(role.first_layer for role in others)} if setup.cache_trunk else set()
     max_tokens = max_tokens or setup.max_tokens
     share = max_tokens / setup.max_tokens  # below 1 where memory has run out
     widest = max(len(setup.prompt_ids[row]) for row in prompt_rows) + setup.decoding.max_new_tokens

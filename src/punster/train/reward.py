@@ -113,8 +113,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     with Run(marked(config, data=rows), "reward", steps, started) as run:
         restore(run, state)
         used = {text for row in rows_needed(config, units, first_steps, steps) for text in items[row].texts}
-        trunk = within_memory(state, lambda tokens: Trunk.shared([model], examples, tokens, used), "trunk_tokens")
-        known = within_memory(state, lambda tokens: Trunk.shared([model], validation, tokens), "trunk_tokens")
+        depths = [model.frozen_depth]
+        trunk = within_memory(state, lambda tokens: Trunk.compute(model, examples, depths, tokens, used), "trunk_tokens")
+        known = within_memory(state, lambda tokens: Trunk.compute(model, validation, depths, tokens), "trunk_tokens")
         gaps: list[float] = []
         for step in range(run.step + 1, steps + 1):
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)

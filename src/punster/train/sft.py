@@ -68,8 +68,9 @@ def sft(
     with Run(marked(config, data=rows if verb == "sft" else None), verb, steps, started) as run:
         restore(run, state)
         used = rows_used(len(examples), config.seed, steps * config.batch_size)
-        trunk = within_memory(state, lambda tokens: Trunk.shared([policy], examples, tokens, used), "trunk_tokens")
-        held_out_trunk = within_memory(state, lambda tokens: Trunk.shared([policy], validation, tokens), "trunk_tokens")
+        depths = [policy.frozen_depth]
+        trunk = within_memory(state, lambda tokens: Trunk.compute(policy, examples, depths, tokens, used), "trunk_tokens")
+        held_out_trunk = within_memory(state, lambda tokens: Trunk.compute(policy, validation, depths, tokens), "trunk_tokens")
         for step in range(run.step + 1, steps + 1):
             rows_now = cursor.next(config.batch_size)
             step_loss = partial(accumulate_nll, policy, trunk, examples, rows_now)

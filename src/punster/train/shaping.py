@@ -68,7 +68,7 @@ class SftTerm:
 
     def prepare(self, max_tokens: int) -> None:
         if self.cache_trunk:
-            self.trunk = Trunk.shared([self.policy], self.examples, max_tokens)
+            self.trunk = Trunk.compute(self.policy, self.examples, [self.policy.frozen_depth], max_tokens)
 
     def next(self, minibatches: int) -> list[int]:
         """As many rows as a minibatch has responses; none without a coefficient."""
