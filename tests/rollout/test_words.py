@@ -13,7 +13,7 @@ from punster.data.replace import Blank
 from punster.model.load import load_model
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
-from punster.rollout.words import FOLLOWING, FUNCTION_WORDS, WordModel, common_words, likely_words
+from punster.rollout.words import FOLLOWING, FUNCTION_WORDS, WordModel, common_words
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def blank(before: str, after: str, *avoid: str) -> Blank:
 def test_scores_are_those_of_plain_passes(role: Role, tokenizer: Tokenizer) -> None:
     """The order of the words is that of log p(word, next tokens | before), each text in a pass of its own."""
     blanks = [blank("The baker makes a lot of ", " every day of the week."), blank("She was only the ", ".")]
-    found = likely_words(role, tokenizer, "make a pun", blanks, 5)
+    found = WordModel(role, tokenizer, "make a pun").likely(blanks, 5)
     words = common_words(tokenizer)
     by_word = {word: token for token, word in words.items()}
     asked = tokenizer.prompt_ids("make a pun")
@@ -52,13 +52,13 @@ def test_scores_are_those_of_plain_passes(role: Role, tokenizer: Tokenizer) -> N
 
 
 def test_words_that_the_blank_refuses_are_left_out(role: Role, tokenizer: Tokenizer) -> None:
-    (first,) = likely_words(role, tokenizer, "make a pun", [blank("A lot of ", ".")], 3)
-    (second,) = likely_words(role, tokenizer, "make a pun", [blank("A lot of ", ".", first[0])], 3)
+    (first,) = WordModel(role, tokenizer, "make a pun").likely([blank("A lot of ", ".")], 3)
+    (second,) = WordModel(role, tokenizer, "make a pun").likely([blank("A lot of ", ".", first[0])], 3)
     assert first[0] not in second
 
 
 def test_no_blank_no_words(role: Role, tokenizer: Tokenizer) -> None:
-    assert likely_words(role, tokenizer, "make a pun", [], 3) == []
+    assert WordModel(role, tokenizer, "make a pun").likely([], 3) == []
 
 
 def test_proposed_words_are_common_whole_and_clean(tokenizer: Tokenizer) -> None:
@@ -86,7 +86,7 @@ def test_the_default_model_finds_the_plain_word() -> None:
         blank("Wet paint on the walls made the whole ", " smell."),
         blank("I noticed that the sun was ", ", and nobody had bothered to look."),
     ]
-    found = likely_words(base.role, base.tokenizer, "make a pun", blanks, 4)
-    assert "money" in found[0] and {"house", "room", "place"} & set(found[1]) and "shining" in found[2]
     words = WordModel(base.role, base.tokenizer, "make a pun")
+    found = words.likely(blanks, 4)
+    assert "money" in found[0] and {"house", "room", "place"} & set(found[1]) and "shining" in found[2]
     assert {"weary", "exhausted"} <= set(words.near("tired", 6)) and "metal" in words.near("steel", 4)
