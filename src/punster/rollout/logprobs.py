@@ -22,6 +22,11 @@ from punster.model.product import LogitHead
 CHUNK = 128
 
 
+def chunks(rows: int) -> list[slice]:
+    """Slices of at most CHUNK rows."""
+    return [slice(start, start + CHUNK) for start in range(0, rows, CHUNK)]
+
+
 class Known(NamedTuple):
     """Log-probs (N,) of targets and their gradients (N, d) in the states, from an earlier pass with the same weights."""
 
@@ -34,18 +39,17 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: LogitHead, targets: Tensor, temperature: float, chunk: int, known: Known | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, head: LogitHead, targets: Tensor, temperature: float, known: Known | None
+    ) -> Tensor:
         log_probs = hidden.new_empty(hidden.shape[0]) if known is None else known.log_probs.clone()
         slopes = (torch.empty_like(hidden) if known is None else known.slopes) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0] if known is None else 0, chunk):
-            part = slice(start, start + chunk)
+        for part in chunks(len(hidden)) if known is None else []:
             log_probs[part], probs = target_log_probs(head, hidden[part], targets[part], temperature, slopes is not None)
             if slopes is not None and probs is not None:
                 slopes[part] = slopes_of(head, log_probs[part], probs, targets[part], temperature)
         ctx.slopes = slopes
         ctx.save_for_backward(*((hidden, targets) if ctx.needs_input_grad[1] else ()))
-        ctx.head, ctx.temperature, ctx.chunk = head, temperature, chunk
+        ctx.head, ctx.temperature = head, temperature
         return log_probs
 
     @staticmethod
@@ -56,13 +60,12 @@ class _LogProbs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # a trained head: its probabilities are computed again, chunk by chunk
             hidden, targets = ctx.saved_tensors
             grad_weight = torch.zeros_like(ctx.head.weight)
-            for start in range(0, hidden.shape[0], ctx.chunk):
-                part = slice(start, start + ctx.chunk)
+            for part in chunks(len(hidden)):
                 p = log_softmax(ctx.head, hidden[part], ctx.temperature).exp_()
                 slope = p.mul_(-gradient[part, None])
                 slope.scatter_add_(1, targets[part, None], gradient[part, None])
                 grad_weight.addmm_(slope.T, hidden[part], alpha=1 / ctx.temperature)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def slopes_of(head: LogitHead, log_probs: Tensor, probs: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -102,20 +105,20 @@ def sizes(logits: Tensor) -> tuple[c.c_long, int]:
 
 
 def token_log_probs(
-    hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK, known: Known | None = None
+    hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, known: Known | None = None
 ) -> Tensor:
     """Log-probs (N,) fp32 of the targets, differentiable in hidden and in a trained head.
 
     hidden (N, d): states after the final norm that predict `targets` (N,); head: (V, d). known: the same, found before.
     """
-    log_probs: Tensor = _LogProbs.apply(hidden, head.weight, head, targets, temperature, chunk, known)
+    log_probs: Tensor = _LogProbs.apply(hidden, head.weight, head, targets, temperature, known)
     return log_probs
 
 
 @torch.no_grad()
 def compare_policies(
     hidden: Tensor, head: LogitHead, reference: Tensor, reference_head: LogitHead, targets: Tensor,
-    temperature: float = 1.0, chunk: int = CHUNK, with_slopes: bool = False,
+    temperature: float = 1.0, with_slopes: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Per token, (N,) each: log_prob, ref_log_prob, entropy, and the exact KL(pi || ref) over the whole vocabulary.
 
@@ -123,12 +126,11 @@ def compare_policies(
     the gradients of log_prob in the states, where the kernels serve both heads (see `Known`).
     """
     names, parts = ("log_prob", "entropy", "ref_log_prob", "kl"), []
-    possible = with_slopes and head.packed is not None and reference_head.packed is not None
-    slopes = torch.empty_like(hidden) if possible else None
-    for start in range(0, hidden.shape[0], chunk):
-        part = slice(start, start + chunk)
+    on_both = head.packed is not None and reference_head.packed is not None
+    slopes = torch.empty_like(hidden) if with_slopes and on_both else None
+    for part in chunks(len(hidden)):
         aims = targets[part]
-        if head.packed is not None and reference_head.packed is not None:
+        if on_both:
             found = torch.empty(4, len(aims))
             logits, others = head.logits(hidden[part]), reference_head.logits(reference[part])
             call("punster_compare", logits, others, *sizes(logits), c.c_float(1 / temperature), aims, found)
@@ -148,13 +150,10 @@ def compare_policies(
 
 
 @torch.no_grad()
-def token_statistics(
-    hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
+def token_statistics(hidden: Tensor, head: LogitHead, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies of their distributions in nats, both (N,) fp32, without gradients."""
     parts = []
-    for start in range(0, hidden.shape[0], chunk):
-        part = slice(start, start + chunk)
+    for part in chunks(len(hidden)):
         aims = targets[part]
         if head.packed is not None:
             found, logits = torch.empty(2, len(aims)), head.logits(hidden[part])

@@ -17,7 +17,7 @@ from punster.data.offence import is_profane
 from punster.data.replace import Blank
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
-from punster.rollout.logprobs import CHUNK, log_softmax, target_log_probs
+from punster.rollout.logprobs import chunks, log_softmax, target_log_probs
 
 COMMON = 3.3  # Zipf frequency from which on a word may be proposed: once in half a million words
 LOOKED_AT = 40  # of the likeliest words by what stands before
@@ -48,10 +48,10 @@ class WordModel:
         before = [Example(asked, tuple(self.tokenizer.text_ids(blank.before.rstrip(" ")))) for blank in blanks]
         candidates: list[list[tuple[str, float]]] = []
         states = self._states(before)
-        for start in range(0, len(blanks), CHUNK):
-            logs = log_softmax(self.role.model.head, states[start : start + CHUNK], 1.0)
+        for part in chunks(len(blanks)):
+            logs = log_softmax(self.role.model.head, states[part], 1.0)
             best = logs.masked_fill(~allowed.to(logs.device), -torch.inf).topk(min(LOOKED_AT, len(known)))
-            for blank, values, ids in zip(blanks[start:], best.values.tolist(), best.indices.tolist(), strict=False):
+            for blank, values, ids in zip(blanks[part], best.values.tolist(), best.indices.tolist(), strict=True):
                 fitting = [(known[token], value) for token, value in zip(ids, values, strict=True) if blank.takes(known[token])]
                 candidates.append(fitting[: 2 * count])
         after = iter(self._following(asked, blanks, candidates))
@@ -84,8 +84,7 @@ class WordModel:
             nodes = [int(batch.tree.nodes[place, at - 1]) for place, _, at in spans]
             targets = torch.tensor([int(batch.ids[place, at]) for place, _, at in spans], device=self.role.model.device)
             states = self.role.model.final_norm(self.role.nodes(batch)[0][nodes])
-            for start in range(0, len(spans), CHUNK):
-                part = slice(start, start + CHUNK)
+            for part in chunks(len(spans)):
                 logs, _ = target_log_probs(self.role.model.head, states[part], targets[part], 1.0, False)
                 for (_, row, _), value in zip(spans[part], logs.tolist(), strict=True):
                     sums[row] += value
