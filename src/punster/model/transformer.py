@@ -130,15 +130,11 @@ class KeyValueCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows."""
-        self.keys = [self._selected(keys, rows) for keys in self.keys]
-        self.values = [self._selected(values, rows) for values in self.values]
-
-    def _selected(self, buffer: Tensor, rows: Tensor) -> Tensor:
-        """Rows of a buffer; only what is filled is copied."""
-        fresh = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
-        fresh[:, :, : self.length] = buffer[rows, :, : self.length]
-        return fresh
+        """Keep (or repeat) the given rows; only what is filled is copied."""
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffers[layer] = buffer.new_empty(len(rows), *buffer.shape[1:])
+                buffers[layer][:, :, : self.length] = buffer[rows, :, : self.length]
 
 
 class Decoder:
@@ -278,22 +274,15 @@ class Decoder:
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head; it belongs to the branch, not to the trunk."""
-        if self.config.family == "gpt2":
-            return norm(self, hidden, "transformer.ln_f")
-        return norm(self, hidden, "model.norm")
+        return norm(self, hidden, "transformer.ln_f" if self.config.family == "gpt2" else "model.norm")
 
     def logits(self, normed: Tensor) -> Tensor:
         """(…, d) after the final norm -> (…, V) fp32. For sampling; training goes through rollout.logprobs."""
         return self.head.logits(normed)
 
-    def forward(self, ids: Tensor, adapters: Sequence[Adapter] = (), mask: Tensor | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; `mask` (B, T) marks real tokens of left- or right-padded rows."""
-        positions = attention = None
-        if mask is not None:
-            positions = positions_of(mask)
-            attention = causal_mask(mask)
-        hidden = self.embed(ids, positions)
-        hidden = self.blocks(hidden, 0, self.config.n_layer, adapters=adapters, positions=positions, mask=attention)
+    def forward(self, ids: Tensor, adapters: Sequence[Adapter] = ()) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits, without a tree and its kernels: the network at its plainest."""
+        hidden = self.blocks(self.embed(ids), 0, self.config.n_layer, adapters=adapters)
         return self.logits(self.final_norm(hidden))
 
     # ---- parts ------------------------------------------------------------------------------------------------
@@ -381,11 +370,6 @@ def activate(x: Tensor, kind: str) -> Tensor:
     if kind == "gelu":
         return F.gelu(x)
     raise UserError(f"activation {kind!r} is not implemented (silu, gelu_new, gelu)")
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """Positions of (B, T) rows with padding anywhere: count of real tokens before, clamped at 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def causal_mask(mask: Tensor) -> Tensor:
