@@ -27,7 +27,11 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        (_export_hf if format == "hf" else _export_peft)(role, tokenizer, temporary)
+        if format == "hf":
+            _export_hf(role, tokenizer, temporary)
+        else:
+            _export_peft(role, temporary)
+        tokenizer.for_transformers().save_pretrained(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -70,10 +74,9 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": config["pad_token_id"], "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tokenizer.for_transformers().save_pretrained(folder)
 
 
-def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
+def _export_peft(role: Role, folder: Path) -> None:
     if role.head is not None or not role.adapters or role.model.trained_from is not None:
         raise UserError("--format peft needs a policy trained with --adapter lora; use --format hf for this run")
     known = BUILT_IN.get(role.model.name)
@@ -82,7 +85,6 @@ def _export_peft(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     if known:
         note = f"Trained on {known.name}, a 4-bit copy of {known.origin}: on the full model the logits differ slightly.\n"
         (folder / "README.md").write_text(note)
-    tokenizer.for_transformers().save_pretrained(folder)
 
 
 def distinct_pad(tokenizer: Tokenizer) -> int:

@@ -193,12 +193,9 @@ def scores_and_spreads(
 ) -> tuple[list[float], list[float]]:
     """Normalised scores of many examples, in their order, and how far an ensemble's members are apart on each."""
     scores, spreads = [0.0] * len(examples), [0.0] * len(examples)
+    trunk = trunk or Trunk({})
     for rows in prefix_batches(examples, max_tokens):
-        batch = (
-            trunk.collate(examples, rows, role.model.device)
-            if trunk
-            else collate([examples[row] for row in rows], device=role.model.device)
-        )
+        batch = trunk.collate(examples, rows, role.model.device)
         for row, score, spread in zip(rows, *(part.tolist() for part in role.scores_and_spread(batch)), strict=True):
             scores[row], spreads[row] = score, spread
     return scores, spreads
