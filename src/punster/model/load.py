@@ -232,14 +232,19 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_GGUF_LLAMA = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_GGUF_GPT2 = {
-    "attn_norm": "ln_1", "ffn_norm": "ln_2", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj",
-    "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+# Parts of tensor names, in GGUF files and in ours.
+_GGUF = {
+    "llama": {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "blk": "model.layers",
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    },
+    "gpt2": {
+        "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+        "output": "lm_head", "blk": "transformer.h", "attn_norm": "ln_1", "ffn_norm": "ln_2", "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+    },
 }  # fmt: skip
 
 
@@ -287,8 +292,6 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         }  # fmt: skip
         if (value("rope.scaling.type") or "none") != "none" or "rope_freqs.weight" in tensors:
             raise UserError(f"{path}: rotary scaling is not implemented")
-        names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-        inner, prefix = _GGUF_LLAMA, "model.layers"
     else:
         raw = {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": embedding.shape[0],
@@ -297,28 +300,18 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "layer_norm_epsilon": value("attention.layer_norm_epsilon", 1e-5), "tie_word_embeddings": tied,
             "activation_function": "gelu_new",
         }  # fmt: skip
-        names = {
-            "token_embd": "transformer.wte",
-            "position_embd": "transformer.wpe",
-            "output_norm": "transformer.ln_f",
-            "output": "lm_head",
-        }
-        inner, prefix = _GGUF_GPT2, "transformer.h"
     for kind in ("bos", "eos"):
         if entry := reader.fields.get(f"tokenizer.ggml.{kind}_token_id"):
             raw[f"{kind}_token_id"] = entry.contents()
     config = ModelConfig.from_hf(raw)
-    weights = {}
+    names, weights = _GGUF[architecture], {}
     for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
-        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-            module = inner.get(match[2])
-            if architecture == "llama" and match[2] in ("attn_q", "attn_k"):
-                tensor = unpermute(tensor, config.n_head if match[2] == "attn_q" else config.n_kv_head)
-            target = f"{prefix}.{match[1]}.{module}.{kind}" if module else name
-        else:
-            target = f"{names.get(stem, stem)}.{kind}"
-        weights[target] = tensor
+        if architecture == "llama" and (match := re.search(r"\.attn_([qk])\.\w+$", name)):
+            tensor = unpermute(tensor, config.n_head if match[1] == "q" else config.n_kv_head)
+        *parts, kind = name.split(".")
+        if all(part in names or part.isdigit() for part in parts):
+            name = ".".join([*(names.get(part, part) for part in parts), kind])
+        weights[name] = tensor
     return config, checked(config, weights, str(path))
 
 
