@@ -46,44 +46,37 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Matrix:
     """One or several frozen linear layers that read the same input: x (n, in) -> x W^T + bias (n, out), without gradients."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, forward_only: bool = False):
-        """bf16 weights are reordered where the kernels do not take them; fp32 ones where only the forward product is wanted (the head).
-
-        In fp32 a block gains little, and plain products stay nearest to what other libraries compute.
-        """
-        self.dtype, self.bias = weight.dtype, bias
-        worth = weight.device.type == "cpu" and (forward_only or weight.dtype == torch.bfloat16)
-        self._reordered = _reorder(weight) if worth and not suits(weight) and can_reorder(weight.dtype) else None
-        self.weight = weight if self._reordered is None or not forward_only else None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        # Where the kernels do not take bf16, it is reordered. In fp32 a block gains little, and plain products stay nearest to what
+        # other libraries compute.
+        self.weight, self.bias = weight, bias
+        worth = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not suits(weight)
+        self._reordered = _reorder(weight) if worth and can_reorder(weight.dtype) else None
 
     @cached_property
     def packed(self) -> Packed:
         """For the kernels, where `kernels.suits` the weight."""
-        assert self.weight is not None
         return Packed.of(self.weight.detach(), self.bias)
 
     @cached_property
     def packed_back(self) -> Packed:
         """The transpose, for gradients."""
-        assert self.weight is not None
         return Packed.of(self.weight.detach().T)
 
     def __call__(self, x: Tensor) -> Tensor:
         """In the type of the weights, or fp32."""
-        x = x.to(self.dtype)
-        if self.weight is not None and suits(self.weight):
+        x = x.to(self.weight.dtype)
+        if suits(self.weight):
             return self.packed(x)
         if self._reordered is None:
-            assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
         return _product(x, self._reordered, self.bias)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """(n, out) -> (n, in): gradient W, in the type of the gradient."""
-        assert self.weight is not None
         if suits(self.weight) and self.weight.shape[0] % 2 == 0:
-            return self.packed_back(gradient.to(self.dtype))
-        return (gradient.to(self.dtype) @ self.weight).to(gradient.dtype)
+            return self.packed_back(gradient.to(self.weight.dtype))
+        return (gradient.to(self.weight.dtype) @ self.weight).to(gradient.dtype)
 
 
 class _Projection(torch.autograd.Function):
@@ -143,7 +136,6 @@ class LogitHead:
     """
 
     weight: Tensor  # (V, d) in the type of the base
-    _forward: Matrix | None = None
 
     @cached_property
     def packed(self) -> Packed | None:
@@ -154,15 +146,21 @@ class LogitHead:
     def packed_back(self) -> Packed:
         return Packed.of(F.pad(self.weight.detach().T, (0, self.weight.shape[0] % 2)))
 
+    @cached_property
+    def _exact(self) -> tuple[Tensor, bool]:
+        """The weight in fp32, and whether it is reordered."""
+        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        reorders = exact.device.type == "cpu" and can_reorder(exact.dtype)
+        return _reorder(exact) if reorders else exact, reorders
+
     def logits(self, hidden: Tensor) -> Tensor:
         if self.weight.requires_grad or (hidden.requires_grad and torch.is_grad_enabled()):
             return F.linear(hidden, self.weight.to(hidden.dtype))  # differentiable
         if self.packed is not None:
             return self.packed(hidden.bfloat16().reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], self.packed.out)
-        if self._forward is None:
-            exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-            self._forward = Matrix(exact, forward_only=True)
-        return self._forward(hidden)
+        weight, reordered = self._exact
+        hidden = hidden.to(weight.dtype)
+        return _product(hidden, weight, None) if reordered else F.linear(hidden, weight)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """(n, V) -> (n, d) fp32: gradient W; for the kernels bf16, with one more column of zeros where V is odd."""
