@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,19 +150,16 @@ class Decoder:
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
         self._fingerprint: str | None = None
         self._matrices: dict[tuple[str, ...], Matrix] = {}
-        self._head: LogitHead | None = None
 
     # ---- where things are -------------------------------------------------------------------------------------
     @property
     def embedding(self) -> Tensor:
         return self.weights["transformer.wte.weight" if self.config.family == "gpt2" else "model.embed_tokens.weight"]
 
-    @property
+    @cached_property
     def head(self) -> LogitHead:
         """The map to logits: the embedding itself where the head is tied."""
-        if self._head is None:
-            self._head = LogitHead(self.embedding if self.config.tied else self.weights["lm_head.weight"])
-        return self._head
+        return LogitHead(self.embedding if self.config.tied else self.weights["lm_head.weight"])
 
     def matrix(self, sites: tuple[str, ...]) -> Matrix:
         """Frozen linear layers that read the same input, as one; their weights become views of it, so nothing is held twice."""
@@ -228,7 +226,7 @@ class Decoder:
         copy.trunk_of = (self.trunk_of or self) if copy.trained_from > 0 else None
         copy._matrices = self._matrices  # of frozen layers only, which both have
         if not copy.head.weight.requires_grad:
-            copy._head = self.head
+            copy.head = self.head
         return copy
 
     # ---- passes -----------------------------------------------------------------------------------------------
