@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from punster.algorithms.kl import PENALTIES, AdaptiveKL, kl_estimate, kl_loss, kl_penalty
+from punster.algorithms.kl import AdaptiveKL, kl_estimate, kl_loss, kl_penalty
+from punster.config.train import KlPenalty
 
 P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.3, 0.2, 0.05, 0.35], dtype=torch.float64)
@@ -102,7 +104,7 @@ def test_penalties_in_exact_expectation() -> None:
     js = ((P / m).log().clamp(min=0) + (Q / m).log().clamp(min=0)) / 2
     hand = {"k1": KL, "k3": KL, "exact": KL, "none": 0.0, "k2": float((P * x.square()).sum()) / 2,
             "clamped": float((P * x.clamp(min=0)).sum()), "js": float((P * js).sum())}  # fmt: skip
-    assert set(hand) == set(PENALTIES)
+    assert set(hand) == set(get_args(KlPenalty))
     for kind, value in hand.items():
         assert expected(kind) == pytest.approx(value, abs=1e-14)
     assert hand["clamped"] > KL + 0.05
@@ -122,7 +124,7 @@ def test_penalty_values_by_hand() -> None:
     pi, ref, exact = (torch.tensor(x, dtype=torch.float64) for x in (-1.0, -1.5, 0.3))
     assert float(kl_penalty(pi, ref, exact, "clamped")) == 0.5 and float(kl_penalty(ref, pi, exact, "clamped")) == 0
     assert float(kl_penalty(pi, ref, exact, "exact")) == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="unknown KL penalty"):
+    with pytest.raises(ValueError, match="unknown KL estimator"):
         kl_penalty(pi, ref, exact, "k4")
 
 

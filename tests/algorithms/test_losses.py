@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from punster.algorithms.losses import (
     PAIR_LOSSES,
-    bradley_terry,
     clipped_policy_loss,
     clipped_value_loss,
     kto_loss,
@@ -32,11 +31,16 @@ def sigmoid(x: float) -> float:
 
 
 # ---- reward models ------------------------------------------------------------------------------------------------
-def test_bradley_terry_by_hand() -> None:
-    loss = bradley_terry(t(2.0, 0.0, 1.0), t(1.0, 0.0, 3.0))
+def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Plackett-Luce of pairs: Bradley-Terry."""
+    return plackett_luce(torch.stack((chosen, rejected), 1), torch.tensor([[2.0, 1.0]]).expand(len(chosen), 2))
+
+
+def test_pairs_by_hand() -> None:
+    loss = pair_loss(t(2.0, 0.0, 1.0), t(1.0, 0.0, 3.0))
     hand = [-math.log(sigmoid(1.0)), math.log(2), -math.log(sigmoid(-2.0))]
     assert loss.tolist() == pytest.approx(hand, abs=1e-12)
-    with_margin = bradley_terry(t(2.0, 2.0), t(1.0, 1.0), t(0.25, 1.0))
+    with_margin = pair_loss(t(2.0, 2.0) - t(0.25, 1.0), t(1.0, 1.0))
     assert with_margin.tolist() == pytest.approx([-math.log(sigmoid(0.75)), math.log(2)], abs=1e-12)
 
 
@@ -59,7 +63,7 @@ def test_plackett_luce_is_a_distribution_over_orders() -> None:
 def test_plackett_luce_of_two_is_bradley_terry_and_padding_and_ties_cost_nothing() -> None:
     scores = torch.tensor([[1.0, -0.5], [2.0, 3.0]])
     two = plackett_luce(scores, torch.tensor([[2.0, 1.0], [2.0, 1.0]]))
-    torch.testing.assert_close(two, bradley_terry(scores[:, 0], scores[:, 1]))
+    torch.testing.assert_close(two, -F.logsigmoid(scores[:, 0] - scores[:, 1]))
     padded = F.pad(scores, (0, 3), value=7.0).requires_grad_()
     ratings = F.pad(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), (0, 3), value=math.nan)
     loss = plackett_luce(padded, ratings)
@@ -70,8 +74,8 @@ def test_plackett_luce_of_two_is_bradley_terry_and_padding_and_ties_cost_nothing
     assert plackett_luce(torch.tensor([[500.0, -500.0]]), torch.tensor([[1.0, 2.0]])).tolist() == [1000.0]
 
 
-def test_bradley_terry_is_finite_far_out() -> None:
-    loss = bradley_terry(torch.tensor([-500.0, 500.0]), torch.tensor([500.0, -500.0]))
+def test_pairs_are_finite_far_out() -> None:
+    loss = pair_loss(torch.tensor([-500.0, 500.0]), torch.tensor([500.0, -500.0]))
     assert loss.tolist() == [1000.0, 0.0]
 
 
@@ -221,8 +225,8 @@ def test_log_odds_is_right_and_stable_at_both_ends() -> None:
 def test_kto_by_hand() -> None:
     ratios, z = t(3.0, -1.0), torch.tensor(0.5, dtype=torch.float64)
     desirable = torch.tensor([True, False])
-    loss = kto_loss(ratios, desirable, z, beta=0.2, weight_desirable=2.0, weight_undesirable=0.5)
-    assert loss.tolist() == pytest.approx([2.0 * (1 - sigmoid(0.2 * 2.5)), 0.5 * (1 - sigmoid(0.2 * 1.5))], abs=1e-12)
+    loss = kto_loss(ratios, desirable, z, beta=0.2)
+    assert loss.tolist() == pytest.approx([1 - sigmoid(0.2 * 2.5), 1 - sigmoid(0.2 * 1.5)], abs=1e-12)
     assert kto_loss(t(0.0, 0.0), desirable, torch.tensor(0.0)).tolist() == [0.5, 0.5]
 
 
@@ -264,13 +268,13 @@ def _value(x: Tensor) -> Tensor:
 
 
 def _kto(x: Tensor) -> Tensor:
-    return kto_loss(x.reshape(-1), torch.arange(15) % 2 == 0, torch.tensor(0.3), 0.2, 1.5, 0.7)
+    return kto_loss(x.reshape(-1), torch.arange(15) % 2 == 0, torch.tensor(0.3), 0.2)
 
 
-def _bradley_terry(x: Tensor) -> Tensor:
-    return bradley_terry(x[0], x[1], 0.2)
+def _pairs(x: Tensor) -> Tensor:
+    return pair_loss(x[0] - 0.2, x[1])
 
 
-@pytest.mark.parametrize("loss", [_policy, _value, _kto, _bradley_terry])
+@pytest.mark.parametrize("loss", [_policy, _value, _kto, _pairs])
 def test_gradcheck_of_the_other_losses(loss: Callable[[Tensor], Tensor]) -> None:
     assert torch.autograd.gradcheck(loss, (random(3, 5, seed=5, scale=0.3),))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from punster.algorithms.advantages import gae, group_advantages, masked_mean, masked_whiten, shaped_rewards
 from punster.algorithms.kl import kl_estimate, kl_loss
-from punster.algorithms.losses import bradley_terry, clipped_policy_loss, clipped_value_loss, kto_loss, preference_loss
+from punster.algorithms.losses import clipped_policy_loss, clipped_value_loss, kto_loss, plackett_luce, preference_loss
 from punster.config import GrpoConfig
 from punster.config.train import Variant
 from punster.train.grpo import token_weights
@@ -82,7 +82,8 @@ def test_kto() -> None:
     z = (theirs["KL_logps"] - theirs["ref_KL_logps"]).mean().clamp(min=0)
     close(z, theirs["kl"])
     ratios = torch.cat([theirs["chosen_logratios"], theirs["rejected_logratios"]])
-    losses = kto_loss(ratios, torch.arange(8) < 4, z, 0.3, 1.5, 0.7)
+    desirable = torch.arange(8) < 4
+    losses = torch.where(desirable, 1.5, 0.7) * kto_loss(ratios, desirable, z, 0.3)
     close(losses, theirs["losses"])
     close(losses.mean(), theirs["loss"])
 
@@ -90,7 +91,9 @@ def test_kto() -> None:
 def test_reward_model_loss_with_margin_and_centring() -> None:
     theirs = captured("1.16.0", "reward")
     chosen, rejected = theirs["chosen"], theirs["rejected"]
-    loss = (bradley_terry(chosen, rejected, theirs["margin"]) + 0.01 * (chosen + rejected).square()).mean()
+    scores = torch.stack((chosen - theirs["margin"], rejected), 1)
+    ranked = plackett_luce(scores, torch.tensor([[2.0, 1.0]]).expand_as(scores))
+    loss = (ranked + 0.01 * (chosen + rejected).square()).mean()
     close(loss, theirs["loss"])
 
 

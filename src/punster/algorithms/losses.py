@@ -12,20 +12,12 @@ from torch.nn import functional as F
 
 
 # ---- reward models ------------------------------------------------------------------------------------------------
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log sigmoid(r_w - r_l - margin), (P,) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1).
-
-    Training uses plackett_luce, which is this for two texts; TRL's loss and the tests are compared with this form.
-    """
-    return -F.logsigmoid(chosen - rejected - margin)
-
-
 def plackett_luce(scores: Tensor, ratings: Tensor) -> Tensor:
     """-log of the probability of ranked groups, (G,), from scores and people's ratings, both (G, K); rating NaN: no text there.
 
     A text of the group beats all that are rated below it with probability exp(s_k) / (exp(s_k) + sum_j exp(s_j)), j over those
     below; the product over k is Plackett's (1975) and Luce's (1959), texts of one rating left uncompared (Breslow's ties).
-    K = 2 is Bradley-Terry; a group without two ratings has loss 0.
+    K = 2 is -log sigmoid(s_w - s_l) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1); a group without two ratings has loss 0.
     """
     below = ratings[:, None, :] < ratings[:, :, None]  # (G, K, K); false wherever a NaN is
     rivals = torch.where(below, scores[:, None, :], -torch.inf)
@@ -112,19 +104,10 @@ def log_odds(log_prob: Tensor) -> Tensor:
     return log_prob - complement
 
 
-def kto_loss(
-    log_ratio: Tensor,
-    desirable: Tensor,
-    kl: Tensor,
-    beta: float = 0.1,
-    weight_desirable: float = 1.0,
-    weight_undesirable: float = 1.0,
-) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, eq. 8), (B,): lam_D (1 - s(beta (r - z))) or lam_U (1 - s(beta (z - r))).
+def kto_loss(log_ratio: Tensor, desirable: Tensor, kl: Tensor, beta: float = 0.1) -> Tensor:
+    """KTO (Ethayarajh et al. 2024, eq. 8, both weights 1), (B,): 1 - s(beta (r - z)), or 1 - s(beta (z - r)) if not desirable.
 
     log_ratio (B,): log pi - log ref of each response; desirable (B,) bool; kl: the scalar z >= 0 (no gradient).
     """
     z = kl.detach()
-    good = weight_desirable * (1 - torch.sigmoid(beta * (log_ratio - z)))
-    bad = weight_undesirable * (1 - torch.sigmoid(beta * (z - log_ratio)))
-    return torch.where(desirable, good, bad)
+    return torch.where(desirable, 1 - torch.sigmoid(beta * (log_ratio - z)), 1 - torch.sigmoid(beta * (z - log_ratio)))
