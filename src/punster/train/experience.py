@@ -27,6 +27,7 @@ from punster.train.setup import check_model, check_prompts, extend, load_prompts
 class Setup:
     """What stays the same over a run."""
 
+    config: PolicyConfig
     policy: Role
     reference: Role
     tokenizer: Tokenizer
@@ -34,10 +35,7 @@ class Setup:
     prompt_ids: list[list[int]]
     reward: Reward
     decoding: Decoding
-    max_tokens: int
-    seed: int
     eval_prompts: list[Any]
-    cache_trunk: bool = True
 
     @property
     def dry_examples(self) -> list[Example]:
@@ -45,12 +43,13 @@ class Setup:
         response = (0,) * self.decoding.max_new_tokens
         return [Example(tuple(ids), response) for ids in self.prompt_ids]
 
-    def work(self, config: PolicyConfig) -> float:
+    @property
+    def work(self) -> float:
         """Multiply-adds of the run."""
         judge = self.reward.model
         branch = judge.last_layer - judge.first_layer if judge is not None else 0
         prompt = sum(map(len, self.prompt_ids)) / len(self.prompt_ids)
-        return stage_work(config, self.policy.model, branch, prompt=prompt, response=config.max_new_tokens)
+        return stage_work(self.config, self.policy.model, branch, prompt=prompt, response=self.decoding.max_new_tokens)
 
 
 def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: RewardFunction | None) -> Setup:
@@ -64,7 +63,6 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     if function is not None:
         functions.append((getattr(function, "__name__", "reward"), function, 1.0))
     texts = load_prompts(prompts if prompts is not None else config.prompts, quiet=config.quiet)
-    decoding = Decoding(config.max_new_tokens, config.temperature)
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     policy = extend(reference, config, "policy")
     if config.memory == "separate":
@@ -72,19 +70,9 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     if config.memory in ("lora", "separate") and model is not None:
         model = own_copy(model)
     embedded = prompts is None and config.prompts == "embedded"
-    return Setup(
-        policy,
-        reference,
-        tokenizer,
-        texts,
-        ids,
-        Reward(model, functions, config.reward_timeout),
-        decoding,
-        config.max_tokens,
-        config.seed,
-        held_out.held_out_prompts(None if embedded else texts, config.eval_prompts),
-        config.memory == "trunk",
-    )
+    shown = held_out.held_out_prompts(None if embedded else texts, config.eval_prompts)
+    rewards, decoding = Reward(model, functions, config.reward_timeout), Decoding(config.max_new_tokens, config.temperature)
+    return Setup(config, policy, reference, tokenizer, texts, ids, rewards, decoding, shown)
 
 
 class FirstPass(NamedTuple):
@@ -159,11 +147,9 @@ class Experience:
             "sampler_gap": float(gap),
         }
 
-    def sample_rows(self, setup: Setup, count: int) -> list[dict[str, Any]]:
-        return [
-            {"prompt": self.prompts[i], "completion": self.texts[i], "score": round(float(self.scores[i]), 4)}
-            for i in range(min(count, len(self.texts)))
-        ]
+    def sample_rows(self, count: int) -> list[dict[str, Any]]:
+        first = list(zip(self.prompts, self.texts, self.scores.tolist(), strict=True))[:count]
+        return [{"prompt": prompt, "completion": text, "score": round(score, 4)} for prompt, text, score in first]
 
 
 def partition(
@@ -198,9 +184,9 @@ def collect(
     policy, reference = setup.policy, setup.reference
     others = [role for role in (reference, critic, setup.reward.model) if role is not None]
     # States are shared along the policy's path: its frozen part, and where the others leave the base.
-    depths = {policy.frozen_depth, *(role.first_layer for role in others)} if setup.cache_trunk else set()
-    max_tokens = max_tokens or setup.max_tokens
-    share = max_tokens / setup.max_tokens  # below 1 where memory has run out
+    depths = {policy.frozen_depth, *(role.first_layer for role in others)} if setup.config.memory == "trunk" else set()
+    max_tokens = max_tokens or setup.config.max_tokens
+    share = max_tokens / setup.config.max_tokens  # below 1 where memory has run out
     widest = max(len(setup.prompt_ids[row]) for row in prompt_rows) + setup.decoding.max_new_tokens
     whole = minibatches == 1 and len(prompt_rows) * samples * widest <= max_tokens  # one micro-batch in any case
     rollout = generate(
@@ -217,7 +203,7 @@ def collect(
     lengths = torch.tensor([len(example.response) for example in examples])
     shape = (len(examples), int(lengths.max()))
     device = policy.model.device
-    names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler")
+    names = ("log_prob", "ref_log_prob", "kl", "entropy", "values", "sampler_log_prob")
     tensors = {name: torch.zeros(shape, device=device) for name in names}
     kept, record = None, rollout.record  # a record is of a rollout that is one micro-batch
     for number, rows in enumerate(group for minibatch in groups for group in minibatch):
@@ -244,15 +230,13 @@ def collect(
         if values is not None:
             tensors["values"][rows, :width] = values
     for row, log_probs in enumerate(rollout.log_probs):
-        tensors["sampler"][row, : len(log_probs)] = log_probs
-    if record is not None and (gap := float((tensors["sampler"] - tensors["log_prob"]).abs().max())) > 1e-4:
+        tensors["sampler_log_prob"][row, : len(log_probs)] = log_probs
+    if record is not None and (gap := float((tensors["sampler_log_prob"] - tensors["log_prob"]).abs().max())) > 1e-4:
         raise RuntimeError(f"what was sampled and what is trained on are {gap:.2e} apart in a log-prob")
     return Experience(
         examples=examples, texts=texts, prompts=prompts, trunk=trunk, groups=groups,
-        mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device),
-        log_prob=tensors["log_prob"], ref_log_prob=tensors["ref_log_prob"], kl=tensors["kl"], entropy=tensors["entropy"],
-        values=tensors["values"], sampler_log_prob=tensors["sampler"], scores=torch.tensor(scores, device=device),
-        finished=torch.tensor(rollout.finished, device=device), max_tokens=max_tokens, samples=samples, kept=kept,
+        mask=torch.arange(shape[1], device=device)[None] < lengths[:, None].to(device), scores=torch.tensor(scores, device=device),
+        finished=torch.tensor(rollout.finished, device=device), max_tokens=max_tokens, samples=samples, kept=kept, **tensors,
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def grpo(
     setup = open_policy(config, prompts, reward)
     policy, tokenizer = setup.policy, setup.tokenizer
     steps = config.steps or 1
-    if announce(config, "grpo", policy, steps, setup.dry_examples, work=setup.work(config)):
+    if announce(config, "grpo", policy, steps, setup.dry_examples, work=setup.work):
         return None
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(filter_prompts(setup, config), seeded(config.seed, "data"))
@@ -96,7 +96,7 @@ def grpo(
             if config.eval_every and step % config.eval_every == 0:
                 metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
-            run.samples(step, exp.sample_rows(setup, 4))
+            run.samples(step, exp.sample_rows(4))
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):

@@ -43,7 +43,7 @@ def ppo(
     setup = open_policy(config, prompts, reward)
     policy, tokenizer, steps = setup.policy, setup.tokenizer, config.steps or 1
     critic = make_critic(config, setup)
-    if announce(config, "ppo", policy, steps, setup.dry_examples, work=setup.work(config)):
+    if announce(config, "ppo", policy, steps, setup.dry_examples, work=setup.work):
         return None
     if steps <= config.critic_warmup:
         speaker(config.quiet)(f"note: --critic-warmup {config.critic_warmup} leaves none of the {steps} rollouts to the policy")
@@ -123,7 +123,7 @@ def ppo(
             if config.eval_every and step % config.eval_every == 0:
                 metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
-            run.samples(step, exp.sample_rows(setup, 4))
+            run.samples(step, exp.sample_rows(4))
             if callback is not None:
                 callback(step, metrics)
             if run.save_due(step):

@@ -23,7 +23,7 @@ def reference_scores(setup: Setup, rows: Sequence[int], samples: int, missing_eo
     prompts = [setup.prompts[row] for row in rows for _ in range(samples)]
     rollout = generate(
         setup.reference, [setup.prompt_ids[row] for row in rows], setup.decoding, setup.tokenizer.eos_id,
-        seeded(setup.seed, "reference"), samples,
+        seeded(setup.config.seed, "reference"), samples,
     )  # fmt: skip
     texts = [setup.tokenizer.decode(example.response) for example in rollout.examples]
     scores = torch.tensor(setup.reward(prompts, texts, rollout.closed), device=setup.policy.model.device)
@@ -57,17 +57,16 @@ class SftTerm:
     """The SFT loss that is added to each update of the policy, on rows of its own."""
 
     def __init__(self, config: PpoConfig, setup: Setup):
-        self.config, self.policy = config, setup.policy
+        self.config, self.policy, self.trunk = config, setup.policy, Trunk({})
         rows = load_rows(config.sft_data, "sft", corpus.sft_rows, quiet=config.quiet) if config.sft_coef else []
         self.examples = [
             encode(setup.tokenizer, setup.policy.model, row["prompt"], row["completion"], f"row {i}")
             for i, row in enumerate(rows, 1)
         ]
         self.cursor = Cursor(max(1, len(rows)), seeded(config.seed, "sft"))
-        self.cache_trunk, self.trunk = setup.cache_trunk, Trunk({})
 
     def prepare(self, max_tokens: int) -> None:
-        if self.cache_trunk:
+        if self.config.memory == "trunk":
             self.trunk = Trunk.compute(self.policy, self.examples, [self.policy.frozen_depth], max_tokens)
 
     def next(self, minibatches: int) -> list[int]:
