@@ -113,12 +113,12 @@ def dpo_step(line: Line, top_layers: str) -> None:
     reference, tokenizer = open_policy_role(config.actor, config)
     policy = extend(reference, config, "policy")
     optimizer = make_optimizer(policy, config.lr)
-    examples, _ = dpo.load_examples(config, pair_rows(POOL), reference, None, tokenizer)
+    examples, _ = dpo.load_examples(config, pair_rows(POOL), [], reference, None, tokenizer)
     cursor, nothing = Cursor(POOL, seeded(1, "data")), Trunk.compute(policy.model, [], [])
     while True:
         pairs = [examples[2 * unit + side] for unit in cursor.next(BATCH) for side in (0, 1)]
         sums = dpo.response_log_probs(reference, pairs, nothing, config.max_tokens)
-        dpo.pair_step(config, policy, pairs, list(range(BATCH)), nothing, sums)
+        dpo.pair_step(config, policy, pairs, list(range(BATCH)), nothing, sums, config.max_tokens)
         optimizer_step(optimizer, config.lr, config.max_grad_norm)
         line.step()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,11 @@ def dpo(
     check_model(config, config.actor, reference)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
-    prompts = sampling_prompts(config) if config.online or config.pairs == "sampled" else []
+    prompts: list[Any] = []
+    if config.online or config.pairs == "sampled":
+        prompts = load_prompts(config.prompts, quiet=config.quiet)[: config.prompt_limit or None]
     if config.dry_run:
-        kind, embedded = (
-            ("unpaired", lambda: unpaired(given_pairs())) if config.loss_type == "kto" else ("preference", given_pairs)
-        )
-        source = rows if rows is not None else config.data
-        given = [] if prompts else load_rows(source, kind, embedded, config.columns, quiet=config.quiet)
+        given = [] if prompts else given_rows(config, rows)
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
         pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
@@ -74,26 +71,22 @@ def dpo(
         stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * math.ceil(pairs))
         announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in, work=work)
         return None
-    examples, labels = load_examples(config, rows, reference, judge, tokenizer)
+    prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens)
+    examples, labels = load_examples(config, rows, prompt_ids, reference, judge, tokenizer)
     unit = 1 if labels is not None else 2  # rows of KTO are single texts
     count = len(prompts) if config.online else len(examples) // unit
     steps = total_steps(config, count, config.epochs)
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(count, seeded(config.seed, "data"))
     sampling = seeded(config.seed, "sampling")
+    given_data = prompt_ids if config.online else [*examples, *([] if labels is None else labels.tolist())]
     state = State(
-        policy,
-        {"policy": optimizer},
-        {"data": cursor.generator, "sampling": sampling},
-        {"data": cursor},
-        numbers={"loss": 0.0},
-        fixed=[judge],
-    )
+        policy, {"policy": optimizer}, {"data": cursor.generator, "sampling": sampling}, {"data": cursor},
+        numbers={"loss": 0.0}, fixed=[judge], given=given_data,
+    )  # fmt: skip
     shown = held_out_prompts(
         None if config.prompts == "embedded" else load_prompts(config.prompts, quiet=True), config.eval_prompts
     )
-    prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens) if prompts else []
-    state.given = prompt_ids if config.online else [*examples, *([] if labels is None else labels.tolist())]
 
     def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
         trunk = Trunk.compute(policy, examples, [policy.frozen_depth], tokens)
@@ -117,11 +110,14 @@ def dpo(
                 examples, worth = within_memory(state, sample)
                 units = list(range(len(examples) // 2))
                 trunk, ref_sums = within_memory(state, partial(prepared, examples))
+            accumulate: Callable[[int], dict[str, float]]
+            if labels is None:
+                accumulate = partial(pair_step, config, policy, examples, units, trunk, ref_sums)
+            else:
+                accumulate = partial(kto_step, config, policy, reference, examples, labels, units, trunk, ref_sums)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             if units:
-                metrics = within_memory(
-                    state, partial(train_step, config, policy, reference, examples, labels, units, trunk, ref_sums)
-                )
+                metrics = within_memory(state, accumulate)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             else:  # all samples of each prompt are worth the same: nothing to learn from
                 metrics = {"grad_norm": 0.0, "skipped_steps": 1.0, "lr": rate}
@@ -145,11 +141,6 @@ def given_pairs() -> list[Row]:
     return corpus.preference_rows(("literal", "off_topic"), "train")
 
 
-def sampling_prompts(config: DpoConfig) -> list[Any]:
-    prompts = load_prompts(config.prompts, quiet=config.quiet)
-    return prompts[: config.prompt_limit] if config.prompt_limit else prompts
-
-
 def unpaired(rows: Sequence[Row]) -> list[Row]:
     """KTO's rows out of pairs: the chosen text is desirable, the rejected one is not."""
     return [
@@ -158,32 +149,35 @@ def unpaired(rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
+def given_rows(config: DpoConfig, rows: Sequence[Row] | None) -> list[Row]:
+    """Pairs, or, for KTO, single texts with their labels."""
+    source = rows if rows is not None else config.data
+    if config.loss_type == "kto":
+        return load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns, quiet=config.quiet)
+    return load_rows(source, "preference", given_pairs, config.columns, quiet=config.quiet)
+
+
 def load_examples(
-    config: DpoConfig, rows: Sequence[Row] | None, reference: Role, judge: Role | None, tokenizer: Tokenizer
-) -> tuple[list[Example], Tensor | None]:
-    """Examples 2i chosen, 2i + 1 rejected and None; or, for KTO, single texts with their labels (B,)."""
+    config: DpoConfig, rows: Sequence[Row] | None, prompt_ids: Sequence[Sequence[int]], reference: Role, judge: Role | None,
+    tokenizer: Tokenizer,
+) -> tuple[list[Example], Tensor | None]:  # fmt: skip
+    """Examples 2i chosen, 2i + 1 rejected and None; or, for KTO, single texts with their labels (B,). Online there are none yet."""
+    kto = config.loss_type == "kto"
     if config.online:
         return [], None
     if config.pairs == "sampled":
         assert judge is not None
-        ids = check_prompts(tokenizer, reference.model, sampling_prompts(config), config.max_new_tokens)
         drawing = seeded(config.seed, "pairs")
         early = State(reference, {}, {"pairs": drawing}, numbers={"max_tokens": config.max_tokens})  # the run's own comes later
-        examples, _ = within_memory(early, partial(sampled_pairs, reference, judge, ids, config, tokenizer, drawing))
+        examples, _ = within_memory(early, partial(sampled_pairs, reference, judge, prompt_ids, config, tokenizer, drawing))
         if not examples:
             raise UserError(
                 "--pairs sampled: all samples of each prompt are worth the same; use more --samples or another reward"
             )
-        if config.loss_type == "kto":
-            return examples, torch.arange(len(examples)) % 2 == 0
-        return examples, None
-    source = rows if rows is not None else config.data
-    if config.loss_type == "kto":
-        given = load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns, quiet=config.quiet)
-        examples, kept = encode_given(config, given, ("completion",), reference.model, tokenizer)
-        return examples, torch.tensor([bool(row["label"]) for row in kept])
-    given = load_rows(source, "preference", given_pairs, config.columns, quiet=config.quiet)
-    return encode_given(config, given, ("chosen", "rejected"), reference.model, tokenizer)[0], None
+        return examples, torch.arange(len(examples)) % 2 == 0 if kto else None
+    sides = ("completion",) if kto else ("chosen", "rejected")
+    examples, kept = encode_given(config, given_rows(config, rows), sides, reference.model, tokenizer)
+    return examples, torch.tensor([bool(row["label"]) for row in kept]) if kto else None
 
 
 def encode_given(
@@ -270,32 +264,22 @@ def summed(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.scatter(flat).sum(1), batch.response_lengths
 
 
-def train_step(
-    config: DpoConfig, policy: Role, reference: Role, examples: Sequence[Example], labels: Tensor | None, units: list[int],
-    trunk: Trunk, ref_sums: Tensor, max_tokens: int,
-) -> dict[str, float]:  # fmt: skip
-    """Accumulate one step's gradient in micro-batches of at most max_tokens."""
-    config = replace(config, max_tokens=max_tokens)
-    if labels is not None:
-        return kto_step(config, policy, reference, examples, labels, units, trunk, ref_sums)
-    return pair_step(config, policy, examples, units, trunk, ref_sums)
-
-
-def pair_batches(examples: Sequence[Example], pairs: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Pairs (examples 2i and 2i + 1) in micro-batches of at most max_tokens padded tokens."""
-    longest = [max(examples[2 * pair].length, examples[2 * pair + 1].length) for pair in pairs]
-    return [[pairs[i] for i in group] for group in token_batches([2 * length for length in longest], max_tokens)]
-
-
 def pair_step(
-    config: DpoConfig, policy: Role, examples: Sequence[Example], units: list[int], trunk: Trunk, ref_sums: Tensor
+    config: DpoConfig,
+    policy: Role,
+    examples: Sequence[Example],
+    units: list[int],
+    trunk: Trunk,
+    ref_sums: Tensor,
+    max_tokens: int,
 ) -> dict[str, float]:
-    """Accumulate one step's gradient over pairs; TRL's metric names."""
+    """Accumulate one step's gradient over pairs, in micro-batches of at most max_tokens padded tokens; TRL's metric names."""
     count = len(units)
     chosen_tokens = sum(len(examples[2 * u].response) for u in units)
+    padded = [2 * max(examples[2 * u].length, examples[2 * u + 1].length) for u in units]
     totals: dict[str, float] = {}
-    for group in pair_batches(examples, units, config.max_tokens):
-        texts = [2 * u for u in group] + [2 * u + 1 for u in group]
+    for group in token_batches(padded, max_tokens):
+        texts = [2 * units[i] for i in group] + [2 * units[i] + 1 for i in group]
         batch = trunk.collate(examples, texts, policy.model.device)
         sums, lengths = summed(policy, batch)
         reference = ref_sums[texts].to(sums.device)
@@ -310,10 +294,8 @@ def pair_step(
             weight = 1.0 if config.loss_type == "orpo" else config.sft_coef
             loss = loss - weight * chosen.sum() / chosen_tokens
         loss.backward()
-        rewards_chosen, rewards_rejected = (
-            config.beta * (chosen - ref_chosen).detach(),
-            config.beta * (rejected - ref_rejected).detach(),
-        )
+        rewards_chosen = config.beta * (chosen - ref_chosen).detach()
+        rewards_rejected = config.beta * (rejected - ref_rejected).detach()
         parts = {
             "loss": float(loss.detach()),
             "rewards/chosen": float(rewards_chosen.sum()) / count,
@@ -329,12 +311,12 @@ def pair_step(
 
 def kto_step(
     config: DpoConfig, policy: Role, reference: Role, examples: Sequence[Example], labels: Tensor, units: list[int], trunk: Trunk,
-    ref_sums: Tensor,
+    ref_sums: Tensor, max_tokens: int,
 ) -> dict[str, float]:  # fmt: skip
     """KTO on single texts; z is estimated on mismatched prompt and completion pairs of the same step, without gradient."""
-    z = mismatched_kl(config, policy, reference, [examples[u] for u in units])
+    z = mismatched_kl(policy, reference, [examples[u] for u in units], max_tokens)
     totals: dict[str, float] = {"kl": float(z)}
-    for group in token_batches([examples[u].length for u in units], config.max_tokens):
+    for group in token_batches([examples[u].length for u in units], max_tokens):
         rows = [units[i] for i in group]
         batch = trunk.collate(examples, rows, policy.model.device)
         log_ratio = summed(policy, batch)[0] - ref_sums[rows].to(policy.model.device)
@@ -353,15 +335,11 @@ def kto_step(
 
 
 @torch.no_grad()
-def mismatched_kl(config: DpoConfig, policy: Role, reference: Role, examples: Sequence[Example]) -> Tensor:
+def mismatched_kl(policy: Role, reference: Role, examples: Sequence[Example], max_tokens: int) -> Tensor:
     """max(0, mean log-ratio) of each prompt with the next row's response: KTO's reference point."""
-    count = len(examples)
     room = policy.model.config.max_positions
-    crossed = [
-        Example(examples[i].prompt, examples[(i + 1) % count].response[: room - len(examples[i].prompt)]) for i in range(count)
-    ]
-    trunk = Trunk.compute(policy, crossed, [policy.frozen_depth], config.max_tokens)
-    difference = response_log_probs(policy, crossed, trunk, config.max_tokens) - response_log_probs(
-        reference, crossed, trunk, config.max_tokens
-    )
-    return difference.mean().clamp(min=0)
+    following = [*examples[1:], examples[0]]
+    crossed = [Example(a.prompt, b.response[: room - len(a.prompt)]) for a, b in zip(examples, following, strict=True)]
+    trunk = Trunk.compute(policy, crossed, [policy.frozen_depth], max_tokens)
+    ours, theirs = (response_log_probs(role, crossed, trunk, max_tokens) for role in (policy, reference))
+    return (ours - theirs).mean().clamp(min=0)
