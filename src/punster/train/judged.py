@@ -211,6 +211,11 @@ def swapped(row: Row) -> Row:
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"], **ids}
 
 
+def share_right(gaps: Sequence[float]) -> float:
+    """Share of pairs whose right text scores higher than the wrong one; ties count half."""
+    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / max(1, len(gaps))
+
+
 def calibration(gaps: Sequence[float], bins: int = 8) -> Row:
     """Does the winner's probability sigmoid(|gap|) come true? gaps: score of the right text minus that of the wrong one.
 
@@ -222,7 +227,7 @@ def calibration(gaps: Sequence[float], bins: int = 8) -> Row:
     for low, high in pairwise(edges):
         if part := ordered[low:high]:
             predicted = sum(1 / (1 + math.exp(-min(abs(gap), 500))) for gap in part) / len(part)
-            accuracy = sum((gap > 0) + 0.5 * (gap == 0) for gap in part) / len(part)
+            accuracy = share_right(part)
             curve.append({"predicted": round(predicted, 4), "accuracy": round(accuracy, 4), "pairs": len(part)})
             error += abs(predicted - accuracy) * len(part) / len(ordered)
     return {"error": round(error, 4), "curve": curve}
@@ -235,5 +240,5 @@ def reliability(rows: Sequence[Row], gaps: Sequence[float]) -> Row:
         words = len(row["chosen"].split()) - len(row["rejected"].split())
         length = "longer right" if words > 0 else "shorter right" if words < 0 else "equally long"
         for name in (str(row.get("source", "embedded")), length):
-            groups.setdefault(name, []).append((gap > 0) + 0.5 * (gap == 0))
-    return {name: {"accuracy": round(sum(wins) / len(wins), 4), "pairs": len(wins)} for name, wins in sorted(groups.items())}
+            groups.setdefault(name, []).append(gap)
+    return {name: {"accuracy": round(share_right(part), 4), "pairs": len(part)} for name, part in sorted(groups.items())}

@@ -39,6 +39,7 @@ from punster.train.judged import (
     item_loss,
     neutral,
     reliability,
+    share_right,
     shuffled,
     source_of,
     weighed,
@@ -60,7 +61,6 @@ from punster.train.setup import (
     extend,
     layer_count,
     load_rows,
-    open_base,
     open_policy_role,
     plain_base,
     speaker,
@@ -70,12 +70,9 @@ from punster.train.setup import (
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
     started = check_name(config, "reward")
-    if config.pretrained:
-        sampled_from, tokenizer = open_policy_role(config.pretrained, config)
-        check_model(config, config.pretrained, sampled_from)
-    else:
-        base, tokenizer = open_base(config)
-        sampled_from = Role(base)
+    begin = config.pretrained or "base"
+    sampled_from, tokenizer = open_policy_role(begin, config)
+    check_model(config, begin, sampled_from)
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
 
@@ -112,7 +109,11 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     state = State(model, optimizers, generators, cursors, given=examples)
     with Run(marked(config, data=rows), "reward", steps, started) as run:
         restore(run, state)
-        used = {text for row in rows_needed(config, units, first_steps, steps) for text in items[row].texts}
+        seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest: all, unless the run is short
+        for number, places in enumerate(bags):
+            for place in rows_used(len(places), config.seed + number, (steps - first_steps) * config.batch_size):
+                seen.update(units[1][places[place]])
+        used = {text for row in seen for text in items[row].texts}
         depths = [model.frozen_depth]
         trunk = within_memory(state, lambda tokens: Trunk.compute(model, examples, depths, tokens, used), "trunk_tokens")
         known = within_memory(state, lambda tokens: Trunk.compute(model, validation, depths, tokens), "trunk_tokens")
@@ -128,10 +129,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                     drawn, part = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)], units[1]
                 batch = [items[row] for place in drawn for row in part[place]]
                 each = len(drawn) * sum(map(len, part)) / len(part)  # rows that so many units have on average
-                for name, value in within_memory(
-                    state, partial(train_step, config, member, trunk, examples, batch, each)
-                ).items():
-                    sums[name] += value / len(members)
+                found = within_memory(state, partial(train_step, config, member, trunk, examples, batch, each))
+                sums = {name: total + found[name] / len(members) for name, total in sums.items()}
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             metrics |= sums
             if step == steps or (config.eval_every and step % config.eval_every == 0):
@@ -158,16 +157,11 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
     role = extend(start, config, "reward", depth)
     width, device = role.model.config.d_model, role.model.device
     head = ScalarHead.create(width, seeded(config.seed, "head"), device)
-    wanted = {
-        "pun": config.pun_head and any(not math.isnan(item.label) for item in items),
-        "funniness": config.funniness_head and any(not math.isnan(item.rating) for item in items),
-    }
-    aux = {
-        name: ScalarHead.create(width, seeded(config.seed, f"{name} head"), device) for name, needed in wanted.items() if needed
-    }
-    if "pun" in aux:
-        aux["pun"] = ScalarHead(torch.ones(1, device=device), torch.zeros((), device=device))
-    aux = {name: each.trainable() for name, each in aux.items()}
+    aux: dict[str, ScalarHead] = {}
+    if config.pun_head and any(not math.isnan(item.label) for item in items):
+        aux["pun"] = ScalarHead(torch.ones(1, device=device), torch.zeros((), device=device)).trainable()
+    if config.funniness_head and any(not math.isnan(item.rating) for item in items):
+        aux["funniness"] = ScalarHead.create(width, seeded(config.seed, "funniness head"), device).trainable()
     return replace(role, head=head.trainable(), pooling=config.pooling, aux=aux)
 
 
@@ -225,22 +219,6 @@ def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
 
 
-def rows_needed(config: RewardConfig, units: Sequence[Sequence[Sequence[int]]], first_steps: int, steps: int) -> set[int]:
-    """The rows (pre-training first) that any member will see: all of them, unless the run is short."""
-    needed: set[int] = set()
-    for number in range(config.members):
-        first, given = units
-        places, seed = bag(len(given), config, number), config.seed + number
-        drawn = (
-            [first[place] for place in rows_used(len(first), seed, min(steps, first_steps) * config.batch_size)] if first else []
-        )
-        if steps > first_steps:
-            taken = rows_used(len(places), seed, (steps - first_steps) * config.batch_size)
-            drawn += [given[places[place]] for place in taken]
-        needed.update(row for unit in drawn for row in unit)
-    return needed
-
-
 def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
     """Held-out pairs of which both texts fit into the context: of the embedded corpus, and of --eval-data."""
     rows = corpus.preference_rows(("literal", "off_topic"), "val")
@@ -281,18 +259,11 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
         people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
         examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
-        written = []
-        for record, example in zip(people, examples, strict=True):
-            if text := tokenizer.decode(example.response):
-                # The ids are kept, so that the rejected text is what the policy emitted.
-                row = {
-                    "prompt": record["prompt"],
-                    "chosen": record["pun"],
-                    "rejected": text,
-                    "kind": "sampled",
-                    "id": record["id"],
-                }
-                written.append(row | {"rejected_ids": list(example.response)})
+        written: list[Row] = [
+            {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"],
+             "rejected_ids": list(example.response)}  # kept, so that the rejected text is what the policy emitted
+            for record, example in zip(people, examples, strict=True) if (text := tokenizer.decode(example.response))
+        ]  # fmt: skip
         rows += balanced(written, tokenizer)
     return rows
 
@@ -314,16 +285,11 @@ def pair_gaps(model: Role, examples: Sequence[Example], trunk: Trunk | None = No
     return [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def share_right(gaps: Sequence[float]) -> float:
-    """Share of pairs whose chosen text scores higher; ties count half."""
-    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / max(1, len(gaps))
-
-
 @torch.no_grad()
-def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int, split: str = "test") -> dict[str, float]:
+def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int) -> dict[str, float]:
     """Accuracy on each kind of negative, on pun words that no reward model was trained on."""
-    rows = [row for kind in corpus.NEGATIVES for row in corpus.preference_rows((kind,), split)[:limit]]
-    rows += corpus.template_rows(split)[:limit] if split == "test" else ()
+    rows = [row for kind in corpus.NEGATIVES for row in corpus.preference_rows((kind,), "test")[:limit]]
+    rows += corpus.template_rows("test")[:limit]
     rows = [row for row in rows if fits(row, tokenizer, model.model)]
     examples, _ = encode_items(rows, tokenizer, model.model)
     unique = list(dict.fromkeys(examples))
@@ -341,13 +307,11 @@ def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardCo
     examples = sft_samples(policy, tokenizer, chosen, config.seed, "normalise")
     members = [replace(role, normalisation=(1.0, 0.0), others=()) for role in (model, *model.others)]
     members = [standardised(role, score_examples(role, examples)) for role in members]
-    whole = replace(members[0], others=tuple(members[1:]), combine=model.combine, caution=model.caution)
-    if not model.others:
-        return whole
-    # The mean of members varies less than each, and their minimum is below 0: once more, for the ensemble's own score.
-    scores = score_examples(whole, examples)
-    first, *rest = (standardised(role, scores) for role in members)
-    return replace(first, others=tuple(rest), combine=model.combine, caution=model.caution)
+    if model.others:
+        # The mean of members varies less than each, and their minimum is below 0: once more, for the ensemble's own score.
+        scores = score_examples(replace(members[0], others=tuple(members[1:])), examples)
+        members = [standardised(role, scores) for role in members]
+    return replace(members[0], others=tuple(members[1:]))
 
 
 def standardised(role: Role, scores: Sequence[float]) -> Role:
