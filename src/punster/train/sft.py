@@ -32,7 +32,7 @@ from punster.train.optim import (
 )
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_base, open_policy_role
+from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_policy_role
 
 
 def sft(
@@ -41,12 +41,9 @@ def sft(
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
     started = check_name(config, verb) if started is None else started
-    if config.pretrained:
-        start, tokenizer = open_policy_role(config.pretrained, config)
-        check_model(config, config.pretrained, start)
-    else:
-        base, tokenizer = open_base(config)
-        start = Role(base)
+    begin = config.pretrained or "base"
+    start, tokenizer = open_policy_role(begin, config)
+    check_model(config, begin, start)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     examples = [
         Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["completion_ids"]))  # sampled: never tokenised again
