@@ -17,17 +17,17 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / count
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over true entries, unbiased variance; 0 elsewhere. Without shift_mean the mean stays."""
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over true entries, unbiased variance; 0 elsewhere. Without shift_mean the mean stays."""
     mean = masked_mean(x, mask)
-    whitened = (x - mean) * inverse_std(x, mask, eps)
+    whitened = (x - mean) * inverse_std(x, mask)
     return (whitened if shift_mean else whitened + mean) * mask
 
 
-def inverse_std(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """1 / sqrt(var + eps) over true entries (a scalar), unbiased variance."""
+def inverse_std(x: Tensor, mask: Tensor) -> Tensor:
+    """1 / sqrt(var + 1e-8) over true entries (a scalar), unbiased variance."""
     variance = ((x - masked_mean(x, mask)).square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
-    return torch.rsqrt(variance + eps)
+    return torch.rsqrt(variance + 1e-8)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -74,10 +74,10 @@ class RunningScale:
         return deviation if deviation > 1e-8 else 1.0
 
 
-def group_advantages(rewards: Tensor, samples: int, variant: str = "grpo", eps: float = 1e-4) -> Tensor:
+def group_advantages(rewards: Tensor, samples: int, variant: str = "grpo") -> Tensor:
     """Advantages (B,) of whole responses; rows of one prompt stand together, `samples` of them.
 
-    grpo, dapo: (r - mean) / (std + eps) in the group, unbiased std (Shao et al. 2024, arXiv 2402.03300, section 4.1).
+    grpo, dapo: (r - mean) / (std + 1e-4) in the group, unbiased std (Shao et al. 2024, arXiv 2402.03300, section 4.1).
     dr_grpo: r - mean (Liu et al. 2025, arXiv 2503.20783). rloo: r minus the mean of the others (Ahmadian et al. 2024,
     arXiv 2402.14740). Raises ValueError for a single sample a prompt, which has no baseline.
     """
@@ -90,7 +90,7 @@ def group_advantages(rewards: Tensor, samples: int, variant: str = "grpo", eps: 
     elif variant == "dr_grpo":
         advantages = centred
     elif variant in ("grpo", "dapo"):
-        advantages = centred / (groups.std(1, keepdim=True) + eps)
+        advantages = centred / (groups.std(1, keepdim=True) + 1e-4)
     else:
         raise ValueError(f"unknown variant {variant!r}")
     return advantages.reshape(-1)

@@ -38,10 +38,9 @@ def distill(config: DistillConfig) -> Path | None:
         for i, prompt in enumerate(prompts):
             places = [k for k in range(i * config.best_of, (i + 1) * config.best_of) if rollout.finished[k]]
             if places:
-                best = max(places, key=lambda k: scores[k])
-                if text := tokenizer.decode(rollout.examples[best].response):
-                    ids_kept = list(rollout.examples[best].response)
-                    rows.append({"prompt": prompt, "completion": text, "completion_ids": ids_kept})
+                best = rollout.examples[max(places, key=lambda k: scores[k])]
+                if text := tokenizer.decode(best.response):
+                    rows.append({"prompt": prompt, "completion": text, "completion_ids": list(best.response)})
     if not rows:
         raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
     return sft(replace(config, pretrained=config.actor, data=[]), rows, "distill", started=started)

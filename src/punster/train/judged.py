@@ -129,18 +129,15 @@ def item_loss(
     count = there.sum(1)
     centre, square = (scores.sum(1) * 2 / count).square(), scores.square().sum(1) * 2 / count  # of a pair: (w + l)^2, w^2 + l^2
     loss = loss + ((config.center_rewards * centre + config.l2_rewards * square) * ranked * weights).sum()
-    first = there.long().cumsum(1).flatten()[there.flatten()] == 1  # the states of the items' first texts
-    for name, weight in (("pun", config.pun_head), ("funniness", config.funniness_head)):
-        target = torch.tensor([item.label if name == "pun" else item.rating for item in items], device=device)
-        if name in model.aux and (known := ~target.isnan()).any():
-            seen = scores[:, :1] if name == "pun" else state[read[first]]
-            value, wanted = model.aux[name](seen[known]), target[known]
-            errors = (
-                F.binary_cross_entropy_with_logits(value, wanted, reduction="none")
-                if name == "pun"
-                else (value - wanted).square()
-            )
-            loss = loss + weight * (weights[known] * errors).sum()
+    labels = torch.tensor([item.label for item in items], device=device)
+    if "pun" in model.aux and (known := ~labels.isnan()).any():
+        errors = F.binary_cross_entropy_with_logits(model.aux["pun"](scores[:, :1][known]), labels[known], reduction="none")
+        loss = loss + config.pun_head * (weights[known] * errors).sum()
+    funniness = torch.tensor([item.rating for item in items], device=device)
+    if "funniness" in model.aux and (known := ~funniness.isnan()).any():
+        first = torch.tensor([number[examples[item.texts[0]]] for item in items], device=device)
+        errors = (model.aux["funniness"](state[first][known]) - funniness[known]).square()
+        loss = loss + config.funniness_head * (weights[known] * errors).sum()
     with torch.no_grad():
         better = ratings[:, :, None] > ratings[:, None, :]
         right = ((scores[:, :, None] > scores[:, None, :]) & better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
