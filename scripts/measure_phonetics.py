@@ -18,41 +18,27 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from punster.errors import UserError
-from punster.puns.g2p import edits, fit
-from punster.puns.phonetics import common_words, dictionary, lemma, nearest, plain
+from lemminflect import getAllLemmas
 
-# Irregular forms by their lemma: `lemma` takes off regular endings only.
-IRREGULAR = {
-    form: base
-    for base, forms in {
-        "be": "am is are was were been", "bear": "bore borne born", "become": "became", "begin": "began begun", "bend": "bent",
-        "bind": "bound", "bite": "bit bitten", "bleed": "bled", "blow": "blew blown", "break": "broke broken", "bring": "brought",
-        "build": "built", "buy": "bought", "catch": "caught", "child": "children", "choose": "chose chosen", "come": "came",
-        "creep": "crept", "deal": "dealt", "dig": "dug", "do": "does did done", "draw": "drew drawn", "drink": "drank drunk",
-        "drive": "drove driven", "eat": "ate eaten", "fall": "fell fallen", "feed": "fed", "feel": "felt", "fight": "fought",
-        "find": "found", "fly": "flew flown", "foot": "feet", "forget": "forgot forgotten", "freeze": "froze frozen", "get": "got",
-        "give": "gave given", "go": "went gone goes", "good": "better best", "goose": "geese", "grind": "ground", "grow": "grew grown",
-        "hang": "hung", "have": "has had", "hear": "heard", "hide": "hid hidden", "hold": "held", "keep": "kept", "know": "knew known",
-        "lay": "laid", "lead": "led", "leaf": "leaves", "leave": "left", "lend": "lent", "lie": "lain lay", "life": "lives",
-        "light": "lit", "lose": "lost", "make": "made", "man": "men", "mean": "meant", "meet": "met", "mouse": "mice", "pay": "paid",
-        "ride": "rode ridden", "ring": "rang rung", "rise": "rose risen", "run": "ran", "say": "said", "see": "saw seen",
-        "seek": "sought", "sell": "sold", "send": "sent", "shake": "shook shaken", "shoot": "shot", "sing": "sang sung",
-        "sink": "sank sunk", "sit": "sat", "sleep": "slept", "slide": "slid", "speak": "spoke spoken", "spend": "spent",
-        "spin": "spun", "stand": "stood", "steal": "stole stolen", "stick": "stuck", "strike": "struck", "swear": "swore sworn",
-        "sweep": "swept", "swim": "swam swum", "take": "took taken", "teach": "taught", "tear": "tore torn", "tell": "told",
-        "think": "thought", "throw": "threw thrown", "tooth": "teeth", "wake": "woke woken", "wear": "wore worn",
-        "weave": "wove woven", "weep": "wept", "wife": "wives", "win": "won", "wind": "wound", "woman": "women",
-        "write": "wrote written",
-    }.items()
-    for form in forms.split()
-}  # fmt: skip
+from punster.errors import UserError
+from punster.puns.g2p import fit
+from punster.puns.phonetics import common_words, dictionary, lemma, nearest, plain
 
 
 class Errors(NamedTuple):
     phonemes: float  # share of wrong phonemes, stress apart
     stressed: float  # the same, a vowel with the wrong stress counted as wrong
     words: float  # share of words with a wrong phoneme
+
+
+def edits(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """Levenshtein distance in phonemes."""
+    row = list(range(len(b) + 1))
+    for i, one in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, two in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (one != two))
+    return row[-1]
 
 
 def held_back_errors(count: int = 2000, seed: int = 0) -> Errors:
@@ -89,13 +75,18 @@ def pairs(data: Path) -> Iterator[Pair]:
         yield Pair(text, part[text], words[place], lemmas)
 
 
+def irregular(word: str) -> list[str]:
+    """Lemmas by lemminflect's dictionary, for `lemma` takes off regular endings only."""
+    return [base for bases in getAllLemmas(word).values() for base in bases]
+
+
 def found(pair: Pair, candidates: tuple[str, ...], k: int = 10) -> bool:
     """Whether a form of a true alternative is among the k nearest; no for pun words that cannot be pronounced."""
     try:
         words = [word for word, _ in nearest(pair.pun_word, k, candidates)]
     except UserError:
         return False
-    return any(form in pair.alternatives for word in words for form in (word, lemma(word), IRREGULAR.get(word)))
+    return any(form in pair.alternatives for word in words for form in (word, lemma(word), *irregular(word)))
 
 
 def recall(data: Path, k: int = 10) -> dict[str, tuple[int, int]]:

@@ -137,7 +137,7 @@ class Model:
             total += self._penalty[node]
             node = self._fallback[node]
 
-    def pronounce(self, word: str, beam: int = BEAM) -> tuple[str, ...]:
+    def pronounce(self, word: str) -> tuple[str, ...]:
         """Phonemes of a word of a-z: the best of a beam search over the units of its letters."""
         paths: list[tuple[float, int, tuple[int, ...]]] = [(0.0, self.step(0, START)[1], ())]
         for letter in word:
@@ -149,7 +149,7 @@ class Model:
                 for unit in self._choices.get(letter, ()):
                     gain, target = self.step(node, unit)
                     grown.append((score + gain, target, (*path, unit)))
-            paths = sorted(grown, key=lambda item: (-item[0], item[2]))[:beam]
+            paths = sorted(grown, key=lambda item: (-item[0], item[2]))[:BEAM]
         best = max(paths, key=lambda item: (item[0] + self.step(item[1], END)[0], item[2]), default=(0.0, 0, ()))
         return tuple(phoneme for unit in best[2] for phoneme in self.units[unit].split(":")[1].split())
 
@@ -165,7 +165,7 @@ class Model:
             return cls(stored["units"].tolist(), *(stored[name] for name in ("keys", "targets", "scores", "fallback", "penalty")))
 
 
-def fit(entries: Iterable[Entry], order: int = ORDER, discount: float = DISCOUNT) -> Model:
+def fit(entries: Iterable[Entry]) -> Model:
     """The model of the given words and pronunciations (all of CMUdict: about 5 s)."""
     aligned = align(sorted(set(entries)))
     seen = Counter(unit for units in aligned for unit in units)
@@ -180,7 +180,7 @@ def fit(entries: Iterable[Entry], order: int = ORDER, discount: float = DISCOUNT
     parts: list[tuple[Array, ...]] = [tuple(np.zeros(1, kind) for kind in (int, int, int, bool))]
     offsets = [0, 1]
     here = np.zeros(len(stream), np.int64)  # node of the gram of the current length that ends at each place
-    for length in range(1, order + 1):
+    for length in range(1, ORDER + 1):
         inside = depth >= length  # of one word
         key, inverse, count = np.unique((np.roll(here, 1) << BITS | stream)[inside], return_inverse=True, return_counts=True)
         shorter, start = np.zeros(len(key), np.int64), np.zeros(len(key), bool)
@@ -191,33 +191,23 @@ def fit(entries: Iterable[Entry], order: int = ORDER, discount: float = DISCOUNT
     key, count, shorter, start = (np.concatenate(column) for column in zip(*parts))
     total, parent = len(key), key >> BITS
     # Kneser-Ney: grams that can be longer count the different units before them, not their occurrences.
-    tally = np.where(start | (np.arange(total) >= offsets[order]), count, np.bincount(shorter[1:], minlength=total))
+    tally = np.where(start | (np.arange(total) >= offsets[ORDER]), count, np.bincount(shorter[1:], minlength=total))
     tally[:2] = 0  # the mark of a word's start is never predicted
     sums, kinds = np.bincount(parent[1:], tally[1:], total), np.bincount(parent[1:], minlength=total)
-    weight = np.minimum(discount * kinds / np.maximum(sums, 1), 1)
+    weight = np.minimum(DISCOUNT * kinds / np.maximum(sums, 1), 1)
     p = np.full(total, 1 / len(names))
     for low, high in pairwise(offsets[1:]):
         span = slice(low, high)
-        p[span] = np.maximum(tally[span] - discount, 0) / sums[parent[span]] + weight[parent[span]] * p[shorter[span]]
+        p[span] = np.maximum(tally[span] - DISCOUNT, 0) / sums[parent[span]] + weight[parent[span]] * p[shorter[span]]
     target = np.arange(total)  # grams that nothing follows are no contexts: on to a shorter one
-    for _ in range(order):
+    for _ in range(ORDER):
         target = np.where(kinds[target] > 0, target, shorter[target])
     rank = 1 + np.argsort(key[1:])
-    contexts = offsets[order]
+    contexts = offsets[ORDER]
     return Model(
         names, key[rank], target[rank].astype(np.int32), np.log(p[rank]).astype(np.float32),
         shorter[:contexts].astype(np.int32), np.log(np.maximum(weight[:contexts], 1e-9)).astype(np.float32),
     )  # fmt: skip
-
-
-def edits(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """Levenshtein distance in phonemes."""
-    row = list(range(len(b) + 1))
-    for i, one in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, two in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (one != two))
-    return row[-1]
 
 
 @lru_cache(maxsize=1)

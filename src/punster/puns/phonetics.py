@@ -28,25 +28,22 @@ COMMON = 20_000  # candidates of `nearest`: this many of the most frequent words
 VARIANTS = 8  # pronunciations of one word or phrase at most
 
 
-@dataclass(frozen=True)
 class Costs:
     """Costs of edits, in units of one stressed vowel lost or gained; tuned on the train part of SemEval-2017 task 7."""
 
-    voice: float = 0.3  # t for d
-    place: float = 0.25  # one step from the lips backwards, at most two
-    manner: float = 0.4  # stop for nasal; half of it between NEAR_MANNERS
-    vowel: float = 0.2  # one step of height, a third of the way from front to back, rounding, r-colour
-    twin: float = 0.3  # a vowel for its glide
-    obstruent: float = 0.7  # gap of h, t, d, s, z
-    sonorant: float = 0.5  # gap of l, r, n, ng, w, y
-    schwa: float = 0.4  # gap of an unstressed vowel
-    edge: float = 0.5  # factor on gaps before the first and behind the last common sound
-    ending: float = 0.5  # factor on gaps inside one of ENDINGS
-    spelling: float = 0.15  # `nearest` only: share of letter pairs that differ
-    rarity: float = 0.02  # `nearest` only: for each power of 10 by which a word is rarer than one in a hundred
+    voice = 0.3  # t for d
+    place = 0.25  # one step from the lips backwards, at most two
+    manner = 0.4  # stop for nasal; half of it between NEAR_MANNERS
+    vowel = 0.2  # one step of height, a third of the way from front to back, rounding, r-colour
+    twin = 0.3  # a vowel for its glide
+    obstruent = 0.7  # gap of h, t, d, s, z
+    sonorant = 0.5  # gap of l, r, n, ng, w, y
+    schwa = 0.4  # gap of an unstressed vowel
+    edge = 0.5  # factor on gaps before the first and behind the last common sound
+    ending = 0.5  # factor on gaps inside one of ENDINGS
+    spelling = 0.15  # `nearest` only: share of letter pairs that differ
+    rarity = 0.02  # `nearest` only: for each power of 10 by which a word is rarer than one in a hundred
 
-
-DEFAULT = Costs()
 
 # Place of articulation in steps from the lips; manner; voice.
 CONSONANTS = {
@@ -71,7 +68,7 @@ VOWELS = {
 }  # fmt: skip
 VOWEL_WEIGHTS = (0.5, 0.75, 0.5, 0.5, 0.75, 0.5, 0.5, 1)  # the mean of beginning and end; backness counts more
 TWINS = {frozenset(pair) for pair in (("Y", "IY"), ("Y", "IH"), ("W", "UW"), ("W", "UH"), ("R", "ER"))}
-WEAK = {**dict.fromkeys(("HH", "T", "D", "S", "Z"), "obstruent"), **dict.fromkeys(("L", "R", "N", "NG", "W", "Y"), "sonorant")}
+WEAK = dict.fromkeys(("HH", "T", "D", "S", "Z"), Costs.obstruent) | dict.fromkeys(("L", "R", "N", "NG", "W", "Y"), Costs.sonorant)
 ENDINGS = tuple(tuple(text.split()) for text in ("L IY", "IH NG", "AH D", "IH D", "AH Z", "IH Z", "ER", "IY", "Z", "S", "D", "T"))
 SYMBOLS = ("", *CONSONANTS, *(vowel + stress for vowel in VOWELS for stress in "01"))  # "": padding; 1 stands for 1 and 2
 NUMBER = {symbol: index for index, symbol in enumerate(SYMBOLS)} | {vowel + "2": SYMBOLS.index(vowel + "1") for vowel in VOWELS}
@@ -160,32 +157,32 @@ def lemma(word: str) -> str:
     return word
 
 
-@lru_cache(maxsize=8)
-def _matrices(costs: Costs) -> tuple[Array, Array]:
+@lru_cache(maxsize=1)
+def _matrices() -> tuple[Array, Array]:
     """Costs of replacing (P, P) and of losing (P,) each of SYMBOLS; replacing costs at most as much as losing both."""
-    gaps = np.array([_gap(symbol, costs) for symbol in SYMBOLS], np.float32)
-    swaps = np.array([[_swap(a, b, costs) for b in SYMBOLS] for a in SYMBOLS], np.float32)
+    gaps = np.array([_gap(symbol) for symbol in SYMBOLS], np.float32)
+    swaps = np.array([[_swap(a, b) for b in SYMBOLS] for a in SYMBOLS], np.float32)
     swaps = np.minimum(swaps, gaps[:, None] + gaps[None])
     swaps[0] = swaps[:, 0] = np.inf
     return swaps, gaps
 
 
-def _gap(symbol: str, costs: Costs) -> float:
-    if symbol in WEAK:
-        return float(getattr(costs, WEAK[symbol]))
-    return 0.0 if not symbol else costs.schwa if symbol.endswith("0") else 1.0
+def _gap(symbol: str) -> float:
+    if not symbol:
+        return 0.0
+    return WEAK.get(symbol, Costs.schwa if symbol.endswith("0") else 1.0)
 
 
-def _swap(a: str, b: str, costs: Costs) -> float:
+def _swap(a: str, b: str) -> float:
     """What tells two sounds apart, added up; infinite for a vowel and a consonant unless they are twins."""
     one, two = a.rstrip("01"), b.rstrip("01")
     if one in VOWELS and two in VOWELS:
-        return costs.vowel * float(np.dot(np.abs(np.subtract(VOWELS[one], VOWELS[two])), VOWEL_WEIGHTS))
+        return Costs.vowel * float(np.dot(np.abs(np.subtract(VOWELS[one], VOWELS[two])), VOWEL_WEIGHTS))
     if one in CONSONANTS and two in CONSONANTS:
         (place, manner, voice), (place2, manner2, voice2) = CONSONANTS[one], CONSONANTS[two]
         unlike = 0.0 if manner == manner2 else 0.5 if frozenset((manner, manner2)) in NEAR_MANNERS else 1.0
-        return costs.place * min(abs(place - place2), 2) + costs.manner * unlike + costs.voice * (voice != voice2)
-    return costs.twin if frozenset((one, two)) in TWINS else np.inf
+        return Costs.place * min(abs(place - place2), 2) + Costs.manner * unlike + Costs.voice * (voice != voice2)
+    return Costs.twin if frozenset((one, two)) in TWINS else np.inf
 
 
 @dataclass(frozen=True)
@@ -211,33 +208,33 @@ def _table(words: Sequence[str]) -> Table:
     return Table(owner, sounds, ending, lengths)
 
 
-def _edits(query: Table, column: int, table: Table, costs: Costs) -> Array:
+def _edits(query: Table, column: int, table: Table) -> Array:
     """(R,) cost of turning one pronunciation of `query` into each of the table's; Wagner & Fischer 1974, row by row."""
-    swaps, gaps = _matrices(costs)
+    swaps, gaps = _matrices()
     own = query.sounds[: query.lengths[column], column]
-    losses = gaps[own] * np.where(query.ending[: len(own), column], costs.ending, 1)
+    losses = gaps[own] * np.where(query.ending[: len(own), column], Costs.ending, 1)
     gains = np.zeros((len(table.sounds) + 1, len(table.owner)), np.float32)  # running sum over a candidate's sounds
-    np.cumsum(gaps[table.sounds] * np.where(table.ending, np.float32(costs.ending), 1), 0, out=gains[1:])
+    np.cumsum(gaps[table.sounds] * np.where(table.ending, np.float32(Costs.ending), 1), 0, out=gains[1:])
     left = np.concatenate([[0], np.cumsum(losses)])
-    state = gains * costs.edge
-    best = state[-1] + left[-1] * costs.edge
+    state = gains * Costs.edge
+    best = state[-1] + left[-1] * Costs.edge
     for row, sound in enumerate(own):
         fresh = np.empty_like(state)
-        fresh[0] = left[row + 1] * costs.edge
+        fresh[0] = left[row + 1] * Costs.edge
         np.minimum(state[:-1] + swaps[sound][table.sounds], state[1:] + losses[row], out=fresh[1:])
         state = np.minimum.accumulate(fresh - gains) + gains
-        np.minimum(best, state[-1] + (left[-1] - left[row + 1]) * costs.edge, out=best)
-    best = np.minimum(best, (state + (gains[-1] - gains) * costs.edge).min(0))
+        np.minimum(best, state[-1] + (left[-1] - left[row + 1]) * Costs.edge, out=best)
+    best = np.minimum(best, (state + (gains[-1] - gains) * Costs.edge).min(0))
     result: Array = best / ((len(own) + table.lengths) / 2)
     return result
 
 
-def _distances(word: str, table: Table, costs: Costs) -> Array:
+def _distances(word: str, table: Table) -> Array:
     """(words,) distance of each word of the table: the least over all pairs of pronunciations."""
     query = _table([word])
     best = np.full(int(table.owner.max()) + 1, np.inf)
     for column in range(len(query.owner)):
-        np.minimum.at(best, table.owner, _edits(query, column, table, costs))
+        np.minimum.at(best, table.owner, _edits(query, column, table))
     return best
 
 
@@ -247,7 +244,7 @@ def distance(a: str, b: str) -> float:
     Symmetric; no metric in the strict sense, since each pair may choose other pronunciations and is divided by its own length.
     """
     first, second = sorted((a, b))  # so that rounding is the same both ways
-    return float(_distances(first, _table([second]), DEFAULT)[0])
+    return float(_distances(first, _table([second]))[0])
 
 
 @lru_cache(maxsize=1)
@@ -286,7 +283,7 @@ def _lexicon(words: tuple[str, ...]) -> Lexicon:
     )
 
 
-def nearest(word: str, k: int = 10, candidates: Iterable[str] | None = None, costs: Costs = DEFAULT) -> list[tuple[str, float]]:
+def nearest(word: str, k: int = 10, candidates: Iterable[str] | None = None) -> list[tuple[str, float]]:
     """The k candidates (default: COMMON words) that are most easily taken for it; other forms of the same word are left out.
 
     The score is the distance, plus a little for a different spelling (Dice's coefficient of letter pairs) and for rarity.
@@ -301,6 +298,6 @@ def nearest(word: str, k: int = 10, candidates: Iterable[str] | None = None, cos
     own = " ".join(parts_of(word))
     letters = _letter_pairs(own)
     unlike = 1 - 2 * lexicon.pairs[:, letters].sum(1) / (lexicon.pairs.sum(1) + len(letters))
-    scores = _distances(word, lexicon.table, costs) + costs.spelling * unlike + costs.rarity * lexicon.rarity
+    scores = _distances(word, lexicon.table) + Costs.spelling * unlike + Costs.rarity * lexicon.rarity
     order = (int(index) for index in np.argsort(scores, kind="stable"))
     return [(words[i], float(scores[i])) for i in islice((i for i in order if lexicon.lemmas[i] != lemma(own)), k)]
