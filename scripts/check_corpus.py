@@ -21,23 +21,20 @@ import random
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from punster.data import corpus
-from punster.data.leakage import Index
+from punster.data.leakage import Index, jaccard
 from punster.data.split import lemma, part_of_lemma
+from punster.evaluate.metrics import words as tokens
 
 Pair = tuple[str, str, str]  # group, pun, what is no pun
 FIELDS = ("id", "topic", "prompt", "pun", "pun_word", "alternative_word", "kind", "literal")
 EXTRA = ("synonym_swap", "plain", "weak")
 KINDS = ("homophonic", "homographic", "near")
-WORD = re.compile(r"[a-z0-9']+")
-
-
-def tokens(text: str) -> list[str]:
-    return WORD.findall(text.lower().replace("’", "'"))
+FOLDS = 5
 
 
 def strings_in(value: object) -> Iterator[str]:
@@ -80,32 +77,24 @@ def texts_under(folder: Path) -> Iterator[str]:
                         yield from line.split("\t")
 
 
-def overlaps(queries: dict[str, list[str]], texts: Iterable[str], threshold: float = 0.5) -> dict[str, tuple[float, str]]:
-    """For each query (key -> tokens) its nearest text with Jaccard >= threshold, by exact prefix filtering."""
-    sets = {key: set(words) for key, words in queries.items()}
-    frequency = Counter(word for words in sets.values() for word in words)
-    prefix: dict[str, list[str]] = defaultdict(list)
-    for key, words in sets.items():
-        # Jaccard >= t needs at least ceil(t |a|) common tokens, so one of the rarest |a| - ceil(t |a|) + 1 is among them.
-        rare_first = sorted(words, key=lambda word: (frequency[word], word))
-        for word in rare_first[: len(words) - math.ceil(threshold * len(words)) + 1]:
-            prefix[word].append(key)
+def overlaps(queries: dict[str, list[str]], texts: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """For each query (key -> tokens) its nearest text with Jaccard >= 0.5."""
+    sets = {key: frozenset(words) for key, words in queries.items()}
+    keys, index = list(sets), Index(list(sets.values()))
     best: dict[str, tuple[float, str]] = {}
     for text in texts:
-        other = set(tokens(text))
-        if len(other) < 3:
-            continue
-        for key in {key for word in other for key in prefix.get(word, ())}:
-            common = len(sets[key] & other)
-            jaccard = common / (len(sets[key]) + len(other) - common)
-            if jaccard >= threshold and jaccard > best.get(key, (0.0, ""))[0]:
-                best[key] = (jaccard, text)
+        other = frozenset(tokens(text))
+        for place in index.near(other) if len(other) >= 3 else ():
+            key = keys[place]
+            near = jaccard(sets[key], other)
+            if near > best.get(key, (0.0, ""))[0]:
+                best[key] = (near, text)
     return best
 
 
-def own_overlaps(texts: list[tuple[str, str, str]], threshold: float = 0.5) -> list[str]:
-    """Pairs of texts (record, field, text) of different records whose Jaccard reaches the threshold."""
-    pairs = Index([frozenset(tokens(text)) for _, _, text in texts], threshold).pairs()
+def own_overlaps(texts: list[tuple[str, str, str]]) -> list[str]:
+    """Pairs of texts (record, field, text) of different records with Jaccard >= 0.5."""
+    pairs = Index([frozenset(tokens(text)) for _, _, text in texts]).pairs()
     return [
         f"{texts[later][0]}.{texts[later][1]} ~ {texts[earlier][0]}.{texts[earlier][1]}"
         for earlier, later in sorted(sorted(pair) for pair in pairs)
@@ -113,7 +102,7 @@ def own_overlaps(texts: list[tuple[str, str, str]], threshold: float = 0.5) -> l
     ]
 
 
-def shortcut_accuracy(pairs: list[Pair], seed: int = 0, folds: int = 5) -> dict[str, float]:
+def shortcut_accuracy(pairs: list[Pair]) -> dict[str, float]:
     """How often length alone, and a Naive Bayes on word 1-2-grams (the last word marked), tell the pun in held-out groups."""
 
     @functools.cache
@@ -122,12 +111,12 @@ def shortcut_accuracy(pairs: list[Pair], seed: int = 0, folds: int = 5) -> dict[
         return words + [f"{a} {b}" for a, b in itertools.pairwise([*words, "."])]
 
     groups = sorted({group for group, _, _ in pairs})
-    random.Random(seed).shuffle(groups)
-    fold_of = {group: place % folds for place, group in enumerate(groups)}
+    random.Random(0).shuffle(groups)
+    fold_of = {group: place % FOLDS for place, group in enumerate(groups)}
     lengths = [len(tokens(pun)) - len(tokens(other)) for _, pun, other in pairs]
     shorter = sum((gap < 0) + 0.5 * (gap == 0) for gap in lengths) / max(1, len(pairs))
     hits = 0.0
-    for fold in range(folds):
+    for fold in range(FOLDS):
         counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         for group, *texts in pairs:
             if fold_of[group] != fold:
@@ -184,8 +173,8 @@ def problems(path: Path, sources: Path | None) -> list[str]:
     found += own_overlaps([(r["id"], field, r[field]) for r in records for field in ("pun", "literal")])
     if sources is not None:
         queries = {f"{r['id']}.{field}": tokens(r[field]) for r in records for field in ("pun", "literal")}
-        for key, (jaccard, text) in overlaps(queries, texts_under(sources)).items():
-            found.append(f"{key}: Jaccard {jaccard:.2f} with a public text: {text[:120]!r}")
+        for key, (near, text) in overlaps(queries, texts_under(sources)).items():
+            found.append(f"{key}: Jaccard {near:.2f} with a public text: {text[:120]!r}")
     print(f"{len(records)} records, kinds {dict(Counter(r['kind'] for r in records))}", file=sys.stderr)
     return found + shortcuts("literal", [(r["id"], r["pun"], r["literal"]) for r in records])
 
@@ -235,11 +224,11 @@ def contrast_problems(path: Path, sources: Path | None) -> list[str]:
     queries = {f"{where}, {field}": tokens(text) for where, field, text in texts}
     ours = [record[field] for record in corpus.records() for field in ("pun", "literal", *EXTRA)]
     ours += [row[side] for split in ("train", "test") for row in corpus.template_rows(split) for side in ("chosen", "rejected")]
-    for key, (jaccard, text) in overlaps(queries, ours).items():
-        found.append(f"{key}: Jaccard {jaccard:.2f} with the embedded corpus: {text[:120]!r}")
+    for key, (near, text) in overlaps(queries, ours).items():
+        found.append(f"{key}: Jaccard {near:.2f} with the embedded corpus: {text[:120]!r}")
     if sources is not None:
-        for key, (jaccard, text) in overlaps(queries, texts_under(sources)).items():
-            found.append(f"{key}: Jaccard {jaccard:.2f} with a public text: {text[:120]!r}")
+        for key, (near, text) in overlaps(queries, texts_under(sources)).items():
+            found.append(f"{key}: Jaccard {near:.2f} with a public text: {text[:120]!r}")
     for name, some in pairs.items():
         found += shortcuts(name, some)
     return found

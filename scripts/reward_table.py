@@ -158,19 +158,7 @@ def by_run(run: str, own_prompts: bool) -> Score:
     return lambda texts: model.score([p if own_prompts else GENERIC_PROMPT for p, _ in texts], [text for _, text in texts])
 
 
-# ---- nothing that is measured was trained on ----------------------------------------------------------------------
-def overlap(rows: Sequence[Row], wanted: Sequence[Measure]) -> list[tuple[str, str]]:
-    """(measure, group) wherever a training text is a measured one or a version of it (Jaccard >= .5)."""
-    trained = Index([words(text) for text in sorted({text for row in rows for text in texts_of(row)})])
-    found = []
-    for measure in wanted:
-        members = [(text, group) for a, b, group in measure.pairs for text in (a, b)]
-        members += [(text, group) for text, _, group in measure.texts]
-        near = {text: trained.has_near(text[1]) for text, _ in members}
-        found += sorted({(measure.name, group) for text, group in members if near[text]})
-    return found
-
-
+# ---- what is trained on -------------------------------------------------------------------------------------------
 def training_rows(config: RewardConfig) -> list[Row]:
     """What `punster reward` with this configuration learns from (without samples of a policy), pre-training included."""
     from punster.model.role import Role

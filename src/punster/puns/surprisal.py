@@ -26,11 +26,6 @@ CODE = (2, 1)  # the authors' program: its window [p - 2, p + 2) has one word to
 RAREST = 1e-8  # probability of a word that the frequency list lacks
 
 
-def spans(text: str) -> list[tuple[int, int]]:
-    """Where the words and signs of a text begin and end."""
-    return [match.span() for match in _TOKEN.finditer(text)]
-
-
 def find_word(text: str, word: str) -> tuple[int, int] | None:
     """(begin, end) of the last occurrence of a word or phrase as whole words, or of the last word that it begins; None: nowhere."""
     for tail in (r"(?!\w)", r"\w*"):
@@ -47,12 +42,11 @@ def replaced(text: str, place: tuple[int, int], word: str) -> str:
 
 
 def window(text: str, place: tuple[int, int], reach: tuple[int, int] = PAPER) -> tuple[int, int]:
-    """(begin, end) of the pun word with `reach` words and signs to its left and right."""
-    before = [begin for begin, end in spans(text) if end <= place[0]]
-    after = [end for begin, end in spans(text) if begin >= place[1]]
-    begin = before[-min(reach[0], len(before))] if before and reach[0] else place[0]
-    end = after[min(reach[1], len(after)) - 1] if after and reach[1] else place[1]
-    return begin, end
+    """(begin, end) of the pun word with `reach` words and signs (at least one) to its left and right."""
+    spans = [match.span() for match in _TOKEN.finditer(text)]
+    before = [begin for begin, end in spans if end <= place[0]]
+    after = [end for begin, end in spans if begin >= place[1]]
+    return min(before[-reach[0] :], default=place[0]), max(after[: reach[1]], default=place[1])
 
 
 def document_start(tokenizer: Tokenizer) -> int:
