@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,14 +18,10 @@ from typing import Any
 
 from benchmarks import prepare, results
 from benchmarks.keys import KEYS, TRL, Key, Side
-from benchmarks.line import BENCH, ROOT, BenchError, Worker
+from benchmarks.line import ROOT, BenchError, Worker, say, start
 from benchmarks.scaling import measure_growth
 
 LATEST, PAGE = ROOT / "benchmarks" / "results" / "latest.json", ROOT / "docs" / "PERFORMANCE.md"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def chosen_keys(wanted: Sequence[str]) -> list[Key]:
@@ -33,13 +30,6 @@ def chosen_keys(wanted: Sequence[str]) -> list[Key]:
         if not any(fnmatch.fnmatchcase(key.name, name) for key in KEYS):
             raise BenchError(f"--only {name}: unknown key; known: {', '.join(key.name for key in KEYS)}, scaling")
     return [key for key in KEYS if any(fnmatch.fnmatchcase(key.name, name) for name in wanted)]
-
-
-def start(side: Side, log: str) -> Worker:
-    task = {"task": side.task, "settings": dict(side.settings), "warmup": side.warmup, "every": side.every}
-    if side.who == "punster":
-        return Worker(sys.executable, "benchmarks.ours", task, BENCH / "logs" / f"{log}.log", path=str(ROOT / "src"))
-    return Worker(prepare.environment_python(side.who), "benchmarks.peers", task, BENCH / "logs" / f"{log}.log")
 
 
 def measure(keys: Sequence[Key], repeats: int) -> dict[Side, list[dict[str, Any]]]:
@@ -66,7 +56,7 @@ def provenance(repeats: int, versions: dict[str, str]) -> dict[str, Any]:
     from punster.doctor import machine
     from punster.train.pipeline import commit
 
-    dtype = str(prepare.read_data()["dtype"])
+    dtype = json.loads(prepare.DATA.read_text())["dtype"]
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"machine": machine(), "versions": versions, "commit": commit(), "when": when, "repeats": repeats, "dtype": dtype}
 
@@ -87,9 +77,9 @@ def main() -> int:
             names = arguments.only.split(",") if arguments.only else ["*", "scaling"]
             run(chosen_keys([name for name in names if name != "scaling"]), repeats, arguments.out)
             if "scaling" in names:
-                prepare.prepare([TRL], say)
+                prepare.prepare([TRL])
                 versions = prepare.installed_versions([TRL])
-                measure_growth(start, min(repeats, 3), arguments.out, say, provenance(min(repeats, 3), versions))
+                measure_growth(min(repeats, 3), arguments.out, provenance(min(repeats, 3), versions))
         if arguments.out == LATEST:
             results.write_page(PAGE, results.merge(LATEST, {}))
     except BenchError as error:
@@ -100,7 +90,7 @@ def main() -> int:
 
 def run(keys: Sequence[Key], repeats: int, out: Path) -> None:
     peers = {side.who for key in keys for side in (key.ours, key.theirs)} - {"punster"}
-    prepare.prepare(peers, say)
+    prepare.prepare(peers)
     versions = prepare.installed_versions(peers)
     for group in dict.fromkeys(key.group for key in keys):
         members = [key for key in keys if key.group == group]

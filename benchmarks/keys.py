@@ -47,15 +47,13 @@ def rollout_keys() -> list[Key]:
     for batch, lora, merged in ((1, 2.5, None), (32, 4.0, 2.5), (128, 4.0, 2.2)):
         ours = side("punster", "rollout", batch=batch)
         group = f"rollout_b{batch}"
-        text = f"rollout, batch {batch}, forced length, against the LoRA policy through peft"
-        mode = side(TRL, "rollout", batch=batch, mode="peft")
-        keys.append(Key(group, group, ours, mode, "rate", "tokens/s", lora, text))
-        half = side(TRL, "rollout", batch=batch, mode="peft-bf16")
-        text = f"the same, the peer's adapters cast to bf16, batch {batch}"
-        keys.append(Key(f"{group}_bf16_adapters", group, ours, half, "rate", "tokens/s", None, text))
-        plain = side(TRL, "rollout", batch=batch, mode="merged")
-        text = f"the same against the plain merged model, batch {batch}"
-        keys.append(Key(f"rollout_merged_b{batch}", group, ours, plain, "rate", "tokens/s", merged, text))
+        for name, mode, must, text in (
+            (group, "peft", lora, f"rollout, batch {batch}, forced length, against the LoRA policy through peft"),
+            (f"{group}_bf16_adapters", "peft-bf16", None, f"the same, the peer's adapters cast to bf16, batch {batch}"),
+            (f"rollout_merged_b{batch}", "merged", merged, f"the same against the plain merged model, batch {batch}"),
+        ):
+            theirs = side(TRL, "rollout", batch=batch, mode=mode)
+            keys.append(Key(name, group, ours, theirs, "rate", "tokens/s", must, text))
         if batch == 128:
             text = "share of the measured bf16 matrix peak in a rollout of batch 128 (theirs: the peak)"
             keys.append(Key("matmul_share_b128", group, ours, side("punster", "peak"), "share", "GFLOP/s", 0.6, text))
@@ -71,25 +69,21 @@ def step_keys() -> list[Key]:
         task = {"task": "dpo_step"} if verb == "dpo" else {"task": "steps", "verb": verb}
         ours = side("punster", **task, warmup=2, top_layers="all")
         theirs = side(TRL, "supervised", warmup=2, verb=verb, layers="all")
-        text = f"{title}, one step of {BATCH} rows, LoRA in all layers, nothing cached"
-        keys.append(Key(f"{verb}_step", f"{verb}_step", ours, theirs, "seconds", "s", 2.5, text))
         other = side(TRL, "supervised", warmup=2, verb=verb, layers="all", autocast=False)
-        keys.append(
-            Key(
-                f"{verb}_step_no_autocast", f"{verb}_step", ours, other, "seconds", "s", None, "the same, theirs without autocast"
-            )
-        )
         whole = side("punster", "runs", verb=verb, top_layers="auto")
         peer, same = (side(TRL, "supervised", every=EPOCHS * STEPS, verb=verb, layers=layers) for layers in ("all", "top"))
-        group = f"{verb}_cached"
+        step, cached = f"{verb}_step", f"{verb}_cached"
+        once = f"{title}, one step of {BATCH} rows, LoRA in all layers, nothing cached"
         text = (
             f"{title}, {EPOCHS} epochs of {ROWS} rows, default top layers and cached trunk, filling included; theirs: all layers"
         )
-        keys.append(Key(group, group, whole, peer, "seconds", "s", 6.0, text))
-        keys.append(Key(f"{group}_1epoch", group, whole, peer, "epoch", "s", None, "the same after the first epoch"))
-        keys.append(
-            Key(f"{group}_same_layers", group, whole, same, "seconds", "s", None, "3 epochs, theirs: the same top layers")
-        )
+        keys += [
+            Key(step, step, ours, theirs, "seconds", "s", 2.5, once),
+            Key(f"{step}_no_autocast", step, ours, other, "seconds", "s", None, "the same, theirs without autocast"),
+            Key(cached, cached, whole, peer, "seconds", "s", 6.0, text),
+            Key(f"{cached}_1epoch", cached, whole, peer, "epoch", "s", None, "the same after the first epoch"),
+            Key(f"{cached}_same_layers", cached, whole, same, "seconds", "s", None, "3 epochs, theirs: the same top layers"),
+        ]
     return keys
 
 

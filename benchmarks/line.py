@@ -17,12 +17,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.keys import Side
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(os.environ.get("PUNSTER_BENCH") or ROOT / ".bench").resolve()  # runs remember where their model lies
 
 
 class BenchError(RuntimeError):
     """A worker failed; the message ends with the end of its log."""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def peak_memory() -> int:
@@ -62,7 +68,7 @@ class Line:
     The first `warmup` units are not timed. After them, and after every `every` further ones, it reports and waits to be asked.
     """
 
-    def __init__(self, warmup: int = 1, every: int = 1):
+    def __init__(self, warmup: int, every: int):
         self.warmup, self.every, self.done = warmup, every, 0
         self.began, self.marks = 0.0, [0.0]
         self.out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -131,6 +137,17 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def environment_python(version: str) -> Path:
+    return BENCH / f"trl-{version}" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def start(side: Side, log: str) -> Worker:
+    task = {"task": side.task, "settings": dict(side.settings), "warmup": side.warmup, "every": side.every}
+    if side.who == "punster":
+        return Worker(sys.executable, "benchmarks.ours", task, BENCH / "logs" / f"{log}.log", path=str(ROOT / "src"))
+    return Worker(environment_python(side.who), "benchmarks.peers", task, BENCH / "logs" / f"{log}.log")
 
 
 def serve(tasks: Mapping[str, Callable[..., None]]) -> None:

@@ -15,29 +15,24 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.keys import ALPHA, BATCH, POOL, PROMPT, RANK
-from benchmarks.line import BENCH, ROOT, BenchError
+from benchmarks.line import BENCH, ROOT, BenchError, environment_python, say
 
 MODEL, LORA, SFT_PEFT, DATA, RUNS = BENCH / "model", BENCH / "lora", BENCH / "sft-peft", BENCH / "data.json", BENCH / "runs"
 
 
-def prepare(versions: Iterable[str], say: Callable[[str], None]) -> None:
+def prepare(versions: Iterable[str]) -> None:
     for version in sorted(set(versions)):
-        install(version, say)
+        install(version)
     shutil.rmtree(BENCH / "work", ignore_errors=True)
     # In a process of its own, whose memory is given back before anything is measured.
     subprocess.run([sys.executable, "-m", "benchmarks.prepare"], cwd=ROOT, check=True)
 
 
-def environment_python(version: str) -> Path:
-    return BENCH / f"trl-{version}" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def install(version: str, say: Callable[[str], None]) -> None:
+def install(version: str) -> None:
     """TRL of one release with this project's pins of torch, transformers and peft, in a folder of its own."""
     folder, python = BENCH / f"trl-{version}", environment_python(version)
     if (folder / ".ready").exists():
@@ -66,7 +61,7 @@ def installed_versions(versions: Iterable[str]) -> dict[str, str]:
     return held
 
 
-def model_and_data(say: Callable[[str], None]) -> None:
+def model_and_data() -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -99,12 +94,7 @@ def model_and_data(say: Callable[[str], None]) -> None:
         adapter.save(LORA, str(MODEL), base.config)
     if not DATA.exists():
         DATA.write_text(json.dumps(data(tokenizer)))
-    train(say)
-
-
-def read_data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(DATA.read_text())
-    return found
+    train()
 
 
 def data(tokenizer: Any) -> dict[str, Any]:
@@ -128,7 +118,7 @@ def data(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def train(say: Callable[[str], None]) -> None:
+def train() -> None:
     """An SFT and a reward run for all layers and for the default ones; only the SFT run that is sampled from is trained well."""
     from punster.config import RewardConfig, SftConfig
     from punster.model.export import export
@@ -155,4 +145,4 @@ def train(say: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    model_and_data(lambda text: print(text, file=sys.stderr, flush=True))
+    model_and_data()

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.keys import GROWTH, TRL, Side, points, side
+from benchmarks.keys import GROWTH, TRL, points, side
+from benchmarks.line import say, start
 
 
-def measure_growth(
-    start: Callable[[Side, str], Any], repeats: int, out: Path, say: Callable[[str], None], part: dict[str, Any]
-) -> None:
+def measure_growth(repeats: int, out: Path, part: dict[str, Any]) -> None:
     """Every axis and kind of work for punster, sequence length for transformers too; merged into `out` under "scaling"."""
     for axis, work in GROWTH:
         for who, name in (("punster", "punster"), (TRL, "transformers")):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.__main__ import LATEST, PAGE, provenance, say
-from benchmarks.line import BENCH
+from benchmarks.__main__ import LATEST, PAGE, provenance
+from benchmarks.line import BENCH, say
 
 
 def train(runs: Path, layers: str, seed: int, steps: int) -> dict[str, float]:
@@ -61,8 +61,7 @@ def main() -> None:
         rows = [train(arguments.runs, layers, int(seed), steps) for seed in arguments.seeds.split(",")]
         found: dict[str, Any] = {key: results.rounded(statistics.mean(row[key] for row in rows)) for key in rows[0]}
         found["eval_scores"] = [results.rounded(row["eval_score"]) for row in rows]
-        part = {"measured": {"topk": provenance(len(rows), {})}}
-        held = results.merge(arguments.out, {"topk": {layers: found}, **part})
+        held = results.merge(arguments.out, {"topk": {layers: found}, "measured": {"topk": provenance(len(rows), {})}})
         say(f"top {layers}: {steps} rollouts, held-out score {found['eval_score']:+.3f} {found['eval_scores']}")
         if arguments.out == LATEST:
             results.write_page(PAGE, held)

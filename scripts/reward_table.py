@@ -198,7 +198,7 @@ def row_words(row: Row) -> set[str]:
     return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
 
 
-def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: bool) -> list[tuple[Measure, dict[Text, float]]]:
+def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: bool) -> tuple[list[Measure], dict[Text, float]]:
     """He's measures over train + val: each fold by a model that saw none of its texts, words, or versions of them."""
     groups = [row for part in ("train", "val") for row in pool.rows("pungen_he2019", part) if "completions" in row]  # type: ignore[arg-type]
     keys = sorted({str(row.get("semeval_id") or row["id"]) for row in groups})
@@ -211,7 +211,7 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: b
         kept = [row for row in rows if not pun_words & row_words(row) and not any(map(index.has_near, texts_of(row)))]
         print(f"fold {fold + 1}: {len(rows) - len(kept)} of {len(rows)} rows left out", file=sys.stderr)
         scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), own_prompts), he_measures(out))
-    return [(measure, scores) for measure in he_measures(groups)]
+    return he_measures(groups), scores
 
 
 def variant(config: RewardConfig, rows: Sequence[Row], label: str) -> str:
@@ -247,8 +247,8 @@ def main() -> None:
 
         config = parse("reward", RewardConfig, ["--config", options.config])
         if options.folds:
-            results = cross_validated(config, pool, options.folds, options.prompts)
-            found, named["model"] = [measure for measure, _ in results], [results[0][1]]
+            found, scores = cross_validated(config, pool, options.folds, options.prompts)
+            named["model"] = [scores]
         else:
             rows = training_rows(config)
             kept = [row for row in rows if not from_source(row, options.leave_out) and in_share(row, options.share)]
