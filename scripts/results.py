@@ -160,8 +160,10 @@ def make(options: argparse.Namespace, name: str) -> None:
     from punster.config import EvaluateConfig
     from punster.errors import Aborted
     from punster.evaluate.compare import evaluate
+    from punster.safe import whole_file
     from punster.train.pipeline import commit, evaluation_config
 
+    verb, seed, changes = cells()[name]
     started, sampled = time.monotonic(), {"responses": 0, "tokens": 0}
     count_tokens(sampled)
     config = recipe(options)
@@ -176,7 +178,7 @@ def make(options: argparse.Namespace, name: str) -> None:
     shown = "base" if name == "base" else str(run or folder / "sft")
     settings = replace(
         settings, models=[shown], reference=str(folder / "sft"), gold=str(folder / "gold"), proxy=str(folder / judge_of(name)), out=None,
-        quiet=True, seed=cells()[name][1] if cells()[name][0] == "none" else 1, **best_of,
+        quiet=True, seed=seed if verb == "none" else 1, **best_of,
     )  # fmt: skip
     rows = evaluate(settings)
     data = hashlib.sha256((ROOT / "src" / "punster" / "data" / "puns.jsonl").read_bytes()).hexdigest()
@@ -184,16 +186,15 @@ def make(options: argparse.Namespace, name: str) -> None:
         "cell": name, "row": rows["models"][Path(shown).name], "best_of_n": rows.get("best_of_n"), "best_of": rows["models"].get("best_of_16"),
         "proxy": judge_of(name), "gold": "gold", "sampled": sampled, "train_seconds": round(trained, 1),
         "wall_seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak, 3), "aborted": json.loads((run / "summary.json").read_text()).get("aborted") if run else None,
-        "seed": cells()[name][1], "commit": commit(), "data_sha256": data, "scale": options.scale, "prompts": rows["prompts"],
-        "samples": rows["samples"], "decoding": rows["decoding"], "model": config.model, "settings": cells()[name][2],
+        "seed": seed, "commit": commit(), "data_sha256": data, "scale": options.scale, "prompts": rows["prompts"],
+        "samples": rows["samples"], "decoding": rows["decoding"], "model": config.model, "settings": changes,
     }  # fmt: skip
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     assert len(text) < 20_000
-    target = Path(options.results) / name
+    target = options.results / name
     target.mkdir(parents=True, exist_ok=True)
-    part = target / ".summary.json.part"
-    part.write_text(text)
-    part.replace(target / "summary.json")
+    with whole_file(target / "summary.json") as handle:
+        handle.write(text)
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------
