@@ -214,10 +214,9 @@ def ppo() -> Captured:
 
     def spy(*arguments: Any, **rest: Any) -> Any:
         frame = sys._getframe(1)
-        calls[0] += frame.f_code.co_name == "train"
-        if (
-            frame.f_code.co_name == "train" and calls[0] % 4 == 0
-        ):  # a micro-batch's fourth call: its clip fraction, after the step
+        inside = frame.f_code.co_name == "train"
+        calls[0] += inside
+        if inside and calls[0] % 4 == 0:  # a micro-batch's fourth call: its clip fraction, after the step
             seen.append({**frame.f_locals, "pg_clipfrac": original(*arguments, **rest)})
         return original(*arguments, **rest)
 

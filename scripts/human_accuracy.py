@@ -31,8 +31,7 @@ def puneval(folder: Path, cap: int = 20) -> Pairs:
     texts = json.loads((folder / "puneval" / "pun_generation.json").read_text())
     words = {}
     for kind in ("hom", "het"):
-        for identity, item in json.loads((folder / "puneval" / f"{kind}_dataset.json").read_text()).items():
-            words[identity] = item
+        words |= json.loads((folder / "puneval" / f"{kind}_dataset.json").read_text())
     pairs: Pairs = {}
     for identity, labelled in labels.items():
         if split.get(identity) != "val":

@@ -166,12 +166,9 @@ if __name__ == "__main__":
         ratings(folder)
     if "kao" in options.parts:
         rows = kao(pool)
-        columns = {
-            "ambiguity": [r["ambiguity"] for r, _ in pool.located("kao_puns")],
-            "distinctiveness": [r["distinctiveness"] for r, _ in pool.located("kao_puns")],
-        }
-        for name, values in columns.items():
-            puns = [i for i, row in enumerate(rows) if row[3] == "pun"]
+        puns = [i for i, row in enumerate(rows) if row[3] == "pun"]
+        for name in ("ambiguity", "distinctiveness"):
+            values = [r[name] for r, _ in pool.located("kao_puns")]
             both = spearman(values, [row[4] for row in rows]), spearman([values[i] for i in puns], [rows[i][4] for i in puns])
             print(f"the file's own {name}: all {both[0]:.3f}, puns {both[1]:.3f}")
         correlations(options.model, "Kao", rows, {"pun + non-pun": {"pun", "non"}, "pun": {"pun"}})
