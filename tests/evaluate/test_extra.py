@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 
 from punster.data import corpus
 from punster.evaluate import extra
-from punster.evaluate.overoptimisation import Fit, summary_of
 from punster.evaluate.report import overoptimisation_figure
 from punster.evaluate.success import Estimator
 from punster.evaluate.table import result_tables
@@ -72,7 +72,8 @@ def test_perplexity_is_of_the_corpus(tiny: tuple[Role, Tokenizer], monkeypatch: 
 
 
 def test_the_figure_shows_both_rewards_and_where_to_stop() -> None:
-    gold = Fit("rl", 0.7, 0.3, 1.0)
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "over_optimisation.py"))
+    gold, summary_of = script["Fit"]("rl", 0.7, 0.3, 1.0), script["summary_of"]
     kl = [0.0, 1.0, 4.0, 16.0, 64.0]
     rows = [{"step": i, "kl": k, "proxy": k**0.5, "gold": gold(k**0.5)} for i, k in enumerate(kl)]
     found = overoptimisation_figure(summary_of(rows, {"n": [1, 2, 4, 8], "gold": [0.0, 0.2, 0.3, 0.35]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -169,8 +170,6 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
 
 def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
     """Proxy and gold reward against sqrt(KL) over a run, with Gao's laws and best-of-n, as scripts/over_optimisation.py measured them."""
-    from punster.evaluate.overoptimisation import Fit
-
     kl = [number(k) or 0.0 for k in found.get("kl", [])]
     if len(kl) < 2:
         return None
@@ -180,9 +179,9 @@ def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
         for name, key in (("proxy", 1), ("gold", 2)):
             axes.plot(d, found[name], MARKERS[key], color=colour(key), label=name)
             if law := as_dict(found.get(f"fit_{name}")):
-                line = Fit("rl", law["a"], law["b"], law["r2"])
                 xs = [max(d) * i / 100 for i in range(101)]
-                axes.plot(xs, [line(x) for x in xs], "-", color=colour(key), linewidth=1.2)
+                ys = [x * (law["a"] - law["b"] * math.log(x)) if x > 0 else 0.0 for x in xs]
+                axes.plot(xs, ys, "-", color=colour(key), linewidth=1.2)
         if best := as_dict(found.get("best_of_n")):
             axes.plot([k**0.5 for k in best["kl"]], best["gold"], "--.", color=colour(0), label="best of n, gold")
 
