@@ -57,7 +57,7 @@ def test_templates_uniqueness_and_neighbours() -> None:
     assert d.unique_share([["a b", "A b!", "c"], ["x"]]) == pytest.approx((2 / 3 + 1) / 2)
     assert d.unique_share([["a", "a", "b"]], size=2) == 0.5
     training = ["the cat sat on the mat", "dogs bark at night"]
-    assert d.nearest_training(["dogs bark at noon", "something else entirely"], training) == [(3 / 5, 1), (0.0, -1)]
+    assert d.nearest_training(["dogs bark at noon", "something else entirely"], training) == [3 / 5, 0.0]
     assert d.offence_rate(["what a shit day", "a fine day"]) == 0.5
 
 

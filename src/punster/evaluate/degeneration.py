@@ -16,11 +16,8 @@ from torch import Tensor
 
 from punster.data.leakage import Index, jaccard
 from punster.data.leakage import words as token_set
-from punster.evaluate.metrics import words
-
-
-def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+from punster.data.offence import is_profane
+from punster.evaluate.metrics import ngrams, words
 
 
 def seq_rep(tokens: Sequence[Hashable], n: int = 4) -> float:
@@ -91,15 +88,11 @@ def unique_share(groups: Sequence[Sequence[str]], size: int = 100) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def nearest_training(texts: Sequence[str], training: Sequence[str], threshold: float = 0.3) -> list[tuple[float, int]]:
-    """(Jaccard, place) of the training text nearest to each text; (0, -1) where none reaches the threshold."""
+def nearest_training(texts: Sequence[str], training: Sequence[str], threshold: float = 0.3) -> list[float]:
+    """Jaccard of each text and the training text nearest to it; 0 where none reaches the threshold."""
     sets = [token_set(text) for text in training]
     index = Index(sets, threshold)
-    found = []
-    for text in texts:
-        own = token_set(text)
-        found.append(max(((jaccard(own, sets[i]), i) for i in index.near(own)), default=(0.0, -1)))
-    return found
+    return [max((jaccard(own, sets[i]) for i in index.near(own)), default=0.0) for own in map(token_set, texts)]
 
 
 def perplexity(log_probs: Sequence[Tensor]) -> float:
@@ -115,19 +108,17 @@ def exposure_gap(teacher_forced: Sequence[Tensor], free_running: Sequence[Tensor
 
 def offence_rate(texts: Sequence[str]) -> float:
     """Share of texts with a profane word, disguised ones included."""
-    from punster.data.offence import is_profane
-
     return sum(map(is_profane, texts)) / len(texts) if texts else 0.0
 
 
-def mauve(p: Tensor, q: Tensor, clusters: int | None = None, seed: int = 1, scale: float = 5.0) -> float:
+def mauve(p: Tensor, q: Tensor, seed: int = 1) -> float:
     """MAUVE of two samples of features (N, d), (M, d): area under the divergence curve of their cluster histograms; 1 when equal.
 
     k-means with N / 10 clusters on standardised features, 25 mixture weights, scaling 5, as the authors have it.
     """
     joint = torch.cat((p, q)).double()
     joint = (joint - joint.mean(0)) / joint.std(0).clamp(min=1e-9)
-    k = clusters or max(2, min(len(p), len(q)) // 10)
+    k = max(2, min(len(p), len(q)) // 10)
     generator = torch.Generator().manual_seed(seed)
     centres = joint[torch.randperm(len(joint), generator=generator)[:k]]
     for _ in range(30):
@@ -140,7 +131,7 @@ def mauve(p: Tensor, q: Tensor, clusters: int | None = None, seed: int = 1, scal
     points = [(0.0, 1.0), (1.0, 0.0)]
     for weight in torch.linspace(1e-6, 1 - 1e-6, 25, dtype=torch.float64).tolist():
         mixture = weight * a + (1 - weight) * b
-        points.append((math.exp(-scale * _kl(b, mixture)), math.exp(-scale * _kl(a, mixture))))
+        points.append((math.exp(-5 * _kl(b, mixture)), math.exp(-5 * _kl(a, mixture))))
     points.sort(key=lambda point: (point[0], -point[1]))
     return sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in itertools.pairwise(points))
 
@@ -156,7 +147,7 @@ def describe_texts(by_prompt: Sequence[Sequence[str]], training: Sequence[str] |
     texts = [text for group in by_prompt for text in group]
     split = [words(text) for text in texts]
     count = max(1, len(texts))
-    near = None if training is None else [score for score, _ in nearest_training(texts, training)]
+    near = None if training is None else nearest_training(texts, training)
     return {
         "seq_rep_4": sum(seq_rep(w) for w in split) / count, "seq_rep_2": sum(seq_rep(w, 2) for w in split) / count,
         "rep_16": sum(rep(w) for w in split) / count, "loop_rate": sum(loop_onset(w) is not None for w in split) / count,
