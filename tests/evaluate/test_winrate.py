@@ -18,9 +18,9 @@ from punster.evaluate.winrate import (
     kappa,
     length_controlled,
     logistic_fit,
-    paired_test,
     prompts_needed,
     sign_test,
+    versus,
     wilson,
     win_share,
 )
@@ -102,7 +102,7 @@ def test_sign_test_by_enumeration() -> None:
         extreme = sum(abs(2 * heads - count) >= abs(wins - losses) for heads in flips) / 2**count
         assert sign_test(wins, losses) == pytest.approx(extreme)
         assert sign_test(wins, losses) == sign_test(losses, wins)
-    assert paired_test([1.0, 0.75, 0.5, 0.25]) == sign_test(2, 1)
+    assert versus([1.0, 0.75, 0.5, 0.25], [0.0] * 4)["sign_test"] == sign_test(2, 1)
 
 
 def test_sample_sizes_of_the_literature() -> None:

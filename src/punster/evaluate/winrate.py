@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 Interval = dict[str, float]
+LEVEL = 0.95  # of every interval and test
 ELO = 400 / math.log(10)  # points of a logit
 
 
-def percentiles(mean: float, drawn: Tensor, level: float = 0.95) -> Interval:
+def percentiles(mean: float, drawn: Tensor) -> Interval:
     """An interval out of resampled values (B,)."""
-    edges = torch.quantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=drawn.dtype))
+    edges = torch.quantile(drawn, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=drawn.dtype))
     return {"mean": mean, "low": float(edges[0]), "high": float(edges[1])}
 
 
-def bootstrap(per_prompt: Sequence[float], seed: int = 1, resamples: int = 2000, level: float = 0.95) -> Interval:
+def bootstrap(per_prompt: Sequence[float], seed: int = 1, resamples: int = 2000) -> Interval:
     """Mean over prompts with its percentile bootstrap interval."""
     values = torch.tensor(list(per_prompt), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    return percentiles(float(values.mean()), values[drawn].mean(1), level)
+    return percentiles(float(values.mean()), values[drawn].mean(1))
 
 
 def win_share(a: Sequence[float], b: Sequence[float]) -> float:
@@ -37,10 +38,10 @@ def win_share(a: Sequence[float], b: Sequence[float]) -> float:
     return float(((mine[:, None] > theirs) + 0.5 * (mine[:, None] == theirs)).double().mean())
 
 
-def wilson(shares: Sequence[float], level: float = 0.95) -> Interval:
+def wilson(shares: Sequence[float]) -> Interval:
     """Wilson's score interval (1927) of a mean share, one share a prompt; ties count half, which makes it conservative."""
     count, mean = len(shares), sum(shares) / len(shares)
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
@@ -53,17 +54,12 @@ def sign_test(wins: int, losses: int) -> float:
     return float(min(1.0, 2 * tail))
 
 
-def paired_test(shares: Sequence[float]) -> float:
-    """The sign test of shares, one a prompt: ties say nothing."""
-    return sign_test(sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares))
-
-
-def prompts_needed(rate: float, power: float = 0.8, level: float = 0.95) -> int | None:
-    """Prompts at which a two-sided test against 50 % finds a true win rate with this power (normal approximation); of 50 %, None."""
+def prompts_needed(rate: float) -> int | None:
+    """Prompts at which a two-sided test against 50 % finds a true win rate with 80 % power (normal approximation); of 50 %, None."""
     if rate == 0.5:
         return None
     z = NormalDist().inv_cdf
-    root = z((1 + level) / 2) * 0.5 + z(power) * math.sqrt(rate * (1 - rate))
+    root = z((1 + LEVEL) / 2) * 0.5 + z(0.8) * math.sqrt(rate * (1 - rate))
     return math.ceil(math.pow(root / (rate - 0.5), 2))
 
 
@@ -129,10 +125,11 @@ def length_controlled(shares: Sequence[float], longer: Sequence[float], seed: in
 def versus(shares: Sequence[float], longer: Sequence[float], seed: int = 1) -> dict[str, Any]:
     """What shares won against one opponent, one a prompt, amount to."""
     rate = bootstrap(shares, seed)
+    wins, losses = sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)
     return {
         "win_rate": rate, "wilson": wilson(shares), "length_controlled": length_controlled(shares, longer, seed),
-        "wins": sum(s > 0.5 for s in shares), "ties": sum(s == 0.5 for s in shares), "losses": sum(s < 0.5 for s in shares),
-        "sign_test": paired_test(shares), "prompts_needed": prompts_needed(rate["mean"]),
+        "wins": wins, "ties": sum(share == 0.5 for share in shares), "losses": losses,
+        "sign_test": sign_test(wins, losses), "prompts_needed": prompts_needed(rate["mean"]),
     }  # fmt: skip
 
 
