@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 
 import torch
@@ -59,16 +59,16 @@ class Estimator:
         return (x @ weights[:-1] + weights[-1]).sigmoid()
 
 
-def labelled(pool: Pool, part: Part = PART) -> list[Labelled]:
-    """The labels of one part: PunEval's outputs and human texts, and He's sentences with success votes."""
+def labelled(pool: Pool) -> list[Labelled]:
+    """The labels of the part: PunEval's outputs and human texts, and He's sentences with success votes."""
     rows = []
-    for row in pool.rows("puneval", part):
+    for row in pool.rows("puneval", PART):
         if kind_of(row) == "group":  # score = success + (funniness - 1) / 10, funniness 1 to 5
             for text, score, system in zip(row["completions"], row["scores"], row["systems"], strict=True):
                 rows.append(Labelled(text, float(score >= 0.95), row["semeval_id"], system.split("/")[0]))
     # A pair of words whose mirror image is in another part (role-roll, roll-role) is left out.
-    elsewhere = {_pair(row) for row, its in pool.located("pungen_he2019") if its != part}
-    for row in pool.rows("pungen_he2019", part):
+    elsewhere = {_pair(row) for row, its in pool.located("pungen_he2019") if its != PART}
+    for row in pool.rows("pungen_he2019", PART):
         if kind_of(row) == "text" and "success" in row and _pair(row) not in elsewhere:
             name = row["system"] if row["system"] != "human" else "human_he"
             rows.append(Labelled(row["text"], row["success"], row["id"].split("/")[1], name))
@@ -97,11 +97,11 @@ def features(role: Role, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     return found
 
 
-def fit(x: Tensor, y: Tensor, penalty: float = PENALTY) -> tuple[Tensor, Tensor, Tensor]:
-    """Ridge logistic regression by Newton steps: (weights and intercept, centre, scale); y in [0, 1]. Its mean estimate is the mean of y."""
+def fit(x: Tensor, y: Tensor) -> Estimator:
+    """Ridge logistic regression by Newton steps of y in [0, 1]. Its mean estimate is the mean of y; its errors are not known yet."""
     centre, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     z = torch.cat(((x - centre) / scale, x.new_ones(len(x), 1)), 1)
-    ridge = penalty * torch.eye(z.shape[1], dtype=z.dtype)
+    ridge = PENALTY * torch.eye(z.shape[1], dtype=z.dtype)
     ridge[-1, -1] = 1e-6
     weights = z.new_zeros(z.shape[1])
     for _ in range(50):
@@ -110,24 +110,17 @@ def fit(x: Tensor, y: Tensor, penalty: float = PENALTY) -> tuple[Tensor, Tensor,
         weights = weights - step.clamp(-2, 2)
         if float(step.abs().max()) < 1e-10:
             break
-    return weights, centre, scale
+    return Estimator(weights.tolist(), centre.tolist(), scale.tolist(), {})
 
 
 def fit_estimator(x: Tensor, rows: Sequence[Labelled]) -> Estimator:
     """The estimator, with its errors on every machine that is left out of the fit in turn."""
     y = torch.tensor([row.success for row in rows], dtype=torch.float64)
-
-    def without(system: str) -> Estimator:
-        kept = torch.tensor([row.system != system for row in rows])
-        weights, centre, scale = fit(x[kept], y[kept])
-        return Estimator(weights.tolist(), centre.tolist(), scale.tolist(), {})
-
     errors = {}
     for system in sorted({row.system for row in rows if not row.system.startswith("human")}):
         own = torch.tensor([row.system == system for row in rows])
-        errors[system] = float(without(system).probabilities(x[own]).mean() - y[own].mean())
-    whole = without("")
-    return Estimator(whole.weights, whole.centre, whole.scale, errors)
+        errors[system] = float(fit(x[~own], y[~own]).probabilities(x[own]).mean() - y[own].mean())
+    return replace(fit(x, y), errors=errors)
 
 
 @dataclass(frozen=True)
