@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from punster.algorithms.bestofn import best_of_win_share, kl_bound, selection_weights
+from punster.algorithms.bestofn import best_of_n, best_of_win_share, kl_bound
 from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example, prefix_batches
@@ -282,8 +282,7 @@ def best_of_row(
     n, size = config.best_of, len(proxy[0])
     expected, shares, chosen = [], [], []
     for row, (proxy_row, gold_row) in enumerate(zip(proxy, gold, strict=True)):
-        weights = selection_weights(proxy_row, n)
-        expected.append([sum(w * g for w, g in zip(weights, gold_row, strict=True))])
+        expected.append([best_of_n(proxy_row, gold_row, n)])
         shares.append(best_of_win_share(proxy_row, gold_row, n))
         for start in range(0, size - n + 1, n):
             best = max(range(start, start + n), key=lambda i: proxy_row[i])
@@ -299,10 +298,7 @@ def best_of_row(
 def best_of_curve(proxy: list[list[float]], gold: list[list[float]]) -> dict[str, list[float]]:
     """Expected gold reward for every power of two up to the pool size."""
     sizes = [2**i for i in range(20) if 2**i <= len(proxy[0])]
-    means = []
-    for n in sizes:
-        expected = [sum(w * g for w, g in zip(selection_weights(p, n), q, strict=True)) for p, q in zip(proxy, gold, strict=True)]
-        means.append(sum(expected) / len(expected))
+    means = [sum(best_of_n(p, q, n) for p, q in zip(proxy, gold, strict=True)) / len(proxy) for n in sizes]
     return {"n": [float(n) for n in sizes], "gold": means, "kl_bound": [kl_bound(n) for n in sizes]}
 
 
