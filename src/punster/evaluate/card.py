@@ -1,8 +1,4 @@
-"""What a run folder holds, read with tolerance, and the model card (README.md) that is made of it.
-
-Two kinds of folder: a pipeline run, with stage folders and a summary of compared models, and the run of a single verb.
-A missing or damaged part is left out. All text is scrubbed of terminal control characters as it is read.
-"""
+"""The model card (README.md) of a run folder."""
 
 from __future__ import annotations
 
@@ -16,12 +12,14 @@ from typing import Any
 
 import yaml
 
+from punster.evaluate.figures import curves_of
 from punster.evaluate.folder import (
     LICENCES,
     METHODS,
     SHOWN_SETTINGS,
     SIZES,
     RunData,
+    accuracy_table,
     base_of,
     chain,
     commands,
@@ -29,18 +27,16 @@ from punster.evaluate.folder import (
     final_figures,
     last_samples,
     listed,
-    prompt_text,
     read_run,
     seconds_text,
     side_by_side,
     usage,
     versions,
 )
-from punster.evaluate.table import as_dict, judge_sentences, label, result_tables, show
+from punster.evaluate.table import as_dict, judge_sentences, label, result_tables
 from punster.model.load import BUILT_IN
 
 
-# ---- the card -------------------------------------------------------------------------------------------------------
 def md(text: Any) -> str:
     """Text that stays text in Markdown and in its tables: no HTML, no formatting, no links, one line."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
@@ -144,11 +140,10 @@ def _results(run: RunData) -> list[str]:
         parts += [md(line) for line in judge_sentences(run.summary)]
     elif figures := final_figures(run):
         parts.append(md_table(["Figure", "Value"], [[md(k), v] for k, v in figures.items()]))
-    if accuracies := run.accuracies:
-        kinds = list(dict.fromkeys(k for a in accuracies.values() for k in a))
-        body = [[md(k.replace("_", " ")), *(show(a.get(k), 1, percent=True) for a in accuracies.values())] for k in kinds]
+    names, accuracies = accuracy_table(run)
+    if accuracies:
         parts.append("Accuracy of the reward models on held-out pairs, by kind of rejected text (50 % is chance):")
-        parts.append(md_table(["Rejected text", *(md(label(n)) for n in accuracies)], body))
+        parts.append(md_table(["Rejected text", *map(md, names)], [list(map(md, row)) for row in accuracies]))
     return ["## Results", *filter(None, parts)] if parts else []
 
 
@@ -158,7 +153,7 @@ def _samples(run: RunData) -> list[str]:
         body = [[md(p), *(md(cells[m][0]) if m in cells else "–" for m in models)] for p, cells in table]
         head = ["Prompt", *(md(label(m)) for m in models)]
         return ["## Samples", "The first sample to each of the first prompts, not selected.", md_table(head, body)]
-    rows = [[md(prompt_text(r.get("prompt", ""))), md(r["completion"]), show(r.get("score"))] for r in last_samples(run, 5)]
+    rows = [list(map(md, row)) for row in last_samples(run, 5)]
     return ["## Samples", md_table(["Prompt", "Completion", "Score"], rows)] if rows else []
 
 
@@ -195,14 +190,11 @@ def source_line(name: str) -> str:
 
 def _curves(run: RunData) -> list[list[str]]:
     """Every curve of the report as a line of blocks."""
-    from punster.evaluate.figures import CURVES, points_of
-
     rows = []
-    for metric, verbs, title, *_ in CURVES:
-        for stage in run.stages:
-            values = [y for _, y in points_of(stage, metric)]
-            if stage.verb in verbs and len(values) >= 2:
-                rows.append([md(title), md(label(stage.name)), blocks(values), f"{values[0]:.3g}", f"{values[-1]:.3g}"])
+    for curve, lines in curves_of(run):
+        for stage, points in lines:
+            values = [y for _, y in points]
+            rows.append([md(curve.title), md(label(stage.name)), blocks(values), f"{values[0]:.3g}", f"{values[-1]:.3g}"])
     return rows
 
 

@@ -5,31 +5,42 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from punster.evaluate.folder import RunData, Stage
 from punster.evaluate.table import as_dict, label, number
 
-# (key of metrics.jsonl, verbs that write it, title, unit of the axis, what to look for)
+
+class Curve(NamedTuple):
+    """A metric over the steps of a run."""
+
+    metric: str  # key of metrics.jsonl
+    verbs: tuple[str, ...]  # that write it
+    title: str
+    unit: str  # of the axis
+    caption: str  # what to look for
+
+
+Points = list[tuple[float, float]]
 POLICY = ("ppo", "grpo")
-CURVES: tuple[tuple[str, tuple[str, ...], str, str, str], ...] = (
-    ("objective/scores", POLICY, "Reward while training", "mean score",
+CURVES = (
+    Curve("objective/scores", POLICY, "Reward while training", "mean score",
      "The score that is trained against should rise and level off. A rise alone is not success: only the gold reward, which no training saw, can show that."),
-    ("objective/exact_kl", POLICY, "Exact KL to the SFT model", "nats per response",
+    Curve("objective/exact_kl", POLICY, "Exact KL to the SFT model", "nats per response",
      "It starts at 0 and should grow slowly. A sudden jump means that the policy left the language it started from."),
-    ("objective/entropy_per_token", POLICY, "Entropy", "nats per token",
+    Curve("objective/entropy_per_token", POLICY, "Entropy", "nats per token",
      "A slow fall is normal. A fall towards 0 means collapse: the same few puns over and over."),
-    ("length", POLICY, "Length of responses", "tokens",
+    Curve("length", POLICY, "Length of responses", "tokens",
      "It should stay near the SFT model's. A drift up or down often means that the reward likes length, not puns."),
-    ("loss", ("sft", "distill"), "Loss of supervised fine-tuning", "nats per token",
+    Curve("loss", ("sft", "distill"), "Loss of supervised fine-tuning", "nats per token",
      "It falls fast, then slowly. A very low loss means that the model recites the training puns."),
-    ("loss", ("reward",), "Loss of the reward models", "Bradley-Terry loss",
+    Curve("loss", ("reward",), "Loss of the reward models", "Bradley-Terry loss",
      "It starts near ln 2 = 0.69, the loss of a coin toss, and should fall clearly below."),
-    ("accuracy", ("reward",), "Accuracy of the reward models", "share of pairs",
+    Curve("accuracy", ("reward",), "Accuracy of the reward models", "share of pairs",
      "Share of training pairs in which the preferred text scores higher; 0.5 is chance. Near 1 at once means that the pairs are too easy."),
-    ("loss", ("dpo",), "Loss of DPO", "loss", "With the sigmoid loss it starts at ln 2 = 0.69 and falls."),
-    ("rewards/margins", ("dpo",), "Margins of DPO", "implicit reward, preferred - rejected",
+    Curve("loss", ("dpo",), "Loss of DPO", "loss", "With the sigmoid loss it starts at ln 2 = 0.69 and falls."),
+    Curve("rewards/margins", ("dpo",), "Margins of DPO", "implicit reward, preferred - rejected",
      "It starts at 0 and should rise. Very large margins mean that the pairs are memorised."),
 )  # fmt: skip
 INK, GRID = "#010101", "#020202"  # stand-ins that become CSS variables in the finished SVG
@@ -40,8 +51,8 @@ def colour(hue: int) -> str:
     return f"#0300{hue:02x}"
 
 
-def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> str:
-    """A figure as inline SVG: no clip paths, metadata or name spaces, ids with their own prefix, colours from CSS."""
+def figure(key: str, title: str, caption: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> dict[str, str]:
+    """What a page shows of a figure, as inline SVG: no clip paths, metadata or name spaces, ids with their own prefix, colours from CSS."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -70,10 +81,25 @@ def figure(key: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> s
     svg = re.sub(r' id="([^"]*)"', rf' id="{key}-\1"', svg).replace('xlink:href="#', f'href="#{key}-')
     svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
     svg = re.sub(r"#0300(\d\d)", lambda m: f"var(--hue{int(m[1])})", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{key}-title"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{key}-title"', 1)
+    return {"key": key, "title": title, "svg": svg, "caption": caption}
 
 
-def curve(key: str, ylabel: str, run: RunData, lines: list[tuple[Stage, list[tuple[float, float]]]]) -> str:
+def curves_of(run: RunData) -> Iterator[tuple[Curve, list[tuple[Stage, Points]]]]:
+    """Every curve that some stage has two points of: (step, value) wherever both are finite numbers."""
+    for curve in CURVES:
+        found = []
+        for stage in run.stages:
+            rows = stage.metrics if stage.verb in curve.verbs else []
+            pairs = [(number(row.get("step")), number(row.get(curve.metric))) for row in rows]
+            points = [(x, y) for x, y in pairs if x is not None and y is not None]
+            if len(points) >= 2:
+                found.append((stage, points))
+        if found:
+            yield curve, found
+
+
+def curve_figure(run: RunData, curve: Curve, lines: list[tuple[Stage, Points]]) -> dict[str, str]:
     """Lines over steps; long noisy ones pale, with a running mean on top."""
 
     def draw(axes: Any) -> None:
@@ -82,43 +108,21 @@ def curve(key: str, ylabel: str, run: RunData, lines: list[tuple[Stage, list[tup
             xs, ys = zip(*points, strict=True)
             width = len(ys) // 12
             # Marker and dashes tell lines apart without colour.
-            style = {
-                "color": colour(hue),
-                "linestyle": ("-", "--")[hue % 2],
-                "marker": MARKERS[hue],
-                "markersize": 3.5 if len(ys) <= 30 else 0,
-            }
+            style = {"color": colour(hue), "linestyle": ("-", "--")[hue % 2]}
             if width < 3:
-                axes.plot(xs, ys, label=label(stage.name), linewidth=1.6, **style)
+                size = 3.5 if len(ys) <= 30 else 0
+                axes.plot(xs, ys, label=label(stage.name), linewidth=1.6, marker=MARKERS[hue], markersize=size, **style)
                 continue
             reach = [min(width, i, len(ys) - 1 - i) for i in range(len(ys))]  # symmetric, so that the ends are not bent
             means = [sum(ys[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
             axes.plot(xs, ys, color=style["color"], linewidth=0.7, alpha=0.45)
-            axes.plot(xs, means, label=label(stage.name), linewidth=1.8, color=style["color"], linestyle=style["linestyle"])
+            axes.plot(xs, means, label=label(stage.name), linewidth=1.8, **style)
 
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return figure(key, draw, "step", ylabel)
-
-
-def points_of(stage: Stage, metric: str) -> list[tuple[float, float]]:
-    """(step, value) of a metric wherever both are finite numbers."""
-    pairs = [(number(row.get("step")), number(row.get(metric))) for row in stage.metrics]
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
-
-
-def curve_figures(run: RunData) -> list[dict[str, str]]:
-    """Every curve for which some stage has at least two points."""
-    found = []
-    for index, (metric, verbs, title, unit, caption) in enumerate(CURVES):
-        runs = [(s, points) for s in run.stages if s.verb in verbs and len(points := points_of(s, metric)) >= 2]
-        if runs:
-            key = f"curve{index}"
-            ends = "; ".join(f"{label(s.name)} {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in runs)
-            found.append(
-                {"key": key, "title": title, "svg": curve(key, unit, run, runs), "caption": f"{caption} First to last: {ends}."}
-            )
-    return found
+    ends = "; ".join(f"{label(s.name)} {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in lines)
+    caption = f"{curve.caption} First to last: {ends}."
+    return figure(f"curve{CURVES.index(curve)}", curve.title, caption, draw, "step", curve.unit)
 
 
 def frontier_figure(run: RunData) -> dict[str, str] | None:
@@ -143,13 +147,8 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
         if line:
             axes.plot(*zip(*line, strict=True), "--.", color=colour(run.hue("best_of")), linewidth=1.4, label="best of n (bound)")
         for name, x, y, bars in points:
-            style = {
-                "fmt": MARKERS[run.hue(name)],
-                "color": colour(run.hue(name)),
-                "markersize": 7,
-                "capsize": 3,
-                "linewidth": 1.4,
-            }
+            hue = run.hue(name)
+            style = {"fmt": MARKERS[hue], "color": colour(hue), "markersize": 7, "capsize": 3, "linewidth": 1.4}
             axes.errorbar([x], [y], yerr=bars, label=label(name), **style)
         largest = max(x for x, *_ in [*line, *((x, y) for _, x, y, _ in points)])
         # A square-root axis spreads the small KLs, where best-of-n lives, and makes its law nearly straight.
@@ -158,14 +157,13 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xticks(root_ticks(largest))
 
-    title = "Gold reward against exact KL"
     caption = (
         "Up is better, left is closer to the SFT model; bars are 95 % intervals. The dashed line is best-of-n sampling at its KL "
         "bound: a trained model near or above it spends its KL well; one far to the right and not higher has over-optimised the "
         "reward it was trained against. Square-root axis."
     )
-    svg = figure("frontier", draw, "exact KL to SFT (nats per response)", "gold reward")
-    return {"key": "frontier", "title": title, "svg": svg, "caption": caption}
+    title = "Gold reward against exact KL"
+    return figure("frontier", title, caption, draw, "exact KL to SFT (nats per response)", "gold reward")
 
 
 def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
@@ -189,8 +187,8 @@ def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
         "Gains over the start. As long as both rise, the proxy is worth climbing; where gold turns down while the proxy goes on, the policy "
         f"exploits the proxy's errors. Lines: R = d (a - b log d). Gold is highest at step {found.get('stop', '–')}: the step at which to stop."
     )
-    svg = figure("overoptimisation", draw, "square root of the exact KL to SFT", "gain in reward")
-    return {"key": "overoptimisation", "title": "Over-optimisation: proxy and gold", "svg": svg, "caption": caption}
+    title = "Over-optimisation: proxy and gold"
+    return figure("overoptimisation", title, caption, draw, "square root of the exact KL to SFT", "gain in reward")
 
 
 def root_ticks(largest: float) -> list[float]:

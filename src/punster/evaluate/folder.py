@@ -1,4 +1,8 @@
-"""What a run folder holds, read forgivingly and made safe to show: for the report and the model card."""
+"""What a run folder holds, read forgivingly and made safe to show: for the report and the model card.
+
+Two kinds of folder: a pipeline run, with stage folders and a summary of compared models, and the run of a single verb.
+A missing or damaged part is left out. All text is scrubbed of terminal control characters as it is read.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ import yaml
 
 from punster import __version__
 from punster.errors import UserError
-from punster.evaluate.table import as_dict, label, number
+from punster.evaluate.table import as_dict, label, number, show
 from punster.model.load import ALIASES, BUILT_IN
 from punster.safe import scrub
 
@@ -116,11 +120,8 @@ def read_run(folder: Path) -> RunData:
     config_file = folder / "config.yaml"
     config, verb = _read_config(config_file)
     pipeline = "models" in summary or bool(names) or verb == "run"
-    place = folder.resolve()
-    try:
-        shown = place.relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        shown = f"{place.parent.name}/{place.name}"
+    place, here = folder.resolve(), Path.cwd()
+    shown = place.relative_to(here).as_posix() if place.is_relative_to(here) else f"{place.parent.name}/{place.name}"
     shown = shlex.quote(" ".join(scrub(shown).split()))
     stages = [_read_stage(folder / name, name) for name in names] if pipeline else [_read_stage(folder, place.name)]
     return RunData(
@@ -215,24 +216,34 @@ def prompt_text(prompt: Any) -> str:
     return str(prompt)
 
 
-def side_by_side(run: RunData, count: int) -> tuple[list[str], list[tuple[str, dict[str, tuple[str, float | None]]]]]:
-    """Model names, and for the first prompts each model's first completion with its gold reward."""
-    table: dict[str, dict[str, tuple[str, float | None]]] = {}
+def side_by_side(run: RunData, count: int) -> tuple[list[str], list[tuple[str, dict[str, tuple[str, str]]]]]:
+    """Model names, and for the first prompts each model's first completion with its gold reward, if that is known."""
+    table: dict[str, dict[str, tuple[str, str]]] = {}
     for row in run.samples:
         texts, gold = row.get("completions"), row.get("gold")
         if "model" in row and isinstance(texts, list) and texts:
             score = number(gold[0]) if isinstance(gold, list) and gold else None
-            table.setdefault(prompt_text(row.get("prompt", "")), {}).setdefault(str(row["model"]), (str(texts[0]), score))
+            cell = (str(texts[0]), "" if score is None else show(score))
+            table.setdefault(prompt_text(row.get("prompt", "")), {}).setdefault(str(row["model"]), cell)
     chosen = list(table.items())[:count]
     found = {name for _, cells in chosen for name in cells}
     return [n for n in dict.fromkeys((*run.models, *sorted(found))) if n in found], chosen
 
 
-def last_samples(run: RunData, count: int) -> list[dict[str, Any]]:
-    """Of a single verb's run: the last step's samples, those to held-out prompts if there are any."""
+def last_samples(run: RunData, count: int) -> list[list[str]]:
+    """Of a single verb's run: prompt, completion and score of the last step's samples, those to held-out prompts if there are any."""
     rows = [r for r in run.samples if isinstance(r.get("completion"), str)]
     rows = [r for r in rows if r.get("held_out")] or rows
-    return [r for r in rows if r.get("step") == rows[-1].get("step")][:count] if rows else []
+    rows = [r for r in rows if r.get("step") == rows[-1].get("step")]
+    return [[prompt_text(r.get("prompt", "")), r["completion"], show(r.get("score"))] for r in rows[:count]]
+
+
+def accuracy_table(run: RunData) -> tuple[list[str], list[list[str]]]:
+    """Names of the reward models, and a row for each kind of rejected text: its name and their accuracies on it."""
+    accuracies = run.accuracies
+    kinds = dict.fromkeys(kind for given in accuracies.values() for kind in given)
+    rows = [[kind.replace("_", " "), *(show(a.get(kind), 1, percent=True) for a in accuracies.values())] for kind in kinds]
+    return [label(name) for name in accuracies], rows
 
 
 def base_of(run: RunData) -> tuple[str, str]:
