@@ -66,8 +66,8 @@ def write_card(folder: Path) -> Path:
 
 def _head(run: RunData) -> str:
     base, _ = base_of(run)
-    own = not all(d == "embedded" or ((parts := mixture_sources(d)) and all(map(is_open, parts))) for d in data_used(run))
-    licence = "other" if own else LICENCES.get(base, "other")
+    free = all(sources and all(map(is_open, sources)) for sources in sources_used(run).values())
+    licence = LICENCES.get(base, "other") if free else "other"
     head: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
     head |= {"model_name": run.name, "library_name": "punster", "language": ["en"]}
     head["pipeline_tag"] = "text-generation" if run.policies else "text-classification"
@@ -94,10 +94,9 @@ def _body(run: RunData) -> list[str]:
         parts += ["## Method", "\n".join(methods), "Low-rank adapters (Hu et al. 2021) on frozen weights." if lora else ""]
     licence = LICENCES.get(base, "not known to punster: see its own card")
     unknown = "the user's own data; whether results may be passed on depends on its licence, which punster does not know."
-    used = data_used(run)
-    sources = list(dict.fromkeys(source for d in used for source in ([d] if d == "embedded" else mixture_sources(d))))
-    data = [source_line(source) for source in sources or (["embedded"] if not used else [])]
-    data += [f"- {code(d)}: {unknown}" for d in used if d != "embedded" and not mixture_sources(d)]
+    used = sources_used(run) or {"embedded": ["embedded"]}
+    data = [source_line(source) for source in dict.fromkeys(source for sources in used.values() for source in sources)]
+    data += [f"- {code(name)}: {unknown}" for name, sources in used.items() if not sources]
     data.append(f"- Base model: {md(base or 'local')}, licence: {licence}.")
     limits = (
         "A small model: it often writes sentences that are no pun or make no sense, knows little, and must not be asked for facts. "
@@ -157,12 +156,16 @@ def _samples(run: RunData) -> list[str]:
     return ["## Samples", md_table(["Prompt", "Completion", "Score"], rows)] if rows else []
 
 
-def mixture_sources(name: str) -> list[str]:
-    """The sources of a mixture that comes with punster ("puns" is one for each kind of data); none for anything else."""
+def sources_used(run: RunData) -> dict[str, list[str]]:
+    """The data that a run learned from, with the sources of mixtures that come with punster; none of what is the user's own."""
     from punster.data.mix import DEFAULTS, built_in, load_mixture
 
-    recipes = list(DEFAULTS.values()) if name == "puns" else [name] if name in built_in() else []
-    return list(dict.fromkeys(part.source for recipe in recipes for part in load_mixture(recipe).parts))
+    found = {}
+    for name in data_used(run):
+        recipes = list(DEFAULTS.values()) if name == "puns" else [name] if name in built_in() else []
+        parts = dict.fromkeys(part.source for recipe in recipes for part in load_mixture(recipe).parts)
+        found[name] = ["embedded"] if name == "embedded" else list(parts)
+    return found
 
 
 def is_open(source: str) -> bool:

@@ -69,12 +69,10 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
     texts = load_prompts(prompts if prompts is not None else config.prompts, "test", config.quiet)
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
-    paths = {label_of(path): path for path in config.models}
-    if len(paths) < len(set(config.models)) or (
-        label_of(reference_path) in paths and Path(paths[label_of(reference_path)]).resolve() != Path(reference_path).resolve()
-    ):
+    paths, reference_label = {label_of(path): path for path in config.models}, label_of(reference_path)
+    namesake = paths.get(reference_label, reference_path)
+    if len(paths) < len(set(config.models)) or Path(namesake).resolve() != Path(reference_path).resolve():
         raise UserError("two different runs have the same folder name: the table could not tell them apart; copy or rename one")
-    reference_label = label_of(reference_path)
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = training_texts(reference_path)
     extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
@@ -154,9 +152,7 @@ def label_of(path: str) -> str:
     return Path(path).name.removesuffix(".jsonl")
 
 
-def written(
-    path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer, limit: int
-) -> Rollout:  # fmt: skip
+def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer, limit: int) -> Rollout:
     """Texts of a file (rows of prompt and completion) as if a model had written them."""
     given: dict[str, list[str]] = {}
     for row in read_rows(path, "sft"):

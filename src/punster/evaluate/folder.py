@@ -276,10 +276,10 @@ def commands(run: RunData) -> list[str]:
             lines.append(f"punster run {run.shown}/config.yaml --name again")
         if policies := run.policies:
             options = f" --gold {run.shown}/gold" if any(s.name == "gold" for s in run.stages) else ""
-            given = {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
+            given = {key: run.config.get(key) for key in ("seed", "dtype", "device")}
+            given |= {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
             given["best_of"] = max((int(n[8:]) for n in run.models if re.fullmatch(r"best_of_\d+", n)), default=None)
-            shared = {key: run.config.get(key) for key in ("seed", "dtype", "device")}
-            given = {**shared, **given, "limit": run.summary.get("prompts")}
+            given["limit"] = run.summary.get("prompts")
             options += "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items()
                                if isinstance(v, str | int | float) and not isinstance(v, bool) and k != "out")  # fmt: skip
             lines.append(f"punster evaluate base {' '.join(f'{run.shown}/{p}' for p in policies)}{options}")
@@ -318,14 +318,16 @@ def chain(run: RunData, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list
         seen |= {f"{owner}/{s.name}" for s in run.stages for owner in (run.place.name, str(run.config.get("name")))}
     for each in settings:
         for path in (Path(str(each.get(key))) for key in keys):
-            if not seen & {str(path), f"{path.parent.name}/{path.name}"}:
-                seen.add(str(path))
-                beside = [run.place.parent / path.name] * (
-                    path.parent.name == run.place.parent.name
-                )  # of a pipeline that was moved
-                before = next((c for at in (path, *beside) if (c := _read_config(at / "config.yaml")[0])), None)
-                settings += [before] if before else []
-                missing += [] if before else [path.name]
+            if seen & {str(path), f"{path.parent.name}/{path.name}"}:
+                continue
+            seen.add(str(path))
+            before = _read_config(path / "config.yaml")[0]
+            if not before and path.parent.name == run.place.parent.name:  # of a pipeline that was moved
+                before = _read_config(run.place.parent / path.name / "config.yaml")[0]
+            if before:
+                settings.append(before)
+            else:
+                missing.append(path.name)
     return settings, missing
 
 

@@ -172,9 +172,7 @@ def judge_texts(
     size = len(asked)
     for number, name in enumerate(texts):
         mine = judged[number * size : (number + 1) * size]
-        against = {
-            p: share if a == name else 1 - share for a, b, share, p in games if {a, b} == {name, reference} and name != reference
-        }
+        against = {p: share if a == name else 1 - share for a, b, share, p in games if {a, b} == {name, reference}}
         order = sorted(against)
         gaps = [len(words(texts[name][p])) - len(words(texts[reference][p])) for p in order]
         results[name] = versus([against[p] for p in order], gaps, config.seed) if order else {}
