@@ -21,6 +21,7 @@ from punster.data.batch import Example, prefix_batches
 from punster.data.schema import read_rows
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
+from punster.evaluate.folder import read_config
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.evaluate.success import Calls
 from punster.evaluate.table import shown_progress
@@ -49,7 +50,7 @@ class Sampled:
         return [sum(len(words(text)) for text in texts) / len(texts) for texts in self.texts]
 
 
-def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The summary as written to summary.json: one row a model, intervals by bootstrap over prompts."""
     if not config.models:
         raise UserError("nothing to evaluate: give runs, or 'base'")
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig, prompts: Sequence[Any] | None = None) -> di
         raise UserError("--gold RUN is needed: a reward model that no training used")
     reference, tokenizer = open_policy_role(reference_path, config)
     gold = open_reward_model(gold_path, config, reference, tokenizer)
-    texts = load_prompts(prompts if prompts is not None else config.prompts, "test", config.quiet)
+    texts = load_prompts(config.prompts, "test", config.quiet)
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     paths, reference_label = {label_of(path): path for path in config.models}, label_of(reference_path)
@@ -181,14 +182,12 @@ def opened(label: str, path: str, reference: Role, config: EvaluateConfig, token
 
 def training_texts(path: str) -> list[str] | None:
     """What the reference run was fine-tuned on, as its config.yaml names it; None if that cannot be read."""
-    import yaml
-
+    settings, _ = read_config(Path(path) / "config.yaml")
     try:
-        settings = yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
         rows = load_rows(settings["data"], "sft", corpus.sft_rows, settings.get("columns") or [], quiet=True)
-        return [row["completion"] for row in rows]
     except (OSError, KeyError, TypeError, UserError):
         return None
+    return [row["completion"] for row in rows]
 
 
 def by_prompt(values: Sequence[Any], count: int) -> list[list[Any]]:

@@ -118,7 +118,7 @@ def read_run(folder: Path) -> RunData:
     inner = {p.name for p in folder.iterdir() if p.is_dir() and any((p / f).is_file() for f in ("metrics.jsonl", "config.yaml"))}
     names = [n for n in STAGES if n in inner] + sorted(inner.difference(STAGES))
     config_file = folder / "config.yaml"
-    config, verb = _read_config(config_file)
+    config, verb = read_config(config_file)
     pipeline = "models" in summary or bool(names) or verb == "run"
     place, here = folder.resolve(), Path.cwd()
     shown = place.relative_to(here).as_posix() if place.is_relative_to(here) else f"{place.parent.name}/{place.name}"
@@ -162,12 +162,12 @@ def differences(runs: Sequence[RunData]) -> list[list[str]]:
 
 
 def _read_stage(folder: Path, name: str) -> Stage:
-    config, verb = _read_config(folder / "config.yaml")
+    config, verb = read_config(folder / "config.yaml")
     verb = verb or VERB_OF_STAGE.get(name, name if name in STAGES else "")
     return Stage(scrub(name), verb, config, read_lines(folder / "metrics.jsonl"), _read_json(folder / "summary.json"))
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], str]:
+def read_config(path: Path) -> tuple[dict[str, Any], str]:
     """Settings, and the verb that the first line names ("# punster ppo")."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -321,9 +321,9 @@ def chain(run: RunData, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list
             if seen & {str(path), f"{path.parent.name}/{path.name}"}:
                 continue
             seen.add(str(path))
-            before = _read_config(path / "config.yaml")[0]
+            before = read_config(path / "config.yaml")[0]
             if not before and path.parent.name == run.place.parent.name:  # of a pipeline that was moved
-                before = _read_config(run.place.parent / path.name / "config.yaml")[0]
+                before = read_config(run.place.parent / path.name / "config.yaml")[0]
             if before:
                 settings.append(before)
             else:
