@@ -47,18 +47,19 @@ def self_bleu(texts: Sequence[str], n: int = 4, most: int = 200) -> float:
     """Mean BLEU-n of each of the first `most` texts against the others (Zhu et al. 2018), add-one smoothing above unigrams."""
     rows = [words(text) for text in texts[:most]]
     counts = [[Counter(ngrams(row, k)) for k in range(1, n + 1)] for row in rows]
-    two: list[dict[tuple[Hashable, ...], list[tuple[int, int]]]] = [{} for _ in range(n)]  # the two largest counts, with owners
-    for owner, row in enumerate(counts):
+    two: list[dict[tuple[Hashable, ...], list[int]]] = [{} for _ in range(n)]  # the two largest counts in any of the texts
+    for row in counts:
         for k, grams in enumerate(row):
             for gram, count in grams.items():
-                two[k][gram] = sorted([*two[k].get(gram, []), (count, owner)], reverse=True)[:2]
+                two[k][gram] = sorted([*two[k].get(gram, [0, 0]), count], reverse=True)[:2]
     scores = []
     for own, row in enumerate(counts):
         if len(rows) < 2 or not rows[own]:
             continue
         logs = 0.0
         for k, grams in enumerate(row):
-            clipped = sum(min(c, next((m for m, o in two[k][gram] if o != own), 0)) for gram, c in grams.items())
+            # Where this text has the largest count, the others have at most the second; elsewhere they have more than this one.
+            clipped = sum(c if c < two[k][gram][0] else two[k][gram][1] for gram, c in grams.items())
             logs += math.log(max(clipped + (k > 0), 1e-9) / max(grams.total() + (k > 0), 1)) / n
         length = len(rows[own])
         nearest = min((abs(len(r) - length), len(r)) for i, r in enumerate(rows) if i != own)[1]
