@@ -52,7 +52,7 @@ def colour(hue: int) -> str:
 
 
 def figure(key: str, title: str, caption: str, draw: Callable[[Any], None], xlabel: str, ylabel: str) -> dict[str, str]:
-    """What a page shows of a figure, as inline SVG: no clip paths, metadata or name spaces, ids with their own prefix, colours from CSS."""
+    """What a page shows of a figure; inline SVG without clip paths, metadata or name spaces, with ids of its own, colours from CSS."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -231,7 +231,7 @@ def side_by_side(run: RunData, count: int) -> tuple[list[str], list[tuple[str, d
 
 
 def last_samples(run: RunData, count: int) -> list[list[str]]:
-    """Of a single verb's run: prompt, completion and score of the last step's samples, those to held-out prompts if there are any."""
+    """Of a single verb's run: prompt, completion and score of the last step's samples, of held-out prompts if there are any."""
     rows = [r for r in run.samples if isinstance(r.get("completion"), str)]
     rows = [r for r in rows if r.get("held_out")] or rows
     rows = [r for r in rows if r.get("step") == rows[-1].get("step")]

@@ -119,7 +119,8 @@ def write_page(
     page = environment.from_string(template).render(
         run=run, opening=lead, note=folder_data.base_of(run)[1], names=names, differing=differing,
         results=result_tables(run.shown_summary), judge=judge, plain=list(folder_data.final_figures(run).items()),
-        frontier=frontier_figure(run), figures=list(filter(None, figures)), judges=["Rejected text", *judges], accuracies=accuracies,
+        frontier=frontier_figure(run), figures=list(filter(None, figures)),
+        judges=["Rejected text", *judges], accuracies=accuracies,
         labels=[label(m) for m in models], table=[(prompt, [cells.get(m, ("", "")) for m in models]) for prompt, cells in table],
         last=folder_data.last_samples(run, SAMPLED_PROMPTS), settings=settings(run),
         commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),
