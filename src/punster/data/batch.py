@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from punster.model.fused import Paths
@@ -122,13 +123,10 @@ class Batch:
 
 def collate(examples: Sequence[Example], pad_id: int = 0, device: torch.device | str = "cpu") -> Batch:
     """Pad on the right. Any pad id will do, an id that also occurs in texts included."""
-    longest = max(example.length for example in examples)
-    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
+    if not all(example.prompt and example.response for example in examples):
+        raise ValueError("an example needs at least one prompt token and one response token")
     sequences = [example.prompt + example.response for example in examples]
-    for row, example in enumerate(examples):
-        if not example.prompt or not example.response:
-            raise ValueError("an example needs at least one prompt token and one response token")
-        ids[row, : example.length] = torch.tensor(sequences[row])
+    ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=pad_id)
     prompts = torch.tensor([len(example.prompt) for example in examples])
     lengths = torch.tensor([example.length for example in examples])
     return Batch(ids.to(device), prompts.to(device), lengths.to(device), PrefixTree.of(sequences, device))
