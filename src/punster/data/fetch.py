@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from punster.data.files import write_lines
 from punster.data.sources import SOURCES, Source
 from punster.errors import UserError
+from punster.model.load import sha256_of
 
 BASE = "https://raw.githubusercontent.com"
 RECORD = "fetched.json"  # in each source's folder: file -> {url, sha256, bytes}
@@ -38,7 +38,7 @@ def fetch_source(
         known = record.get(name, {})
         expected = pinned or (str(known.get("sha256", "")) if known.get("url") == url else "")
         target = folder / name
-        if target.is_file() and expected and file_hash(target) == expected:
+        if target.is_file() and expected and sha256_of(target) == expected:
             continue
         if say:
             say(f"{source.name}: {url}")
@@ -74,7 +74,7 @@ def download(url: str, target: Path, sha256: str = "", attempts: int = 6, pause:
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
             continue
-        found = file_hash(part)
+        found = sha256_of(part)
         if sha256 and found != sha256:
             part.unlink()
             raise UserError(f"{url}: its SHA-256 is {found}, expected {sha256}; the file was changed, nothing is used of it")
@@ -97,8 +97,3 @@ def _more(url: str, part: Path, timeout: float) -> None:
                 handle.write(block)
     if length is not None and part.stat().st_size < have + int(length):
         raise OSError("the connection ended early")
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
