@@ -200,14 +200,14 @@ def homophone_sentence(record: dict[str, str], index: int, others: list[dict[str
     Alone plain sentences are half as long as puns, and any two of them a little longer: either would give them away.
     """
     first = homophone_dropped_in(record)
+    if len(others) == 1:
+        return first
     # A third aims one word lower, since where no partner is short enough the sentence comes out longer.
     missing = len(record["pun"].split()) - len(first.split()) - 1 - (index % 3 == 0)
-    nearest = sorted(range(1, len(others)), key=lambda k: abs(len(others[(index + k) % len(others)]["plain"].split()) - missing))
-    second = others[(index + nearest[0]) % len(others)]["plain"] if nearest else ""
-    if not second:
-        return first
-    word = second.split(" ", 1)[0].lower()
-    second = second[:1].lower() + second[1:] if word in _LOWERED else second
+    plain = [others[(index + k) % len(others)]["plain"] for k in range(1, len(others))]
+    second = min(plain, key=lambda text: abs(len(text.split()) - missing))
+    if second.split(" ", 1)[0].lower() in _LOWERED:
+        second = second[:1].lower() + second[1:]
     return f"{first.rstrip('.!?')}, {_CONNECTIVES[index % len(_CONNECTIVES)]} {second}"
 
 
