@@ -282,12 +282,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
     if part.use == "chosen":
         rows = [row for row in rows if f"{part.source}/{row['id']}" in corpus.replacements()]
-    elif part.use in REPLACED:
-        rows = [row for row in rows if row.get("is_pun") and row.get("system", "human") == "human"]
-    if part.use in REPLACED:
-        return rows, source.licence, source.open, source.rude
-    wanted = KINDS.get(part.use)
-    if recipe.kind == "preference":
+    elif recipe.kind == "preference" and part.use not in REPLACED:
+        wanted = KINDS.get(part.use)
         found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
         both = part.by == "is_pun" or part.use == "labels"  # these need the texts that are no puns, too
         rows = [row for row in found if kind_of(row) != "text" or (part.by in row and (both or row.get("is_pun") is not False))]
