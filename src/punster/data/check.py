@@ -14,6 +14,7 @@ from punster.data.files import json_row, located_rows
 from punster.data.leakage import Index, words
 from punster.data.pool import Pool, data_folder
 from punster.data.schema import check_row, kind_of, texts_of
+from punster.data.sources.reading import lines
 from punster.errors import UserError
 
 SHOWN = 20  # problems, duplicates and leaks that are printed
@@ -71,8 +72,6 @@ def check(path: Path) -> Findings:
 
 def _rows(path: Path, found: Findings) -> Iterator[tuple[str, Any]]:
     """Rows with their places; of JSONL a line that is not JSON is one problem among others."""
-    from punster.data.sources.reading import lines
-
     if path.suffix != ".jsonl" or path.is_dir():
         yield from located_rows(path)
         return

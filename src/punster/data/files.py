@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from punster.data.schema import Row
+from punster.data.sources.reading import Skips, json_values, lines, read_text, table
 from punster.errors import UserError
 from punster.safe import whole_file
 
@@ -34,8 +35,6 @@ def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
-    from punster.data.sources.reading import json_values, lines, read_text
-
     if path.suffix == ".json" and read_text(path).lstrip()[:1] == "[":
         yield from ((str(place), value) for place, value in json_values(path))
     elif path.suffix in (".json", ".jsonl"):  # one object a line is also called .json
@@ -56,13 +55,11 @@ def json_row(line: str, place: str) -> Any:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    from punster.data.sources.reading import Skips, table
-
-    skips = Skips()
+    skips: Skips = []
     for place, cells in table(path, skips):
         yield str(place), {name: _cell(name, value) for name, value in cells.items()}
-    if skips.entries:
-        place, reason = skips.entries[0]
+    if skips:
+        place, reason = skips[0]
         raise UserError(f"{place}: {reason}; quote texts that contain commas or line ends")
 
 

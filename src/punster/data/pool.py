@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from punster.data.leakage import Index, words
 from punster.data.offence import VOTES
 from punster.data.prompts import held_out_prompts
 from punster.data.schema import Row, texts_of
-from punster.data.sources import SOURCES, Skips, Source, own_folder, read_source
+from punster.data.sources import SOURCES, Skips, own_folder, read_source
 from punster.data.split import Part, assign
 from punster.errors import UserError
 
@@ -36,7 +35,7 @@ def data_folder(given: str | Path | None = None) -> Path:
 def embedded_evaluation() -> Index:
     """The texts of the embedded val and test parts."""
     sets = {words(r[f]) for split in ("val", "test") for r in corpus.part(split) for f in ("pun", "literal", "weak", "plain")}
-    return Index(sorted(sets - {frozenset()}, key=sorted))
+    return Index(sets - {frozenset()})
 
 
 class Pool:
@@ -55,7 +54,7 @@ class Pool:
     def located(self, name: str, guarded: bool = True) -> list[tuple[Row, Part | None]]:
         """All rows of a source, each with its part; not guarded: with none, where it cannot be known."""
         if name not in self._rows:
-            source, skips = SOURCES[name], self.skips.setdefault(name, Skips())
+            source, skips = SOURCES[name], self.skips.setdefault(name, [])
             folder = self.own.get(name) or own_folder(source, self.folder)
             rows = list(read_source(source, folder, skips))
             known = (self.held_out_semeval, self.unnamed_semeval) if source.tie == "text" and guarded else None
@@ -87,7 +86,7 @@ class Pool:
         for name, source in SOURCES.items():
             if source.tie != "none" and self.has(name):
                 sets.update(words(text) for row in self.rows(name, "val") for text in texts_of(row))
-        return Index(sorted(sets, key=sorted))
+        return Index(sets)
 
     @cached_property
     def flagged(self) -> set[str]:
@@ -102,15 +101,6 @@ class Pool:
         names = [name for name in (TEXTS_OF_SPLIT, "cup_context_situated") if self.has(name)]
         puns = [row for name in names for row in self.rows(name, "val") if row["is_pun"] and row["id"] not in self.flagged]
         return held_out_prompts(puns, HELD_OUT_TOPICS)
-
-    def describe(self, source: Source) -> Row:
-        """What became of a source's records on reading."""
-        parts = Counter(part for _, part in self.located(source.name))
-        skips = self.skips[source.name]
-        return {
-            "rows": len(self.located(source.name)), "train": parts["train"], "val": parts["val"], "in_neither_part": parts[None],
-            "skipped": skips.counts(), "skipped_where": [f"{place}: {reason}" for place, reason in skips.entries[:50]],
-        }  # fmt: skip
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -36,8 +37,14 @@ def prepare(name: str, out: Path, given: Path | None = None, say: Callable[[str]
     for row, part in located:
         if part is not None:
             files.setdefault(f"{name}.{kind_of(row)}.{part}.jsonl", []).append({**row, "split": part})
-    report = {"source": name, "title": source.title, "licence": source.licence, "open": source.open, "from": source.home}
-    report |= {**pool.describe(source), "files": {file: len(rows) for file, rows in sorted(files.items())}}
+    parts, skips = Counter(part for _, part in pool.located(name)), pool.skips[name]
+    report: Row = {
+        "source": name, "title": source.title, "licence": source.licence, "open": source.open, "from": source.home,
+        "rows": parts.total(), "train": parts["train"], "val": parts["val"], "in_neither_part": parts[None],
+        "skipped": dict(Counter(reason for _, reason in skips).most_common()),
+        "skipped_where": [f"{place}: {reason}" for place, reason in skips[:50]],
+        "files": {file: len(rows) for file, rows in sorted(files.items())},
+    }  # fmt: skip
     if not files:
         raise UserError(f"{folder}: no usable rows; skipped: {report['skipped']}, in neither part: {report['in_neither_part']}")
     out.mkdir(parents=True, exist_ok=True)

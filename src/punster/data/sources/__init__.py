@@ -9,10 +9,10 @@ from pathlib import Path
 
 from punster.data.schema import Row, check_row, kind_of
 from punster.data.sources.catalog import SOURCES, Source
-from punster.data.sources.reading import Place, Skips
+from punster.data.sources.reading import Skips
 from punster.errors import UserError, near_matches
 
-__all__ = ["SOURCES", "Place", "Skips", "Source", "find_source", "own_folder", "read_source"]
+__all__ = ["SOURCES", "Skips", "Source", "find_source", "own_folder", "read_source"]
 
 
 def find_source(name: str) -> Source:
@@ -43,16 +43,16 @@ def read_source(source: Source, folder: Path, skips: Skips) -> Iterator[Row]:
         row = {**row, "source": source.name, "licence": source.licence}
         kind = kind_of(row)
         if (kind, row["id"]) in seen:
-            skips.add(place, "repeated id")
+            skips.append((place, "repeated id"))
             continue
         if kind == "preference" and row["chosen"] == row["rejected"]:
-            skips.add(place, "both texts of the pair are the same")
+            skips.append((place, "both texts of the pair are the same"))
             continue
         try:
             row = check_row(row, kind, "")
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         except (UserError, ValueError) as error:  # half of a surrogate pair, say
-            skips.add(place, f"not a valid row ({str(error).removeprefix(': ')[:80]})")
+            skips.append((place, f"not a valid row ({str(error).removeprefix(': ')[:80]})"))
             continue
         seen.add((kind, row["id"]))
         yield row

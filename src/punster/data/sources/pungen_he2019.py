@@ -54,23 +54,24 @@ def _tie(known: list[Row], text: str) -> str | None:
 def _crowd(path: Path, tie: Tie, skips: Skips) -> Located:
     found: dict[str, dict[tuple[str, str], Ratings]] = {}  # pair of words -> (system, sentence) -> ratings
     first: dict[str, Place] = {}
-
-    def collect(record: dict[str, str]) -> Iterable[Row]:
-        aspect, rating = need(record, "aspect"), number(need(record, "rating"), "rating")
-        low, high = RANGES.get(aspect, (1, 0))
-        if not low <= rating <= high:
-            raise BadRecord("unknown aspect, or a rating out of its range")
-        pair, key = need(record, "pun_alter"), (need(record, "system"), clean(detokenise(need(record, "sentence"))))
-        found.setdefault(pair, {}).setdefault(key, defaultdict(list))[aspect].append(rating)
-        return ()
-
-    for place, record in table(path, skips, ("aspect", "worker_hash", "pun_alter", "system", "sentence", "rating")):
-        first.setdefault(record["pun_alter"], place)
-        yield from each([(place, record)], collect, skips)
+    columns = ("aspect", "worker_hash", "pun_alter", "system", "sentence", "rating")
+    for place, vote in each(table(path, skips, columns), _vote, skips):
+        first.setdefault(vote["pair"], place)
+        sentences = found.setdefault(vote["pair"], {})
+        sentences.setdefault((vote["system"], vote["text"]), defaultdict(list))[vote["aspect"]].append(vote["rating"])
     for pair, sentences in found.items():
         human = next((text for system, text in sentences if system == "human"), None)
         entries = [{"text": text, "system": system, **_means(ratings)} for (system, text), ratings in sentences.items()]
         yield from ((first[pair], row) for row in _group("crowd", pair, tie(human) if human else None, entries))
+
+
+def _vote(record: Row) -> Iterable[Row]:
+    aspect, rating = need(record, "aspect"), number(need(record, "rating"), "rating")
+    low, high = RANGES.get(aspect, (1, 0))
+    if not low <= rating <= high:
+        raise BadRecord("unknown aspect, or a rating out of its range")
+    vote = {"aspect": aspect, "rating": rating, "pair": need(record, "pun_alter"), "system": need(record, "system")}
+    yield {**vote, "text": clean(detokenise(need(record, "sentence")))}
 
 
 def _means(ratings: Ratings) -> Row:
@@ -87,24 +88,23 @@ def _means(ratings: Ratings) -> Row:
 def _analysis(path: Path, tie: Tie, skips: Skips) -> Located:
     groups: dict[str, list[Row]] = {}
     first: dict[str, Place] = {}
-
-    def collect(located: tuple[Place, str]) -> Iterable[Row]:
-        cells = located[1].split("\t")
-        if len(cells) != 4 or "-" not in cells[1]:
-            raise BadRecord("expected sentence, pair of words, type and score with tabs between")
-        own, other = cells[1].split("-", 1)
-        pun_word, alternative = (own, other) if cells[2] in WITH_PUN_WORD else (other, own)
-        entry: Row = {"text": clean(detokenise(cells[0])), "system": cells[2], "rating": round(number(cells[3], "score"), 4)}
-        pair = "-".join(sorted(cells[1].split("-")))
-        entry |= {"raters": 5, "pair": cells[1], "pun_word": pun_word, "alternative_word": alternative}
+    for place, entry in each(lines(path), _sentence, skips):
+        pair = "-".join(sorted(entry["pair"].split("-")))
         groups.setdefault(pair, []).append(entry)
-        first.setdefault(pair, located[0])
-        return ()
-
-    yield from each(((place, (place, line)) for place, line in lines(path)), collect, skips)
+        first.setdefault(pair, place)
     for pair, entries in groups.items():
         ties = [found for entry in entries if entry["system"] == "pun" and (found := tie(entry["text"])) is not None]
         yield from ((first[pair], row) for row in _group("analysis", pair, min(ties, default=None), entries))
+
+
+def _sentence(line: str) -> Iterable[Row]:
+    cells = line.split("\t")
+    if len(cells) != 4 or "-" not in cells[1]:
+        raise BadRecord("expected sentence, pair of words, type and score with tabs between")
+    own, other = cells[1].split("-", 1)
+    pun_word, alternative = (own, other) if cells[2] in WITH_PUN_WORD else (other, own)
+    entry: Row = {"text": clean(detokenise(cells[0])), "system": cells[2], "rating": round(number(cells[3], "score"), 4)}
+    yield {**entry, "raters": 5, "pair": cells[1], "pun_word": pun_word, "alternative_word": alternative}
 
 
 def _group(part: str, pair: str, semeval_id: str | None, entries: list[Row]) -> Iterable[Row]:

@@ -13,9 +13,8 @@ import json
 import re
 import zlib
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -42,19 +41,7 @@ class Place:
         return f"{self.file}, line {self.line}"
 
 
-@dataclass
-class Skips:
-    """Records that were passed over: where and why."""
-
-    entries: list[tuple[Place, str]] = field(default_factory=list)
-
-    def add(self, place: Place, reason: str) -> None:
-        self.entries.append((place, reason))
-
-    def counts(self) -> dict[str, int]:
-        return dict(Counter(reason for _, reason in self.entries).most_common())
-
-
+Skips = list[tuple[Place, str]]  # records that were passed over: where and why
 Located = Iterator[tuple[Place, Row]]
 
 
@@ -64,7 +51,7 @@ def each(records: Iterable[tuple[Place, Any]], convert: Callable[..., Iterable[R
         try:
             rows = list(convert(record, *more))
         except BadRecord as error:
-            skips.add(place, str(error))
+            skips.append((place, str(error)))
             continue
         for row in rows:
             yield place, row
@@ -144,7 +131,7 @@ def table(path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = 
             if len(cells) == len(names):
                 yield place, dict(zip(names, cells, strict=True))
             elif cells:
-                skips.add(place, f"{len(names)} columns expected, another number found")
+                skips.append((place, f"{len(names)} columns expected, another number found"))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from None
 
@@ -196,7 +183,7 @@ def by_key(items: Iterable[tuple[Place, tuple[str, Any]]], skips: Skips) -> dict
     found: dict[str, Any] = {}
     for place, (key, value) in items:
         if key in found:
-            skips.add(place, "repeated key")
+            skips.append((place, "repeated key"))
         else:
             found[key] = value
     return found

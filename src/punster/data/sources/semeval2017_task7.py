@@ -21,7 +21,7 @@ def read(folder: Path, skips: Skips) -> Located:
         texts = list(xml_texts(folder / f"subtask1-{kind}-test.xml"))
         yield from each(texts, _row, skips, kind, labels, locations, senses, tokens)
         seen = {text.id for _, text in texts if text.words}
-        skips.entries += [(place, "a label without a text") for key, (place, _) in labels.items() if key not in seen]
+        skips += [(place, "a label without a text") for key, (place, _) in labels.items() if key not in seen]
 
 
 def _row(
@@ -49,9 +49,9 @@ def gold(path: Path, skips: Skips) -> Gold:
     for place, line in lines(path):
         key, *values = (value.strip() for value in line.split("\t"))
         if not values:
-            skips.add(place, "a gold line without a tab")
+            skips.append((place, "a gold line without a tab"))
         elif key in found:
-            skips.add(place, "repeated id in a gold file")
+            skips.append((place, "repeated id in a gold file"))
         else:
             found[key] = place, values
     return found
