@@ -11,7 +11,8 @@ from punster.data.leakage import Index, words
 from punster.data.offence import VOTES
 from punster.data.prompts import held_out_prompts
 from punster.data.schema import Row, texts_of
-from punster.data.sources import SOURCES, Skips, own_folder, read_source
+from punster.data.sources import SOURCES, own_folder, read_source
+from punster.data.sources.reading import Skips
 from punster.data.split import Part, assign
 from punster.errors import UserError
 

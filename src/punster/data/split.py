@@ -16,7 +16,7 @@ from typing import Literal
 
 from punster.data.leakage import Index, near_groups, words
 from punster.data.schema import Row, texts_of
-from punster.data.sources.catalog import Source
+from punster.data.sources import Source
 
 Part = Literal["train", "val"]
 

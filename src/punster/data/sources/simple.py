@@ -12,7 +12,7 @@ from typing import Any
 
 from punster.data.prompts import request, topic_of, topic_of_context
 from punster.data.schema import Row, explicit
-from punster.data.sources.catalog import Source
+from punster.data.sources import Source
 from punster.data.sources.reading import MAX_TEXT, BadRecord, Place, Skips, choice, each, json_items, lines, need, number, table
 from punster.data.sources.wording import clean, detokenise, filled, restored
 
