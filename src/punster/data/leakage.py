@@ -24,7 +24,7 @@ def jaccard(a: Set[str], b: Set[str]) -> float:
 
 
 class Index:
-    """Token sets in which those near to another one are found: by an inverted index that counts what it shares with each of them."""
+    """Token sets in which those near to another one are found: an inverted index counts what it shares with each of them."""
 
     def __init__(self, sets: Iterable[Words], threshold: float = NEAR) -> None:
         self.threshold = threshold
