@@ -20,7 +20,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from punster.data.pool import Pool, data_folder
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
 from punster.evaluate.metrics import auc
+from punster.train.halves import row_words
 
 Text = tuple[str, str]  # prompt, text
 Score = Callable[[Sequence[Text]], Sequence[float]]
@@ -185,17 +185,6 @@ def in_share(row: Row, share: float) -> bool:
     from punster.train.judged import family
 
     return random.Random(family(row)).random() < share
-
-
-@cache
-def _own_records() -> dict[str, Row]:
-    return {record["id"]: dict(record) for record in corpus.records()}
-
-
-def row_words(row: Row) -> set[str]:
-    """Lemmas of the pun word of a training row and of what it evokes; rows of the embedded corpus bear its records' ids."""
-    told: Row = _own_records().get(str(row.get("id")), row)
-    return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
 
 
 def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: bool) -> tuple[list[Measure], dict[Text, float]]:

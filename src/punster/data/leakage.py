@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import Generic, TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key", int, str)
 Words = frozenset[str]
 NEAR = 0.5  # token-set Jaccard from which two texts count as versions of one
 
@@ -54,26 +56,33 @@ class Index:
             yield from ((other, place) for other in self.near(members) if other < place)
 
 
+class Ties(Generic[Key]):
+    """Keys that were tied, directly or through others, have one root: the least of them, in whatever order they were tied."""
+
+    def __init__(self) -> None:
+        self.above: dict[Key, Key] = {}
+
+    def root(self, key: Key) -> Key:
+        while (above := self.above.setdefault(key, key)) != key:
+            self.above[key] = self.above[above]
+            key = above
+        return key
+
+    def tie(self, a: Key, b: Key) -> None:
+        low, high = sorted((self.root(a), self.root(b)))
+        self.above[high] = low
+
+
 def near_groups(texts: Sequence[str], lemmas: Sequence[str | None] = ()) -> list[int]:
     """For each text the lowest place of its group: texts near to each other, or of the same pun-word lemma, and so on."""
-    parent = list(range(len(texts)))
-
-    def root(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = place = parent[parent[place]]
-        return place
-
-    def unite(a: int, b: int) -> None:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-
+    ties: Ties[int] = Ties()
     for a, b in Index(map(words, texts)).pairs():
-        unite(a, b)
+        ties.tie(a, b)
     first: dict[str, int] = {}
     for place, lemma in enumerate(lemmas):
         if lemma:
-            unite(first.setdefault(lemma, place), place)
-    return [root(place) for place in range(len(texts))]
+            ties.tie(first.setdefault(lemma, place), place)
+    return [ties.root(place) for place in range(len(texts))]
 
 
 def without_repeats(texts: Sequence[str], threshold: float) -> list[int]:

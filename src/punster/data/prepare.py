@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from punster.data.fetch import fetch_source
@@ -25,7 +25,7 @@ def prepare(name: str, out: Path, given: Path | None = None, say: Callable[[str]
     source = find_source(name)
     folder = own_folder(source, given) if given else fetch_source(source, cache_folder() / "data", say=say)
     pool = Pool(folder.parent, {name: folder})
-    located: Iterable[tuple[Row, str | None]]
+    located: Sequence[tuple[Row, str | None]]
     if source.tie != "text" or pool.has(TEXTS_OF_SPLIT):
         located = pool.located(name)
     else:  # a part's name that no recipe or verb takes for training data
@@ -37,7 +37,7 @@ def prepare(name: str, out: Path, given: Path | None = None, say: Callable[[str]
     for row, part in located:
         if part is not None:
             files.setdefault(f"{name}.{kind_of(row)}.{part}.jsonl", []).append({**row, "split": part})
-    parts, skips = Counter(part for _, part in pool.located(name)), pool.skips[name]
+    parts, skips = Counter(part for _, part in located), pool.skips[name]
     report: Row = {
         "source": name, "title": source.title, "licence": source.licence, "open": source.open, "from": source.home,
         "rows": parts.total(), "train": parts["train"], "val": parts["val"], "in_neither_part": parts[None],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import re
+import shlex
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -118,7 +120,7 @@ def _loading(run: RunData, base: str) -> list[str]:
     if not line:
         return []
     peft = all(settings.get("adapter") != "none" for settings in chain(run, ("actor", "pretrained"))[0])
-    python = ["from punster import load", "", f'model = load("{place}")', 'print(model.generate("make a pun about bakers", k=8))', "",
+    python = ["from punster import load", "", f"model = load({json.dumps(*shlex.split(place), ensure_ascii=False)})", 'print(model.generate("make a pun about bakers", k=8))', "",
               "# or, after the export above, without punster:", "from transformers import AutoModelForCausalLM"]  # fmt: skip
     if peft:
         python += ["from peft import PeftModel", "", f'base = AutoModelForCausalLM.from_pretrained("{base or "BASE"}")',

@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError("--reference RUN is needed: the runs lie beside no run named 'sft'")
     if gold_path is None:
         raise UserError("--gold RUN is needed: a reward model that no training used")
-    reference, tokenizer = open_policy_role(reference_path, config)
+    reference, tokenizer = open_reference(reference_path, gold_path, config)
     gold = open_reward_model(gold_path, config, reference, tokenizer)
     texts = load_prompts(config.prompts, "test", config.quiet)
     texts = texts[: config.limit] if config.limit else texts
@@ -225,6 +225,14 @@ def exact_kl(role: Role, reference: Role, rollout: Rollout, temperature: float) 
         )  # fmt: skip
         total += float(compared["kl"].sum())
     return total / len(examples)
+
+
+def open_reference(path: str, gold: str, config: EvaluateConfig) -> tuple[Role, Tokenizer]:
+    """What the models are compared with; "base" is the yardstick's."""
+    if path != "base":
+        return open_policy_role(path, config)
+    role, tokenizer = open_role(gold, config)
+    return Role(plain_base(role, config)), tokenizer
 
 
 def sample_of(label: str, rollout: Rollout, gold: list[list[float]], tokenizer: Tokenizer, per_prompt: int) -> Sampled:

@@ -168,20 +168,23 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
 
 def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
     """Proxy and gold reward against sqrt(KL) over a run, with Gao's laws and best-of-n, as scripts/over_optimisation.py measured them."""
-    kl = [number(k) or 0.0 for k in found.get("kl", [])]
-    if len(kl) < 2:
+    d = [max(k, 0.0) ** 0.5 for k in numbers(found.get("kl"))]
+    gains = {name: numbers(found.get(name)) for name in ("proxy", "gold")}
+    if len(d) < 2 or any(len(values) != len(d) for values in gains.values()):
         return None
-    d = [max(k, 0.0) ** 0.5 for k in kl]
 
     def draw(axes: Any) -> None:
         for name, key in (("proxy", 1), ("gold", 2)):
-            axes.plot(d, found[name], MARKERS[key], color=colour(key), label=name)
-            if law := as_dict(found.get(f"fit_{name}")):
+            axes.plot(d, gains[name], MARKERS[key], color=colour(key), label=name)
+            law = as_dict(found.get(f"fit_{name}"))
+            if len(law := numbers([law.get("a"), law.get("b")])) == 2:
                 xs = [max(d) * i / 100 for i in range(101)]
-                ys = [x * (law["a"] - law["b"] * math.log(x)) if x > 0 else 0.0 for x in xs]
+                ys = [x * (law[0] - law[1] * math.log(x)) if x > 0 else 0.0 for x in xs]
                 axes.plot(xs, ys, "-", color=colour(key), linewidth=1.2)
-        if best := as_dict(found.get("best_of_n")):
-            axes.plot([k**0.5 for k in best["kl"]], best["gold"], "--.", color=colour(0), label="best of n, gold")
+        best = as_dict(found.get("best_of_n"))
+        reached, best_gains = numbers(best.get("kl")), numbers(best.get("gold"))
+        if reached and len(reached) == len(best_gains):
+            axes.plot([max(k, 0.0) ** 0.5 for k in reached], best_gains, "--.", color=colour(0), label="best of n, gold")
 
     caption = (
         "Gains over the start. As long as both rise, the proxy is worth climbing; where gold turns down while the proxy goes on, the policy "
@@ -189,6 +192,12 @@ def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
     )
     title = "Over-optimisation: proxy and gold"
     return figure("overoptimisation", title, caption, draw, "square root of the exact KL to SFT", "gain in reward")
+
+
+def numbers(values: Any) -> list[float]:
+    """A list of numbers; empty where it is anything else, or holds anything else."""
+    found = [number(value) for value in values] if isinstance(values, list) else []
+    return [value for value in found if value is not None] if None not in found else []
 
 
 def root_ticks(largest: float) -> list[float]:

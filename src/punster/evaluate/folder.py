@@ -280,8 +280,9 @@ def commands(run: RunData) -> list[str]:
             given |= {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
             given["best_of"] = max((int(n[8:]) for n in run.models if re.fullmatch(r"best_of_\d+", n)), default=None)
             given["limit"] = run.summary.get("prompts")
-            options += "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items()
-                               if isinstance(v, str | int | float) and not isinstance(v, bool) and k != "out")  # fmt: skip
+            for key, value in given.items():
+                if key != "out" and value is not False and isinstance(value, str | int | float):
+                    options += f" --{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
             lines.append(f"punster evaluate base {' '.join(f'{run.shown}/{p}' for p in policies)}{options}")
     elif run.config and run.stages[0].verb:
         lines.append(f"punster {run.stages[0].verb} --config {run.shown}/config.yaml -n again")

@@ -192,6 +192,7 @@ class Client:
 
     def _wait_for_turn(self) -> None:
         with self.lock:
+            self._within_budget(1, "one more call")  # a reply that was broken is asked for again, and paid for again
             self.calls += 1
             now = time.monotonic()
             self.next_turn = max(self.next_turn, now)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import cache
 
 from punster.data import corpus
-from punster.data.leakage import words
+from punster.data.leakage import Ties, words
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
 from punster.train.judged import family, source_of
@@ -20,7 +21,6 @@ def half_of(rows: Sequence[Row], half: int) -> list[Row]:
     apart. Pairs whose rejected text is preferred or labelled in another family (ExPUN's, off-topic ones) tie nothing: they stay
     where both texts are in the half, and are in neither half otherwise.
     """
-    own = {record["id"]: record for record in corpus.records()}  # pairs of the embedded corpus bear its records' ids
     preferred: dict[str, set[str]] = {}
     for row in rows:
         if "completions" not in row:
@@ -29,23 +29,23 @@ def half_of(rows: Sequence[Row], half: int) -> list[Row]:
     def apart(row: Row) -> bool:
         return "chosen" in row and "group" not in row and bool(preferred.get(text_key(row["rejected"]), set()) - {family(row)})
 
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while (above := parent.setdefault(key, key)) != key:
-            parent[key] = parent[above]
-            key = above
-        return key
-
+    ties: Ties[str] = Ties()
     for row in rows:
         texts = texts_of(row)[:1] if apart(row) else texts_of(row)
-        told = own.get(str(row.get("id")), row) if source_of(row) == "embedded" else row
-        evoked = [str(told[name]) for name in ("pun_word", "alternative_word") if told.get(name)]
-        keys = [f"family {family(row)}", *map(text_key, texts), *(f"word {lemma(word)}" for word in evoked)]
-        for key in keys[1:]:  # the least key of all that is tied is its root, in whatever order it is tied
-            low, high = sorted((root(keys[0]), root(key)))
-            parent[high] = low
-    return [row for row in rows if all(zlib.crc32(root(text_key(text)).encode()) % 2 + 1 == half for text in texts_of(row))]
+        for key in (*map(text_key, texts), *(f"word {word}" for word in row_words(row))):
+            ties.tie(f"family {family(row)}", key)
+    return [row for row in rows if all(zlib.crc32(ties.root(text_key(text)).encode()) % 2 + 1 == half for text in texts_of(row))]
+
+
+def row_words(row: Row) -> set[str]:
+    """Lemmas of the pun word of a training row and of what it evokes; pairs of the embedded corpus bear its records' ids."""
+    told = _own_records().get(str(row.get("id")), row) if source_of(row) == "embedded" else row
+    return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
+
+
+@cache
+def _own_records() -> dict[str, Row]:
+    return {record["id"]: dict(record) for record in corpus.records()}
 
 
 def text_key(text: str) -> str:
