@@ -130,6 +130,7 @@ def test_without_semeval_rows_cannot_be_guarded_and_say_so(
     (alone / "reddit-cleanjokes.csv").write_bytes((mini / "short_jokes" / "reddit-cleanjokes.csv").read_bytes())
     report = prepare("short_jokes", tmp_path / "out", alone)
     assert list(report["files"]) == ["short_jokes.text.unguarded.jsonl"] and "cannot be told" in capsys.readouterr().out
+    assert report["in_neither_part"] == 0 and report["rows"] == sum(report["files"].values()) > 0
 
 
 # ---- the local copies: counted a second time, by other means ------------------------------------------------------

@@ -380,6 +380,11 @@ def test_the_budget_is_a_cap(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="allows 50 calls, 48 are made"):
             run(server.url, tmp_path, texts, judge_budget=50, judge_model="mumbler")
         assert len(server.requests) == 48
+    broken: Any = lambda number, body: (200, {}, b"{}") if number % 4 else None
+    with FakeJudge(by(quality), broken) as server:  # and so are those whose reply is no completion
+        with pytest.raises(UserError, match="one more call; --judge-budget allows 48 calls, 48 are made"):
+            run(server.url, tmp_path, texts, judge_budget=48, judge_model="stutterer")
+        assert len(server.requests) == 48
 
 
 def test_calls_run_at_once_but_no_more_than_asked_for(tmp_path: Path) -> None:

@@ -314,6 +314,12 @@ def test_damaged_files_and_odd_values(tmp_path: Path) -> None:
     page = load(write_report(folder))
     assert page.row("odd") == ["odd", "+3.00", *["–"] * 6]
     assert page.row("none") == ["none", *["–"] * 7]
+    for found in ({"kl": [0, 1]}, {"kl": 3}, {"kl": [0, 1], "proxy": [0, "x"], "gold": [0, 1]}):
+        (folder / "summary.json").write_text(json.dumps(summary | {"over_optimisation": found}))
+        assert "Over-optimisation" not in load(write_report(folder)).text
+    law = {"kl": [0, 1], "proxy": [0, 1], "gold": [0, 1], "fit_gold": {"a": 1}, "best_of_n": {"kl": [1]}}
+    (folder / "summary.json").write_text(json.dumps(summary | {"over_optimisation": law}))
+    assert "Over-optimisation" in load(write_report(folder)).text  # the points, without the curves that are damaged
     assert "nan" not in page.text.lower()
     assert "Reward while training" in page.text
     write_card(folder)
@@ -590,16 +596,43 @@ def test_a_card_of_trained_weights_offers_what_can_be_exported(tmp_path: Path) -
     assert "--format hf --out exported" in text and "PeftModel" not in text and 'from_pretrained("exported")' in text
 
 
+def test_a_card_quotes_its_folder_for_the_shell_and_for_python(tmp_path: Path) -> None:
+    stage(tmp_path / 'my "own" run', "sft", [{"loss": 1.0}])
+    text = write_card(tmp_path / 'my "own" run').read_text()
+    place = f'{tmp_path.name}/my "own" run'
+    assert f"punster generate '{place}' " in text
+    assert f"model = load({json.dumps(place)})" in text
+
+
 def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
     folder = pipeline(tmp_path)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     saved |= {
         "seed": 1,
         "dtype": "fp32",
-        "evaluate": {"seed": 3, "limit": 100, "samples": 4, "best_of": 8, "pool": 10, "max_new_tokens": 32},
+        "evaluate": {
+            "seed": 3,
+            "limit": 100,
+            "samples": 4,
+            "best_of": 8,
+            "pool": 10,
+            "max_new_tokens": 32,
+            "call_puns": True,
+            "quiet": False,
+        },
     }
     (folder / "config.yaml").write_text("# punster run\n" + yaml.safe_dump(saved))
     line = next(line for line in write_card(folder).read_text().splitlines() if line.startswith("punster evaluate"))
-    for part in ("--limit 100", "--samples 4", "--best-of 8", "--pool 10", "--max-new-tokens 32", "--seed 3", "--dtype fp32"):
+    assert "--quiet" not in line
+    for part in (
+        "--call-puns",
+        "--limit 100",
+        "--samples 4",
+        "--best-of 8",
+        "--pool 10",
+        "--max-new-tokens 32",
+        "--seed 3",
+        "--dtype fp32",
+    ):
         assert f"{part} " in f"{line} ", line
     assert line.count("--best-of") == line.count("--samples") == line.count("--limit") == 1
