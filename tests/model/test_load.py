@@ -66,6 +66,20 @@ def test_missing_weights_file_and_shard(folder: Path) -> None:
     refused(folder, r"model-00002\.safetensors is missing")
 
 
+@pytest.mark.parametrize("given", [["a"], {"a": 1}, None])
+def test_an_index_that_names_no_files(folder: Path, given: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": given}))
+    refused(folder, "weight_map must name a file for each tensor")
+
+
+@pytest.mark.parametrize(("gpt2", "llama", "value"), [("n_head", "num_attention_heads", 0), ("n_head", "num_attention_heads", "8"),
+                                                      ("n_embd", "hidden_size", None)])  # fmt: skip
+def test_values_that_make_no_sense(folder: Path, gpt2: str, llama: str, value: object) -> None:
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    change_config(folder, **{gpt2 if kind == "gpt2" else llama: value})
+    refused(folder, "config.json has a value that makes no sense")
+
+
 def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))

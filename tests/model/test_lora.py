@@ -159,6 +159,18 @@ def test_other_peft_types_are_refused(model: Decoder, tmp_path: Path) -> None:
         Adapter.load(tmp_path, "policy", model.config)
 
 
+@pytest.mark.parametrize("change", [{"r": None}, {"r": "8"}, {"r": 0}, {"lora_alpha": None}])
+def test_ranks_that_make_no_sense(change: dict[str, object], model: Decoder, tmp_path: Path) -> None:
+    trained(model).save(tmp_path, "base", model.config)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="a rank of at least 1 and a number are needed"):
+        Adapter.load(tmp_path, "policy", model.config)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="not a readable PEFT adapter"):
+        Adapter.load(tmp_path, "policy", model.config)
+
+
 @pytest.mark.parametrize("damage", ["no folder", "no weights", "cut weights", "cut config"])
 def test_damaged_adapter_folders(damage: str, model: Decoder, tmp_path: Path) -> None:
     trained(model).save(tmp_path, "base", model.config)

@@ -305,7 +305,10 @@ def test_saved_full_fine_tuning_comes_back(model: Decoder, folder: Path, tmp_pat
         for tensor in copy.weights.values():
             if tensor.requires_grad:
                 tensor += 0.01
-    save_role(tmp_path, Role(copy), Tokenizer.load(str(folder)))
+    tokenizer = Tokenizer.load(str(folder))
+    save_role(tmp_path / "two", Role(copy, others=(Role(copy),)), tokenizer)
+    assert load_role(tmp_path / "two")[0].others[0].model.trained_from == first  # its base is the plain one, too
+    save_role(tmp_path, Role(copy), tokenizer)
     loaded, _ = load_role(tmp_path, base=model)
     assert loaded.model.trained_from == first and loaded.first_layer == first
     assert all(torch.equal(tensor, loaded.model.weights[key]) for key, tensor in copy.weights.items())
@@ -314,16 +317,17 @@ def test_saved_full_fine_tuning_comes_back(model: Decoder, folder: Path, tmp_pat
 
 
 def test_damaged_and_foreign_roles(model: Decoder, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"role\.json cannot be read"):
+    with pytest.raises(UserError, match=r"role\.json cannot be read as JSON"):
         load_role(tmp_path)
     save_role(tmp_path, role_on(model), Tokenizer.load(str(folder)))
     text = (tmp_path / "role.json").read_text()
     (tmp_path / "role.json").write_text(text.replace('"format": 1', '"format": 9'))
     with pytest.raises(UserError, match="another version of punster"):
         load_role(tmp_path)
-    (tmp_path / "role.json").write_text(text[:40])
-    with pytest.raises(UserError, match=r"role\.json cannot be read"):
-        load_role(tmp_path)
+    for damaged, words in ((text[:40], "cannot be read as JSON"), ("[1]", "expected a JSON object")):
+        (tmp_path / "role.json").write_text(damaged)
+        with pytest.raises(UserError, match=rf"role\.json:? {words}"):
+            load_role(tmp_path)
 
 
 def test_a_role_is_refused_on_other_weights_of_the_same_name(

@@ -177,9 +177,9 @@ def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:
         for name, key in (("proxy", 1), ("gold", 2)):
             axes.plot(d, gains[name], MARKERS[key], color=colour(key), label=name)
             law = as_dict(found.get(f"fit_{name}"))
-            if len(law := numbers([law.get("a"), law.get("b")])) == 2:
+            if len(fitted := numbers([law.get("a"), law.get("b")])) == 2:
                 xs = [max(d) * i / 100 for i in range(101)]
-                ys = [x * (law[0] - law[1] * math.log(x)) if x > 0 else 0.0 for x in xs]
+                ys = [x * (fitted[0] - fitted[1] * math.log(x)) if x > 0 else 0.0 for x in xs]
                 axes.plot(xs, ys, "-", color=colour(key), linewidth=1.2)
         best = as_dict(found.get("best_of_n"))
         reached, best_gains = numbers(best.get("kl")), numbers(best.get("gold"))

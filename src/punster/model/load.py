@@ -161,9 +161,11 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A Hugging Face folder, sharded or not; every expected tensor must be there, in the expected shape."""
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    shards = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise UserError(f"{index}: weight_map must name a file for each tensor")
     found: dict[str, Tensor] = {}
-    for file in files:
+    for file in sorted(set(shards.values())):
         if not (folder / file).is_file() or (folder / file).parent.resolve() != folder.resolve():
             raise UserError(f"{folder}: {file} is missing (punster reads safetensors only, never pickles)")
         try:

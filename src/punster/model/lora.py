@@ -111,13 +111,15 @@ class Adapter:
         try:
             described = json.loads((folder / "adapter_config.json").read_text())
             tensors = load_file(folder / "adapter_model.safetensors")
+            plain = described.get("peft_type") == "LORA" and not described.get("use_dora")
         except Exception as error:
             raise UserError(f"{folder}: not a readable PEFT adapter ({str(error) or type(error).__name__})") from None
-        plain = described.get("peft_type") == "LORA" and not described.get("use_dora")
         if not plain or described.get("alpha_pattern") or described.get("rank_pattern"):
             raise UserError(f"{folder}: only plain LoRA adapters of one rank and alpha can be loaded")
-        scale_rank = math.sqrt(described["r"]) if described.get("use_rslora") else 1.0
-        adapter = cls(name, described["r"], described["lora_alpha"] * scale_rank)
+        rank, alpha = described.get("r"), described.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise UserError(f"{folder}: adapter_config.json has r {rank!r} and lora_alpha {alpha!r}; a rank of at least 1 and a number are needed")
+        adapter = cls(name, rank, alpha * (math.sqrt(rank) if described.get("use_rslora") else 1.0))
         known = {site: shape for layer in range(config.n_layer) for site, shape in config.sites(layer).items()}
         for key, tensor in tensors.items():
             site, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
-from punster.model.load import load_model
+from punster.model.load import load_model, read_json
 from punster.model.lora import Adapter
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
@@ -50,15 +50,13 @@ def load_role(
     tokenizer: Tokenizer | None = None,
 ) -> tuple[Role, Tokenizer]:  # fmt: skip
     """Read a role; with `base` (and `tokenizer`) given and fitting, they are shared instead of loaded again."""
-    try:
-        described = json.loads((folder / "role.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: role.json cannot be read ({error})") from None
+    described = read_json(folder / "role.json")
     if described.get("format") != FORMAT:
         raise UserError(
             f"{folder}: written by another version of punster (format {described.get('format')}, this one reads {FORMAT})"
         )
-    model = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
+    plain = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
+    model = plain
     same_type = described["dtype"] == str(model.dtype).removeprefix("torch.")
     if described["base_sha256"] and same_type and described["base_sha256"] != model.fingerprint():
         raise UserError(f"{folder}: was trained on other base weights than {described['model']} has now (their SHA-256 differs)")
@@ -85,7 +83,7 @@ def load_role(
     gain, offset = described["normalisation"]
     role = Role(model, adapters, head, described["depth"], described["pooling"], (gain, offset))
     if (count := described.get("members", 1)) > 1:
-        options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base or model, "tokenizer": tokenizer}
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "base": plain, "tokenizer": tokenizer}
         others = tuple(load_role(folder / f"member-{number}", **options)[0] for number in range(2, count + 1))
         role = replace(role, others=others, combine=described["combine"], caution=described["caution"])
     return role, tokenizer

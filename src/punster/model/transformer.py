@@ -53,6 +53,8 @@ class ModelConfig:
             return cls._from_hf(raw)
         except KeyError as missing:
             raise UserError(f"config.json lacks the field {missing}") from None
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise UserError(f"config.json has a value that makes no sense ({error})") from None
 
     @classmethod
     def _from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
