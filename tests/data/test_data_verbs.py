@@ -126,16 +126,3 @@ def test_quiet_training_on_a_mixture_prints_its_folder_alone(
     assert main([*command, "--quiet"]) == 0
     said = capsys.readouterr()
     assert said.err == "" and said.out.split() == [str(tmp_path / "x")]
-
-
-@pytest.mark.slow
-def test_mix_asks_the_default_model_for_words(copies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, out = tmp_path / "r.yaml", tmp_path / "rows.jsonl"
-    recipe.write_text(
-        "parts: [{source: semeval2017_task7, use: likely, cap: 2}, {source: semeval2017_task7, use: near, cap: 1}]\n"
-    )
-    assert main(["data", "mix", str(recipe), "--out", str(out)]) == 0
-    assert "asking the base for words that are likely: semeval2017_task7" in capsys.readouterr().out
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["pun_word"] for row in rows} <= {PUNS[key][1] for key in ("hom_10", "hom_100")} | {"sole", "honeystly"}
-    assert len(rows) >= 6 and all(row["replaced_by"] in row["rejected"] and row["pun_word"] in row["chosen"] for row in rows)

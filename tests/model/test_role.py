@@ -306,6 +306,7 @@ def test_saved_full_fine_tuning_comes_back(model: Decoder, folder: Path, tmp_pat
             if tensor.requires_grad:
                 tensor += 0.01
     tokenizer = Tokenizer.load(str(folder))
+    (tmp_path / "two").mkdir()
     save_role(tmp_path / "two", Role(copy, others=(Role(copy),)), tokenizer)
     assert load_role(tmp_path / "two")[0].others[0].model.trained_from == first  # its base is the plain one, too
     save_role(tmp_path, Role(copy), tokenizer)

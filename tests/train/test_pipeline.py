@@ -36,9 +36,6 @@ def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     assert count(DpoConfig(data=[rows], online=True, reward_model="r")) == (0, 0)
     assert count(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself
     assert count(RewardConfig()) == count(PpoConfig()) == (0, 0)
-    asking = tmp_path / "asking.yaml"
-    asking.write_text("kind: preference\nparts: [{source: embedded, use: likely}]\n")
-    assert count(RewardConfig(data=[str(asking), rows])) == (7, 2)
 
 
 def test_a_recipe_with_fewer_rows_takes_less_time(

@@ -18,14 +18,14 @@ from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
-from punster.data.replace import Proposer, chosen_pairs, foreign_pairs, likely_pairs, near_pairs
+from punster.data.replace import chosen_pairs, foreign_pairs
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches
 
 Use = Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "literal", "synonym_swap", "homophone", "weak",
-              "likely", "near", "foreign", "chosen", "puns", "texts"]  # fmt: skip
+              "foreign", "chosen", "puns", "texts"]  # fmt: skip
 
 
 @dataclass
@@ -36,15 +36,14 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
-    # likely, near, foreign, chosen: puns against themselves with a word in the pun word's place that is likely there, near in
-    # meaning to it or to what it sounds like, another pun's, or one that was chosen for the text.
+    # foreign, chosen: puns against themselves with a word in the pun word's place that is another pun's, or was chosen for the text.
     use: Use = ""
     ids: str = ""  # only rows whose id begins so
     half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
     limit: int = 0  # at most so many rows, drawn (0: all)
-    cap: int = 10  # groups: pairs of one group; ratings, likely, near, foreign: pairs of one text
+    cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
     by: str = "rating"  # the rating that is compared
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
@@ -64,11 +63,10 @@ class Recipe:
     parts: list[Ingredient] = field(default_factory=list)
 
 
-NEED_WORDS = ("likely", "near")  # of a model
-REPLACED = (*NEED_WORDS, "foreign", "chosen")
+REPLACED = ("foreign", "chosen")
 # What can be made of a part in a recipe of pairs: of a file, of each of our own corpora, of any other source. Else: puns or texts.
 USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus.CONTRASTS,
-        "embedded": ("", "groups", "ranked", "templates", *corpus.NEGATIVES, *NEED_WORDS, "foreign"),
+        "embedded": ("", "groups", "ranked", "templates", *corpus.NEGATIVES, "foreign"),
         "public": ("", "groups", "ranked", "pairs", "ratings", "labels", *REPLACED)}  # fmt: skip
 KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
@@ -169,13 +167,10 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
-def build(
-    recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None, proposer: Proposer | None = None
-) -> tuple[list[Row], Row]:  # fmt: skip
+def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> tuple[list[Row], Row]:
     """The rows of a mixture, and the statement of what went in and what was left out.
 
     folder: local copies of the public sources (default: PUNSTER_DATA); not needed by recipes of files alone.
-    proposer: knows words, for parts with `use: likely` or `near`.
     """
     public = any(part.source not in ("", *corpus.OWN) for part in recipe.parts)
     pool = pool_of(data_folder(folder)) if public else None
@@ -184,9 +179,7 @@ def build(
     statements = []
     for number, part in enumerate(recipe.parts):
         draw = random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}")
-        if say and part.use in NEED_WORDS:
-            say(f"asking the base for words that are {part.use}: {part.source}")
-        taken, said = _part(part, recipe, pool, guard, draw, proposer)
+        taken, said = _part(part, recipe, pool, guard, draw)
         rows += taken
         statements.append(said)
     statement: Row = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
@@ -219,9 +212,7 @@ def build(
     return rows, statement
 
 
-def _part(
-    part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random, proposer: Proposer | None
-) -> tuple[list[Row], Row]:  # fmt: skip
+def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random) -> tuple[list[Row], Row]:
     """The rows of one part, and its line in the statement."""
     rows, licence, is_open, rude = _source_rows(part, recipe, pool)
     statement: Row = {"part": part.source or part.file, "use": part.use, "licence": licence, "open": is_open, "read": len(rows)}
@@ -240,7 +231,7 @@ def _part(
             dropped[reason] += 1
         else:
             kept.append(row)
-    made = _made(kept, part, recipe, draw, proposer)
+    made = _made(kept, part, recipe, draw)
     if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
         dropped["near to an evaluation text"] += len(made) - len(clean)
@@ -293,7 +284,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
     return rows, source.licence, source.open, source.rude
 
 
-def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random, proposer: Proposer | None) -> list[Row]:
+def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random) -> list[Row]:
     """What the recipe asks for, made of rows that may be used."""
     if recipe.kind != "preference":
         return list(rows)
@@ -301,10 +292,6 @@ def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Ra
         return chosen_pairs(rows, part.cap, part.prompt, draw, corpus.replacements())
     if part.use == "foreign":
         return foreign_pairs(rows, part.cap, part.prompt, draw)
-    if part.use in NEED_WORDS:
-        if proposer is None:
-            raise UserError(f"use: {part.use} needs a model that proposes words: train with this mixture, or leave the part out")
-        return (likely_pairs if part.use == "likely" else near_pairs)(rows, part.cap, part.prompt, draw, proposer)
     single = [row for row in rows if kind_of(row) == "unpaired"]  # of a file: as they are
     if part.use == "labels":
         return single or labelled(rows, part.by, part.prompt)
@@ -339,11 +326,9 @@ def is_mixture(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and name in built_in())
 
 
-def mixture(
-    name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None, proposer: Proposer | None = None
-) -> list[Row]:  # fmt: skip
+def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:
     """Rows of a mixture for training; "puns" is the default mixture of the kind."""
     recipe = load_mixture(DEFAULTS[kind] if name == "puns" and kind in DEFAULTS else name)
     if recipe.kind != kind:
         raise UserError(f"{name}: this mixture has rows of the kind {recipe.kind}; {kind} is needed here")
-    return build(recipe, folder, say, proposer)[0]
+    return build(recipe, folder, say)[0]

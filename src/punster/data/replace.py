@@ -1,4 +1,4 @@
-"""Negatives that differ from a pun in the pun word alone: a word likely in its place, near in meaning, another pun's, or chosen."""
+"""Negatives that differ from a pun in the pun word alone: another pun's word, or one that was chosen for it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from punster.data.schema import Row
 from punster.data.split import lemma
@@ -16,7 +15,6 @@ from punster.errors import UserError
 from punster.puns.phonetics import pronunciations
 
 ENDINGS = ("ing", "ed", "ly", "er", "s")  # words with one of these are replaced by words with the same
-AMONG = 6  # a word that is near in meaning is drawn from so many of the nearest, a likely one from fewer
 
 
 @dataclass(frozen=True)
@@ -62,18 +60,6 @@ class Replacement(NamedTuple):
     pun_word: str | None = None
 
 
-class Proposer(Protocol):
-    """What a model has to say about words."""
-
-    def likely(self, blanks: Sequence[Blank], count: int) -> list[list[str]]:
-        """For each blank at most `count` words that are likely there, the likeliest first."""
-        ...
-
-    def near(self, word: str, count: int) -> list[str]:
-        """At most `count` words near in meaning, the nearest first."""
-        ...
-
-
 def blank_of(row: Row) -> Blank | None:
     """Where the pun word of a row stands last in its text, as a whole word after a space; None if it does not."""
     text, word = str(row.get("completion") or row["text"]), str(row.get("pun_word") or "")
@@ -83,26 +69,6 @@ def blank_of(row: Row) -> Blank | None:
     first, last = hits[-1].span()
     others = {str(row[name]).lower() for name in ("pun_word", "alternative_word") if row.get(name)}
     return Blank(text[:first], text[first:last], text[last:], frozenset(map(lemma, others)))
-
-
-def likely_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, proposer: Proposer) -> list[Row]:
-    """Each located pun against at most `cap` versions of it with a word that the model finds likely in the place."""
-    found = [(row, blank) for row in rows if (blank := blank_of(row))]
-    options = proposer.likely([blank for _, blank in found], max(cap, AMONG - 2))
-    drawn = [draw.sample(words, min(cap, len(words))) for words in options]
-    return [_pair(row, blank, word, prompt) for (row, blank), words in zip(found, drawn, strict=True) for word in words]
-
-
-def near_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, proposer: Proposer) -> list[Row]:
-    """Each located pun against at most `cap` versions with a word near in meaning to the pun word or, by turns, to the alternative."""
-    pairs = []
-    for row, blank in [(row, blank) for row in rows if (blank := blank_of(row))]:
-        senses = dict.fromkeys((blank.word.lower(), str(row.get("alternative_word") or blank.word).lower()))
-        options = [list(filter(blank.takes, proposer.near(sense, 4 * AMONG)))[:AMONG] for sense in senses]
-        drawn = [draw.sample(words, min(cap, len(words))) for words in options]
-        mixed = [word for turn in zip_longest(*drawn) for word in turn if word]
-        pairs += [_pair(row, blank, word, prompt) for word in list(dict.fromkeys(mixed))[:cap]]
-    return pairs
 
 
 def chosen_pairs(rows: Sequence[Row], cap: int, prompt: str, draw: random.Random, chosen: Mapping[str, Replacement]) -> list[Row]:

@@ -74,20 +74,13 @@ def check_file(file: str) -> None:
 
 def mix(recipe: str, given: str | None, out: str) -> None:
     from punster.data.files import write_lines
-    from punster.data.mix import NEED_WORDS, build, load_mixture
+    from punster.data.mix import build, load_mixture
 
     path = Path(out)
     if path.is_dir() or not path.parent.is_dir():
         fault = "is a folder" if path.is_dir() else "its folder does not exist"
         raise UserError(f"{path}: {fault}; --out names the file to write")
-    mixture, proposer = load_mixture(recipe), None
-    if any(part.use in NEED_WORDS for part in mixture.parts):
-        from punster.api import GENERIC_PROMPT, load
-        from punster.rollout.words import WordModel
-
-        base = load()
-        proposer = WordModel(base.role, base.tokenizer, GENERIC_PROMPT)
-    rows, statement = build(mixture, given, print, proposer)
+    rows, statement = build(load_mixture(recipe), given, print)
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
     write_lines(path.with_name(f"{path.name}.statement.json"), [json.dumps(statement, indent=1, ensure_ascii=False)])
     print(path)

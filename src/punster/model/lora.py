@@ -118,7 +118,9 @@ class Adapter:
             raise UserError(f"{folder}: only plain LoRA adapters of one rank and alpha can be loaded")
         rank, alpha = described.get("r"), described.get("lora_alpha")
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-            raise UserError(f"{folder}: adapter_config.json has r {rank!r} and lora_alpha {alpha!r}; a rank of at least 1 and a number are needed")
+            raise UserError(
+                f"{folder}: adapter_config.json has r {rank!r} and lora_alpha {alpha!r}; a rank of at least 1 and a number are needed"
+            )
         adapter = cls(name, rank, alpha * (math.sqrt(rank) if described.get("use_rslora") else 1.0))
         known = {site: shape for layer in range(config.n_layer) for site, shape in config.sites(layer).items()}
         for key, tensor in tensors.items():

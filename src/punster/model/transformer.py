@@ -50,11 +50,15 @@ class ModelConfig:
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Read a Hugging Face config.json; raises UserError for architectures this decoder does not implement."""
         try:
-            return cls._from_hf(raw)
+            config = cls._from_hf(raw)
         except KeyError as missing:
             raise UserError(f"config.json lacks the field {missing}") from None
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise UserError(f"config.json has a value that makes no sense ({error})") from None
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_head", "d_ff", "max_positions"):
+            if not isinstance(value := getattr(config, name), int) or value < 1:
+                raise UserError(f"config.json has a value that makes no sense ({name} {value!r} must be a whole number above 0)")
+        return config
 
     @classmethod
     def _from_hf(cls, raw: dict[str, Any]) -> ModelConfig:

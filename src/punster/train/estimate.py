@@ -17,7 +17,6 @@ from punster.config import (
     TrainConfig,
 )
 from punster.data import corpus
-from punster.data.mix import DEFAULTS, NEED_WORDS, is_mixture, load_mixture
 from punster.data.schema import Row, texts_of
 from punster.model.transformer import Decoder
 from punster.train.plan import block_size, measured_speed
@@ -106,7 +105,7 @@ def given(stage: TrainConfig, counts: Counts) -> tuple[int, int]:
         rows, texts = counted(counts, stage.data, "unpaired", lambda: unpaired(given_pairs()), stage.columns)
         return math.ceil(rows / 2), texts  # two texts cost what a pair does
     if isinstance(stage, RewardConfig):
-        named = [name for name in stage.data if name != "embedded" and not asks(name)]
+        named = [name for name in stage.data if name != "embedded"]
         return counted(counts, named, "judged", list, stage.columns) if named else (0, 0)
     return 0, 0
 
@@ -119,13 +118,6 @@ def counted(
         rows = load_rows(names, kind, embedded, columns, quiet=True)
         counts[key] = len(rows), len({text for row in rows for text in texts_of(row)})
     return counts[key]
-
-
-def asks(name: str) -> bool:
-    """Does a mixture of judged rows need a model that proposes words?"""
-    if not is_mixture(name):
-        return False
-    return any(part.use in NEED_WORDS for part in load_mixture(DEFAULTS["preference"] if name == "puns" else name).parts)
 
 
 def layers_of(stage: TrainConfig, base: Decoder) -> int:

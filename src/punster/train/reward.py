@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
@@ -25,7 +24,6 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
-from punster.rollout.words import WordModel
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.halves import half_of
 from punster.train.held_out import pair_table
@@ -168,14 +166,11 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
 def judged_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
-    """The rows that are named, negatives included that are made with the plain base or sampled from the SFT model.
+    """The rows that are named, negatives included that are sampled from the SFT model.
 
     Contrasts that are longer than the context are left out and counted; any other row of that kind is refused when it is encoded.
     """
-    words = WordModel(Role(plain_base(sampled_from, config)), tokenizer, GENERIC_PROMPT)
-    rows = load_rows(
-        sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, words, config.quiet
-    )
+    rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, config.quiet)
     kept = [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, sampled_from.model)]
     if len(kept) < len(rows):
         speaker(config.quiet)(

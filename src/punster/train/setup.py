@@ -16,7 +16,6 @@ from punster.config import SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
-from punster.data.replace import Proposer
 from punster.data.schema import Row, check_row, read_rows
 from punster.errors import UserError
 from punster.model.load import DEFAULT_MODEL, load_model
@@ -176,12 +175,11 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
 def load_rows(
-    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (),
-    proposer: Proposer | None = None, quiet: bool = False,
-) -> list[Row]:  # fmt: skip
+    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (), quiet: bool = False
+) -> list[Row]:
     """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
 
-    proposer: knows words, for mixtures whose negatives are made with a model. quiet: without what mixtures tell of themselves.
+    quiet: without what mixtures tell of themselves.
     """
     rows: list[Row] = []
     for source in sources:
@@ -192,7 +190,7 @@ def load_rows(
         elif not is_mixture(source):
             rows += read_rows(source, kind, columns)
         else:
-            found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet), proposer=proposer)
+            found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet))
             if kind == "preference" and not all("chosen" in row for row in found):
                 raise UserError(
                     f"{source}: some of its rows are no pairs (ranked groups, labels), from which only reward models learn"
