@@ -192,12 +192,12 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: b
     groups = [row for part in ("train", "val") for row in pool.rows("pungen_he2019", part) if "completions" in row]  # type: ignore[arg-type]
     keys = sorted({str(row.get("semeval_id") or row["id"]) for row in groups})
     random.Random(1).shuffle(keys)
-    rows, scores = training_rows(config), {}
+    rows, own, scores = training_rows(config), corpus.by_id(), {}
     for fold in range(folds):
         held = set(keys[fold::folds])
         out = [row for row in groups if str(row.get("semeval_id") or row["id"]) in held]
         index, pun_words = Index([words(t) for row in out for t in texts_of(row)]), {lemma(row["pun_word"]) for row in out}
-        kept = [row for row in rows if not pun_words & row_words(row) and not any(map(index.has_near, texts_of(row)))]
+        kept = [row for row in rows if not pun_words & row_words(row, own) and not any(map(index.has_near, texts_of(row)))]
         print(f"fold {fold + 1}: {len(rows) - len(kept)} of {len(rows)} rows left out", file=sys.stderr)
         scores |= scored(by_run(variant(config, kept, f"fold{fold + 1}"), own_prompts), he_measures(out))
     return he_measures(groups), scores

@@ -113,10 +113,13 @@ def test_options_that_would_be_ignored_are_refused(
 def test_words_of_a_row_are_those_of_its_record(table: ModuleType) -> None:
     row = corpus.preference_rows(("literal",))[0]
     record = corpus.part("train")[0]
-    assert "pun_word" not in row and table.row_words(row) == {
+    assert "pun_word" not in row and table.row_words(row, corpus.by_id()) == {
         table.lemma(record[f"{name}_word"]) for name in ("pun", "alternative")
     }
-    assert table.row_words({"pun_word": "souls", "alternative_word": "sole"}) == {"soul", "sole"} and table.row_words({}) == set()
+    assert (
+        table.row_words({"pun_word": "souls", "alternative_word": "sole"}, {}) == {"soul", "sole"}
+        and table.row_words({}, {}) == set()
+    )
 
 
 def test_templates_are_matched_and_those_of_the_test_part_are_left_out_of_training() -> None:
@@ -177,7 +180,8 @@ def test_no_figure_comes_from_a_text_whose_group_was_trained_on(
     halves = [half_of(mixed, half) for half in (1, 2)]
     assert all(18_000 < len(half) < 20_500 for half in halves) and len(mixed) - sum(map(len, halves)) < 700
     assert not set.intersection(*({frozenset(words(text)) for row in half for text in texts_of(row)} for half in halves))
-    assert not set.intersection(*(set().union(*map(table.row_words, half)) for half in halves))
+    records = corpus.by_id()
+    assert not set.intersection(*(set().union(*(table.row_words(row, records) for row in half)) for half in halves))
     # And the check itself sees a leak: one measured text among the training rows.
     leaked = measured[0].texts[0][0][1]
     assert overlap([{"text": leaked}], measured[:1]) != []

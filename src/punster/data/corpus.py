@@ -42,6 +42,10 @@ def records() -> tuple[dict[str, str], ...]:
     return _lines("puns.jsonl")
 
 
+def by_id() -> dict[str, Row]:
+    return {record["id"]: dict(record) for record in records()}
+
+
 @cache
 def template_rows(split: str = "train") -> tuple[Row, ...]:
     """Pairs of one joke template with and without wordplay, equally long; the test part has templates of its own."""

@@ -159,7 +159,7 @@ def load_model(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, de
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A Hugging Face folder, sharded or not; every expected tensor must be there, in the expected shape."""
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
     shards = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
@@ -305,7 +305,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for kind in ("bos", "eos"):
         if entry := reader.fields.get(f"tokenizer.ggml.{kind}_token_id"):
             raw[f"{kind}_token_id"] = entry.contents()
-    config = ModelConfig.from_hf(raw)
+    config = ModelConfig.from_hf(raw, str(path))
     names, weights = _GGUF[architecture], {}
     for name, tensor in tensors.items():
         if architecture == "llama" and (match := re.search(r"\.attn_([qk])\.\w+$", name)):

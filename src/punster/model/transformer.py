@@ -47,17 +47,17 @@ class ModelConfig:
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the config.json it came from
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
+    def from_hf(cls, raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Read a Hugging Face config.json; raises UserError for architectures this decoder does not implement."""
         try:
             config = cls._from_hf(raw)
         except KeyError as missing:
-            raise UserError(f"config.json lacks the field {missing}") from None
+            raise UserError(f"{where} lacks the field {missing}") from None
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise UserError(f"config.json has a value that makes no sense ({error})") from None
+            raise UserError(f"{where}: a setting of the model makes no sense ({error})") from None
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_head", "d_ff", "max_positions"):
             if not isinstance(value := getattr(config, name), int) or value < 1:
-                raise UserError(f"config.json has a value that makes no sense ({name} {value!r} must be a whole number above 0)")
+                raise UserError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
         return config
 
     @classmethod

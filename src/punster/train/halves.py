@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 
 from punster.data import corpus
 from punster.data.leakage import Ties, words
@@ -29,23 +28,18 @@ def half_of(rows: Sequence[Row], half: int) -> list[Row]:
     def apart(row: Row) -> bool:
         return "chosen" in row and "group" not in row and bool(preferred.get(text_key(row["rejected"]), set()) - {family(row)})
 
-    ties: Ties[str] = Ties()
+    own, ties = corpus.by_id(), Ties[str]()
     for row in rows:
         texts = texts_of(row)[:1] if apart(row) else texts_of(row)
-        for key in (*map(text_key, texts), *(f"word {word}" for word in row_words(row))):
+        for key in (*map(text_key, texts), *(f"word {word}" for word in row_words(row, own))):
             ties.tie(f"family {family(row)}", key)
     return [row for row in rows if all(zlib.crc32(ties.root(text_key(text)).encode()) % 2 + 1 == half for text in texts_of(row))]
 
 
-def row_words(row: Row) -> set[str]:
-    """Lemmas of the pun word of a training row and of what it evokes; pairs of the embedded corpus bear its records' ids."""
-    told = _own_records().get(str(row.get("id")), row) if source_of(row) == "embedded" else row
+def row_words(row: Row, own: Mapping[str, Row]) -> set[str]:
+    """Lemmas of the pun word of a row and of what it evokes; pairs of the embedded corpus bear its records' ids, which `own` has."""
+    told = own.get(str(row.get("id")), row) if source_of(row) == "embedded" else row
     return {lemma(str(told[name])) for name in ("pun_word", "alternative_word") if told.get(name)}
-
-
-@cache
-def _own_records() -> dict[str, Row]:
-    return {record["id"]: dict(record) for record in corpus.records()}
 
 
 def text_key(text: str) -> str:
