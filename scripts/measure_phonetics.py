@@ -75,7 +75,7 @@ def pairs(data: Path) -> Iterator[Pair]:
         yield Pair(text, part[text], words[place], lemmas)
 
 
-def irregular(word: str) -> list[str]:
+def lemmas(word: str) -> list[str]:
     """Lemmas by lemminflect's dictionary, for `lemma` takes off regular endings only."""
     return [base for bases in getAllLemmas(word).values() for base in bases]
 
@@ -86,7 +86,7 @@ def found(pair: Pair, candidates: tuple[str, ...], k: int = 10) -> bool:
         words = [word for word, _ in nearest(pair.pun_word, k, candidates)]
     except UserError:
         return False
-    return any(form in pair.alternatives for word in words for form in (word, lemma(word), *irregular(word)))
+    return any(form in pair.alternatives for word in words for form in (word, lemma(word), *lemmas(word)))
 
 
 def recall(data: Path, k: int = 10) -> dict[str, tuple[int, int]]:

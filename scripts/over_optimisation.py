@@ -27,7 +27,7 @@ from punster.evaluate.metrics import spearman
 from punster.model.role import score_examples
 from punster.model.saved import load_role
 from punster.rollout.sampler import Decoding, generate
-from punster.train.checkpoint import write_json
+from punster.safe import write_json
 from punster.train.optim import seeded
 from punster.train.setup import check_prompts, open_policy_role, open_reward_model
 

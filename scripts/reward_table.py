@@ -24,11 +24,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from punster.api import GENERIC_PROMPT, load
+from punster.api import load
 from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.leakage import Index, words
 from punster.data.pool import Pool, data_folder
+from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
 from punster.evaluate.metrics import auc
@@ -232,7 +233,7 @@ def main() -> None:
     found = measures(pool)
     named: dict[str, list[dict[Text, float]]] = {}
     if options.config:
-        from punster.cli import parse
+        from punster.config.parsing import parse
 
         config = parse("reward", RewardConfig, ["--config", options.config])
         if options.folds:

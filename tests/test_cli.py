@@ -273,8 +273,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lists_on_the_command_line_take_several_words(tmp_path: Path) -> None:
-    from punster.cli import parse
     from punster.config import PpoConfig
+    from punster.config.parsing import parse
 
     assert parse("ppo", PpoConfig, ["-n", "x", "--sft-data", "embedded", "mine.jsonl"]).sft_data == ["embedded", "mine.jsonl"]
     assert parse("ppo", PpoConfig, ["-n", "x", "--sft-data", "mine.jsonl"]).sft_data == ["mine.jsonl"]

@@ -19,9 +19,6 @@ from punster.model.load import DEFAULT_MODEL
 from punster.model.role import Role, score_examples, scores_and_spreads
 from punster.model.tokenizer import Tokenizer
 
-# Texts that come without a prompt are scored as answers to this one.
-GENERIC_PROMPT = "make a pun"
-
 
 @dataclass
 class Model:

@@ -51,7 +51,7 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
 
 
 def test_columns_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from punster.cli import parse
+    from punster.config.parsing import parse
 
     config = parse("sft", SftConfig, ["-n", "x", "--data", "qa.csv", "--columns", "prompt=question", "completion=answer"])
     assert config.columns == ["prompt=question", "completion=answer"] and config.data == ["qa.csv"]

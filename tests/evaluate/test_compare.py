@@ -105,11 +105,14 @@ def test_texts_of_a_file_stand_beside_the_models(runs: Path, tmp_path: Path, cap
     assert "fewer than 2 completions" in capsys.readouterr().err
 
 
-def test_the_plain_base_as_what_others_are_compared_with(runs: Path, tmp_path: Path) -> None:
+def test_the_plain_base_as_what_others_are_compared_with(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(runs / "sft"), "--reference", "base", "--gold", str(runs / "gold"), "--limit", "4", "--samples", "2"]
     assert main(["evaluate", *given, "--max-new-tokens", "8", "--quiet", "--out", str(tmp_path)]) == 0
-    models = json.loads((tmp_path / "summary.json").read_text())["models"]
-    assert list(models) == ["base", "sft"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "win rate vs base" in printed and "Against base, prompt by prompt" in printed and "exact KL to base in nats" in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    models = summary["models"]
+    assert list(models) == ["base", "sft"] and summary["reference"] == "base"
     assert models["base"]["exact_kl"] == 0 < models["sft"]["exact_kl"]
     assert 0 <= models["sft"]["win_rate_vs_sft"]["mean"] <= 1 and models["base"]["win_rate_vs_sft"]["mean"] == 0.5
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -602,6 +603,14 @@ def test_a_card_quotes_its_folder_for_the_shell_and_for_python(tmp_path: Path) -
     place = f'{tmp_path.name}/my "own" run'
     assert f"punster generate '{place}' " in text
     assert f"model = load({json.dumps(place)})" in text
+    folder = pipeline(tmp_path)
+    (folder / "summary.json").unlink()  # interrupted: no model is known to be the best, so the last stage is shown
+    stage(folder / "zz bob's", "ppo", [{"loss": 1.0}])
+    text = write_card(folder).read_text()
+    place = f"{tmp_path.name}/demo/zz bob's"
+    assert f"punster generate {shlex.quote(place)} " in text and f"punster export {shlex.quote(place)} " in text
+    assert f"model = load({json.dumps(place)})" in text
+    assert f" {shlex.quote(place)} --gold " in next(line for line in text.splitlines() if line.startswith("punster evaluate"))
 
 
 def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:

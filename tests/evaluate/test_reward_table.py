@@ -64,7 +64,7 @@ def test_naive_bayes_counts_one_and_two_grams(table: ModuleType) -> None:
     assert table.grams("It's a pun.") == ["it's", "a", "pun", "it's a", "a pun"]
 
 
-def test_overlap_finds_a_version_of_a_trained_text(table: ModuleType) -> None:
+def test_the_check_for_leaks_sees_a_version_of_a_trained_text(table: ModuleType) -> None:
     wanted = [table.Measure("m", None, pairs=((("p", "one two three four"), ("p", "something else here"), "group"),))]
     assert overlap([{"chosen": "One two, three five!", "rejected": "nothing"}], wanted) == [("m", "group")]
     assert overlap([{"chosen": "two six seven", "rejected": "nothing"}], wanted) == []
@@ -143,7 +143,7 @@ def test_no_figure_comes_from_a_text_whose_group_was_trained_on(
     table: ModuleType, punster_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PUNSTER_DATA", str(punster_data))
-    from punster.cli import parse
+    from punster.config.parsing import parse
     from punster.data.mix import build, load_mixture
     from punster.data.pool import Pool, data_folder
     from punster.data.split import lemma, part_of_id, part_of_lemma

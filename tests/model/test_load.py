@@ -73,11 +73,12 @@ def test_an_index_that_names_no_files(folder: Path, given: object) -> None:
 
 
 @pytest.mark.parametrize(("gpt2", "llama", "value"), [("n_head", "num_attention_heads", 0), ("n_head", "num_attention_heads", "8"),
-                                                      ("n_embd", "hidden_size", None)])  # fmt: skip
+                                                      ("n_embd", "hidden_size", None), ("layer_norm_epsilon", "rms_norm_eps", "x"),
+                                                      ("layer_norm_epsilon", "rms_norm_eps", None)])  # fmt: skip
 def test_values_that_make_no_sense(folder: Path, gpt2: str, llama: str, value: object) -> None:
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     change_config(folder, **{gpt2 if kind == "gpt2" else llama: value})
-    refused(folder, r"config\.json: .*(makes no sense|must be a whole number above 0)")
+    refused(folder, r"config\.json: .*(makes no sense|must be a (whole )?number above 0)")
 
 
 def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:

@@ -174,9 +174,8 @@ def test_fingerprint_and_trunk_key_tell_models_apart(make_model: object) -> None
     assert one.trainable_copy(0).trunk_key(1) != one.trunk_key(1)
 
 
-def test_positions_and_mask_by_hand() -> None:
+def test_mask_by_hand() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    assert positions_of(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
     assert causal_mask(mask)[0].tolist() == [[False] * 4, [False] * 4, [False, False, True, False], [False, False, True, True]]
 
 

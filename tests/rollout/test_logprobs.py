@@ -90,9 +90,10 @@ def test_log_probs_are_bit_equal_in_training_and_comparison() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-def test_exact_kl_is_the_sum_over_the_vocabulary(temperature: float) -> None:
+def test_exact_kl_is_the_sum_over_the_vocabulary(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, targets = inputs(seed=4)
     reference, reference_head, _ = inputs(seed=5)
+    monkeypatch.setattr(logprobs, "CHUNK", 5)
     compared = compare_policies(hidden, LogitHead(head), reference, LogitHead(reference_head), targets, temperature)
     p = (hidden @ head.T / temperature).softmax(-1)
     q = (reference @ reference_head.T / temperature).softmax(-1)

@@ -18,7 +18,7 @@ class EvaluateConfig:
         None, "reward-model run that is the yardstick (default: the gold of the pipeline that the runs lie in)"
     )
     proxy: str | None = opt(None, "reward-model run that selects best-of-n (default: the pipeline's reward run)")
-    reference: str | None = opt(None, "run that the others are compared with (default: the run named sft)")
+    reference: str | None = opt(None, "run that the others are compared with, or base (default: the run named sft)")
     prompts: str = opt("embedded", "embedded (the test part), or a file with prompts")
     call_puns: bool = opt(
         False,
@@ -34,7 +34,7 @@ class EvaluateConfig:
     device: str = opt("auto", "auto, cpu, cuda, mps")
     dtype: str = opt("auto", "auto, fp32, bf16")
     out: str | None = opt(None, "write summary.json and samples.jsonl into this folder")
-    quiet: bool = opt(False, "print nothing but errors")
+    quiet: bool = opt(False, "print the tables alone")
     judge: str | None = opt(
         None,
         "let a language model judge too, at this OpenAI-compatible URL (key, if any, in PUNSTER_JUDGE_KEY); openai is "

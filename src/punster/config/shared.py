@@ -78,7 +78,7 @@ class RunConfig:
     seed: int = opt(1, "seed of all named generators (data, sampling, init), of all stages in a pipeline")
     resume: bool = opt(False, "go on with the run of this name: from its newest checkpoint, or with its first unfinished stage")
     dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")
-    quiet: bool = opt(False, "print nothing but errors")
+    quiet: bool = opt(False, "print the folder of the run alone")
     config_version: int = opt(CONFIG_VERSION, "version of these settings, for files of other versions of punster")
 
     def __post_init__(self) -> None:

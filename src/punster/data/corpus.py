@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from punster.data.prompts import GENERIC_PROMPT
 from punster.data.replace import Replacement, blank_of
 from punster.data.schema import Row
 from punster.data.split import lemma
@@ -50,7 +51,7 @@ def by_id() -> dict[str, Row]:
 def template_rows(split: str = "train") -> tuple[Row, ...]:
     """Pairs of one joke template with and without wordplay, equally long; the test part has templates of its own."""
     return tuple(
-        {"prompt": "make a pun", "chosen": r["pun"], "rejected": r["plain"], "kind": "template", "id": r["id"], "template": r["template"]}
+        {"prompt": GENERIC_PROMPT, "chosen": r["pun"], "rejected": r["plain"], "kind": "template", "id": r["id"], "template": r["template"]}
         for r in _lines("templates.jsonl") if r["split"] == split
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def contrast_rows(kind: str, half: int = 0) -> tuple[Row, ...]:
     for number, record in enumerate(_lines("contrasts.jsonl")):
         if half and contrast_halves()[number] != half:
             continue
-        shared = {"prompt": "make a pun", "kind": kind, "source": "contrasts", "licence": "MIT", "group": f"contrast-{number}",
+        shared = {"prompt": GENERIC_PROMPT, "kind": kind, "source": "contrasts", "licence": "MIT", "group": f"contrast-{number}",
                   "pun_word": record["pun_word"], "alternative_word": record["alternative_word"]}  # fmt: skip
         if kind == "weak":
             for last in (True, False):

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from punster.data.files import write_lines
 from punster.data.sources import SOURCES, Source
 from punster.errors import UserError
 from punster.model.load import sha256_of
+from punster.safe import write_lines
 
 BASE = "https://raw.githubusercontent.com"
 RECORD = "fetched.json"  # in each source's folder: file -> {url, sha256, bytes}

@@ -11,7 +11,6 @@ from typing import Any
 from punster.data.schema import Row
 from punster.data.sources.reading import Skips, json_values, lines, read_text, table
 from punster.errors import UserError
-from punster.safe import whole_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")  # owner/name or owner/name:split
@@ -116,9 +115,3 @@ def renamed(row: Any, columns: Sequence[str], place: str) -> Any:
             raise UserError(f"{place}: no column {column!r} (found: {', '.join(map(str, row))})")
         found[field] = _cell(field, row[column]) if isinstance(row[column], str) else row[column]
     return found
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """The file is whole or not there."""
-    with whole_file(path) as handle:
-        handle.writelines(line + "\n" for line in lines)

@@ -17,7 +17,7 @@ from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
-from punster.data.prompts import pun_word_share, retopic, topic_key, with_prompts
+from punster.data.prompts import GENERIC_PROMPT, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.replace import chosen_pairs, foreign_pairs
 from punster.data.schema import Row, kind_of, read_rows, texts_of
 from punster.data.sources import SOURCES, find_source
@@ -48,7 +48,7 @@ class Ingredient:
     by: str = "rating"  # the rating that is compared
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
     max_words: int = 0
-    prompt: str = "make a pun"  # of pairs made of ratings
+    prompt: str = GENERIC_PROMPT  # of pairs made of ratings
     generic: bool = False  # preference: every row has the part's `prompt`, whatever its own is
     filter: bool | None = None  # offensive words: default as the catalogue has it
 

@@ -10,6 +10,7 @@ from punster.data.leakage import words
 from punster.data.schema import Row
 from punster.data.split import lemma
 
+GENERIC_PROMPT = "make a pun"  # texts that come without a prompt are scored as answers to this one
 PUN_WORD_SHARE = 0.3  # at most this share of the prompts may contain the pun word
 # Nouns that say nothing about a topic, or that stand for a person in a formula ("..., said Tom").
 _EMPTY = {"tom", "swifty", "pun", "puns", "joke", "jokes", "die", "thing", "things", "lot", "lots", "bit", "way", "ways", "kind", "sort", "guy", "guys", "today", "yesterday",
@@ -21,7 +22,7 @@ _EMPTY = {"tom", "swifty", "pun", "puns", "joke", "jokes", "die", "thing", "thin
 def request(topic: str | None, word: str | None = None) -> str:
     if topic:
         return f"make a pun about {topic}"
-    return f"make a pun with the word {word}" if word else "make a pun"
+    return f"make a pun with the word {word}" if word else GENERIC_PROMPT
 
 
 @cache

@@ -19,7 +19,7 @@ DIR is the folder of all local copies, or a source's own; PUNSTER_DATA names the
 
 def data(rest: list[str]) -> int:
     """punster data ACTION …"""
-    from punster.cli import parsed_values, simple_parser
+    from punster.config.parsing import parsed_values, simple_parser
 
     if not rest or rest[0] in ("-h", "--help"):
         print(USAGE)
@@ -73,8 +73,8 @@ def check_file(file: str) -> None:
 
 
 def mix(recipe: str, given: str | None, out: str) -> None:
-    from punster.data.files import write_lines
     from punster.data.mix import build, load_mixture
+    from punster.safe import write_lines
 
     path = Path(out)
     if path.is_dir() or not path.parent.is_dir():

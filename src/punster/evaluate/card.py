@@ -6,7 +6,6 @@ import hashlib
 import html
 import json
 import re
-import shlex
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +57,7 @@ def code(text: str) -> str:
 
 def write_card(folder: Path) -> Path:
     """Write folder/README.md."""
-    from punster.train.checkpoint import write_text
+    from punster.safe import write_text
 
     run = read_run(Path(folder))
     path = Path(folder) / "README.md"
@@ -116,18 +115,18 @@ def _body(run: RunData) -> list[str]:
 
 
 def _loading(run: RunData, base: str) -> list[str]:
-    place, line = usage(run)
+    part, line = usage(run)
     if not line:
         return []
     peft = all(settings.get("adapter") != "none" for settings in chain(run, ("actor", "pretrained"))[0])
-    python = ["from punster import load", "", f"model = load({json.dumps(*shlex.split(place), ensure_ascii=False)})", 'print(model.generate("make a pun about bakers", k=8))', "",
+    python = ["from punster import load", "", f"model = load({json.dumps('/'.join(filter(None, (run.shown, part))), ensure_ascii=False)})", 'print(model.generate("make a pun about bakers", k=8))', "",
               "# or, after the export above, without punster:", "from transformers import AutoModelForCausalLM"]  # fmt: skip
     if peft:
         python += ["from peft import PeftModel", "", f'base = AutoModelForCausalLM.from_pretrained("{base or "BASE"}")',
                    'model = PeftModel.from_pretrained(base, "exported")']  # fmt: skip
     else:
         python += ["", 'model = AutoModelForCausalLM.from_pretrained("exported")']
-    shell = f"```sh\n{line}\npunster export {place} --format {'peft' if peft else 'hf'} --out exported\n```"
+    shell = f"```sh\n{line}\npunster export {run.path(part)} --format {'peft' if peft else 'hf'} --out exported\n```"
     return ["## How to load", shell, "```python\n" + "\n".join(python) + "\n```"]
 
 
@@ -136,7 +135,7 @@ def _results(run: RunData) -> list[str]:
     if tables := result_tables(run.shown_summary):
         parts.append(", ".join(f"{md(run.summary[k])} {what}" for k, what in SIZES if k in run.summary))
         for table in tables:
-            head = ["Model", *(column.title for column in table.columns)]
+            head = ["Model", *(md(column.title) for column in table.columns)]
             parts += [f"**{md(table.title)}**", md_table(head, [[md(c) for c in row] for row in table.rows]), md(table.note)]
         parts += [md(line) for line in judge_sentences(run.summary)]
     elif figures := final_figures(run):

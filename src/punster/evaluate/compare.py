@@ -30,7 +30,7 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
-from punster.train.checkpoint import write_json, write_text
+from punster.safe import write_json, write_text
 from punster.train.optim import seeded
 from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
 
@@ -107,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results[label] |= against_reference(sampled[label], sampled[reference_label], config)
     for label, rating in ratings(sampled, config).items():
         results[label]["rating"] = rating
-    summary: dict[str, Any] = {"models": results, "prompts": len(texts), "samples": config.samples, "decoding": {
+    summary: dict[str, Any] = {"models": results, "reference": reference_label, "prompts": len(texts), "samples": config.samples, "decoding": {
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
     if config.best_of:
         name = f"best_of_{config.best_of}"

@@ -65,7 +65,7 @@ class RunData:
     """A run folder; `stages` of a single verb's run is that run alone."""
 
     name: str
-    shown: str  # the path as commands show it: relative, without the machine's own folders
+    shown: str  # the path as people see it: relative, without the machine's own folders
     pipeline: bool
     config: dict[str, Any]
     summary: dict[str, Any]
@@ -74,6 +74,10 @@ class RunData:
     config_sha256: str = ""
     place: Path = Path()
     hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
+
+    def path(self, part: str = "") -> str:
+        """The folder, or something in it, as a word of a shell line."""
+        return shlex.quote(f"{self.shown}/{part}" if part else self.shown)
 
     def hue(self, name: str) -> int:
         """Number of a model's colour and marker, the same in all figures."""
@@ -122,7 +126,7 @@ def read_run(folder: Path) -> RunData:
     pipeline = "models" in summary or bool(names) or verb == "run"
     place, here = folder.resolve(), Path.cwd()
     shown = place.relative_to(here).as_posix() if place.is_relative_to(here) else f"{place.parent.name}/{place.name}"
-    shown = shlex.quote(" ".join(scrub(shown).split()))
+    shown = " ".join(scrub(shown).split())
     stages = [_read_stage(folder / name, name) for name in names] if pipeline else [_read_stage(folder, place.name)]
     return RunData(
         name=scrub(place.name), shown=shown, pipeline=pipeline, config=config, summary=summary,
@@ -273,9 +277,9 @@ def commands(run: RunData) -> list[str]:
     lines = [f"git checkout {commit}"] if re.fullmatch(r"[0-9a-f]{7,40}", commit := str(run.summary.get("commit", ""))) else []
     if run.pipeline:
         if run.config:
-            lines.append(f"punster run {run.shown}/config.yaml --name again")
+            lines.append(f"punster run {run.path('config.yaml')} --name again")
         if policies := run.policies:
-            options = f" --gold {run.shown}/gold" if any(s.name == "gold" for s in run.stages) else ""
+            options = f" --gold {run.path('gold')}" if any(s.name == "gold" for s in run.stages) else ""
             given = {key: run.config.get(key) for key in ("seed", "dtype", "device")}
             given |= {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
             given["best_of"] = max((int(n[8:]) for n in run.models if re.fullmatch(r"best_of_\d+", n)), default=None)
@@ -283,20 +287,20 @@ def commands(run: RunData) -> list[str]:
             for key, value in given.items():
                 if key != "out" and value is not False and isinstance(value, str | int | float):
                     options += f" --{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
-            lines.append(f"punster evaluate base {' '.join(f'{run.shown}/{p}' for p in policies)}{options}")
+            lines.append(f"punster evaluate base {' '.join(map(run.path, policies))}{options}")
     elif run.config and run.stages[0].verb:
-        lines.append(f"punster {run.stages[0].verb} --config {run.shown}/config.yaml -n again")
-    return [*lines, f"punster report {run.shown}"]
+        lines.append(f"punster {run.stages[0].verb} --config {run.path('config.yaml')} -n again")
+    return [*lines, f"punster report {run.path()}"]
 
 
 def usage(run: RunData) -> tuple[str, str]:
-    """The folder of the policy to use and the shell line that does, empty for a folder without one."""
+    """The policy to use, as a part of the folder (empty: the folder itself), and the shell line that does; ("", "") without one."""
     policies, best = run.policies, best_model(run)
     if not policies:
         return "", ""
     last = [p for p in policies if p != "placebo"][-1:] or policies
-    place = run.shown if not run.pipeline else f"{run.shown}/{best if best in policies else last[0]}"
-    return place, f'punster generate {place} "make a pun about bakers" -k 8'
+    part = "" if not run.pipeline else best if best in policies else last[0]
+    return part, f'punster generate {run.path(part)} "make a pun about bakers" -k 8'
 
 
 def data_used(run: RunData) -> list[str]:

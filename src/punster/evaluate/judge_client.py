@@ -176,6 +176,8 @@ class Client:
             except self.errors.BadRequestError as error:
                 if not self._adapt(str(error), options):
                     raise self._failure(error) from None
+                with self.lock:
+                    self.calls -= 1  # nothing was paid for
                 continue
             except self.errors.OpenAIError as error:
                 raise self._failure(error) from None

@@ -45,14 +45,15 @@ def opening(run: RunData) -> str:
 
 
 def verdict(run: RunData, best: str) -> str:
-    """What the best trained model reached against SFT, and whether the interval shows an improvement."""
-    entry, sft = run.models[best], run.models.get("sft", {})
+    """What the best trained model reached against the reference, and whether the interval shows an improvement."""
+    entry, name = run.models[best], str(run.summary.get("reference") or "sft")
+    reference = run.models.get(name, {})
     text = f"{label(best)} has the highest gold reward of the trained models, {show(entry.get('held_out_reward'))}"
-    text += f" against {show(sft['held_out_reward'])} of SFT" if "held_out_reward" in sft else ""
+    text += f" against {show(reference['held_out_reward'])} of {label(name)}" if "held_out_reward" in reference else ""
     wins = as_dict(entry.get("win_rate_vs_sft"))
     low, high = number(wins.get("low")), number(wins.get("high"))
     if number(wins) is not None:
-        text += f"; it wins {show(wins, 0, percent=True)} of comparisons with SFT"
+        text += f"; it wins {show(wins, 0, percent=True)} of comparisons with {label(name)}"
         if low is not None and high is not None and low <= 0.5:
             text += ", so no improvement is shown" if high >= 0.5 else ", so it is worse"
     return text + (f", at an exact KL of {kl} nats." if (kl := show_kl(entry)) != "–" else ".")
@@ -108,7 +109,7 @@ def write_page(
     """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
 
-    from punster.train.checkpoint import write_text
+    from punster.safe import write_text
 
     models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)
     judges, accuracies = folder_data.accuracy_table(run)

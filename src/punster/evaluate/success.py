@@ -18,9 +18,9 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from punster.api import GENERIC_PROMPT
 from punster.data.batch import Example, collate, prefix_batches
 from punster.data.pool import Pool, data_folder, pool_of
+from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, kind_of
 from punster.data.split import Part
 from punster.errors import UserError
@@ -191,7 +191,7 @@ def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
         rows = labelled(Pool(data_folder()))
     except UserError:
         return None
-    from punster.train.checkpoint import write_json
+    from punster.safe import write_json
 
     found = fit_estimator(features(role, tokenizer, [row.text for row in rows]), rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -140,6 +140,20 @@ class Table:
     def note(self) -> str:
         return "; ".join(f"{column.title}: {column.note}" for column in self.columns if column.note) + "."
 
+    def against(self, reference: str) -> Table:
+        """The same table with this name in the place of SFT, which most are compared with."""
+        renamed = [
+            replace(
+                c,
+                **{
+                    key: getattr(c, key).replace("the SFT model", reference).replace("SFT", reference)
+                    for key in ("short", "title", "note")
+                },
+            )
+            for c in self.columns
+        ]
+        return self if reference == "SFT" else replace(self, columns=renamed)
+
 
 def table(title: str, columns: Sequence[Column], models: Mapping[str, Any], keep_all: bool = False) -> Table | None:
     """A table, without the columns that are empty (unless all are kept) and, where a column is left out, without bare models."""
@@ -152,12 +166,17 @@ def table(title: str, columns: Sequence[Column], models: Mapping[str, Any], keep
 
 def result_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Every table that a summary has values for; the first is the one that everybody reads."""
-    models = as_dict(summary.get("models"))
+    models, against = as_dict(summary.get("models")), reference_of(summary)
     main = table("Models compared", COLUMNS, models, keep_all=True)
-    paired = table("Against SFT, prompt by prompt, by the gold reward", PAIRED_COLUMNS, models)
+    paired = table(f"Against {against}, prompt by prompt, by the gold reward", PAIRED_COLUMNS, models)
     judged = table(f"Judged by {as_dict(summary.get('judge')).get('model', 'a language model')}", JUDGE_COLUMNS, models)
     texts = table("What the texts are like", TEXT_COLUMNS, models)
-    return [found for found in (main, paired, texts, judged) if found]
+    return [found.against(against) for found in (main, paired, texts, judged) if found]
+
+
+def reference_of(summary: Mapping[str, Any]) -> str:
+    """What the others are compared with, as people read it."""
+    return label(str(summary.get("reference") or "sft"))
 
 
 def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
@@ -213,7 +232,8 @@ def print_table(summary: dict[str, Any]) -> None:
         title = size if place == 0 else found.title
         console.print(text_table(title, ["model", *(column.short for column in found.columns)], found.rows))
     print(
-        "held-out reward: yardstick reward model, 95 % bootstrap over prompts; exact KL to SFT in nats a response; EOS: share that ends"
+        "held-out reward: yardstick reward model, 95 % bootstrap over prompts; exact KL to "
+        f"{reference_of(summary)} in nats a response; EOS: share that ends"
     )
     for line in judge_sentences(summary):
         print(line)

@@ -290,7 +290,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "num_key_value_heads": value("attention.head_count_kv", heads),
             "max_position_embeddings": value("context_length"), "rms_norm_eps": value("attention.layer_norm_rms_epsilon", 1e-6),
             "rope_theta": value("rope.freq_base", 10_000.0), "tie_word_embeddings": tied, "hidden_act": "silu",
-            "head_dim": value("attention.key_length", value("embedding_length") // heads),
+            "head_dim": value("attention.key_length"),
         }  # fmt: skip
         if (value("rope.scaling.type") or "none") != "none" or "rope_freqs.weight" in tensors:
             raise UserError(f"{path}: rotary scaling is not implemented")

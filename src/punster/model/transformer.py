@@ -53,11 +53,16 @@ class ModelConfig:
             config = cls._from_hf(raw)
         except KeyError as missing:
             raise UserError(f"{where} lacks the field {missing}") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise UserError(f"{where}: a setting of the model makes no sense ({error})") from None
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_head", "d_ff", "max_positions"):
             if not isinstance(value := getattr(config, name), int) or value < 1:
                 raise UserError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
+        for name in ("norm_eps", "rope_theta"):
+            if not isinstance(value := getattr(config, name), int | float) or value <= 0:
+                raise UserError(f"{where}: {name} is {value!r}; it must be a number above 0")
         return config
 
     @classmethod

@@ -46,7 +46,7 @@ class Stepper:
         self.stages: list[list[Product] | None] = [None] * layers  # of each other layer its products, in the order of the steps
         self.steps: list[list[fused.Step]] = []  # of each layer that the kernels take
         self.layers = (CLayer * layers)()
-        self.alive: list[list[fused.Norm]] = []  # what its addresses point to
+        self.alive: list[list[fused.Norm]] = []  # the norms, which with `steps` are what the addresses in `layers` point to
         self.ranks = 0  # most ranks of one product
         for layer in range(layers):
             if not fused.usable(model, layer):

@@ -28,7 +28,7 @@ from punster.model.load import sha256_of
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
-from punster.safe import flush, whole_file
+from punster.safe import flush, write_json
 from punster.train.optim import TOKENS, Cursor
 
 if TYPE_CHECKING:
@@ -43,16 +43,6 @@ BEST = {
 
 def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file is whole or not there."""
-    with whole_file(path) as handle:
-        handle.write(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
 from punster.train.run import check_name
-from punster.train.setup import check_model, check_prompts, load_prompts, open_policy_role, open_reward_model
+from punster.train.setup import check_prompts, load_prompts, open_reward_model, open_start
 from punster.train.sft import sft
 
 
@@ -23,8 +23,7 @@ def distill(config: DistillConfig) -> Path | None:
     if not config.actor or not config.reward_model:
         raise UserError("distill needs a run to sample from (-a) and a reward-model run (-c)")
     started = check_name(config, "distill")
-    policy, tokenizer = open_policy_role(config.actor, config)
-    check_model(config, config.actor, policy)
+    policy, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
     prompts = load_prompts(config.prompts, quiet=config.quiet)
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)

@@ -35,14 +35,13 @@ from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
-    check_model,
     check_prompts,
     encode,
     extend,
     load_prompts,
     load_rows,
-    open_policy_role,
     open_reward_model,
+    open_start,
     speaker,
 )
 
@@ -54,8 +53,7 @@ def dpo(
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     started = check_name(config, "dpo")
-    reference, tokenizer = open_policy_role(config.actor, config)
-    check_model(config, config.actor, reference)
+    reference, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
     prompts: list[Any] = []

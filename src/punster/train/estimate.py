@@ -36,7 +36,7 @@ def pipeline_seconds(
     left = {name: stage for name, stage in stages.items() if name not in done}
     counts: Counts = {}
     result = {name: stage_work(stage, base, judge, *given(stage, counts)) / speed for name, stage in left.items()}
-    policies = len(evaluation.models) - 1  # the reference draws a pool
+    policies = max(0, len(set(evaluation.models)) - 1)  # the reference draws a pool
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)
     texts = (evaluation.limit or len(corpus.part("test"))) * (evaluation.samples * policies + pool)
     layers = block_size(base) * base.config.n_layer * (PROMPT + RESPONSE)
@@ -93,7 +93,7 @@ def stage_work(
 def given(stage: TrainConfig, counts: Counts) -> tuple[int, int]:
     """Rows and distinct texts that a stage is given: of sft, of dpo (pairs), and of reward those beside the embedded corpus.
 
-    (0, 0) where pairs are sampled. Mixtures that ask a model for words, and --pretrain, are not counted. counts: of data read before.
+    (0, 0) where pairs are sampled; --pretrain is not counted. counts: of data read before.
     """
     from punster.train.dpo import given_pairs, unpaired
 

@@ -20,7 +20,7 @@ from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train import held_out
 from punster.train.estimate import stage_work
 from punster.train.run import Run
-from punster.train.setup import check_model, check_prompts, extend, load_prompts, open_policy_role, open_reward_model, own_copy
+from punster.train.setup import check_prompts, extend, load_prompts, open_reward_model, open_start, own_copy
 
 
 @dataclass
@@ -56,8 +56,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     """Policy = SFT run + a fresh adapter; reference = the SFT run; rewards as configured."""
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
-    reference, tokenizer = open_policy_role(config.actor, config)
-    check_model(config, config.actor, reference)
+    reference, tokenizer = open_start(config.actor, config)
     model = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     functions = [load_function(specification) for specification in config.reward]
     if function is not None:

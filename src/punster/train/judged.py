@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from punster.algorithms.losses import plackett_luce
-from punster.api import GENERIC_PROMPT
 from punster.config import RewardConfig
 from punster.data.batch import Example
+from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, texts_of
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from punster.cli import check_values, parse, parser_for, readable
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.config.parsing import check_values, parse, parser_for, readable
 from punster.config.pipeline import NEEDS
 from punster.data.mix import recipe_folder
 from punster.errors import UserError, near_matches
-from punster.train.checkpoint import clear_partial, write_json, write_text
+from punster.safe import write_json, write_text
+from punster.train.checkpoint import clear_partial
 from punster.train.dpo import dpo
 from punster.train.estimate import pipeline_seconds
 from punster.train.grpo import grpo

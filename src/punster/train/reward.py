@@ -55,11 +55,10 @@ from punster.train.optim import (
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
-    check_model,
     extend,
     layer_count,
     load_rows,
-    open_policy_role,
+    open_start,
     plain_base,
     speaker,
 )
@@ -68,9 +67,7 @@ from punster.train.setup import (
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
     """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
     started = check_name(config, "reward")
-    begin = config.pretrained or "base"
-    sampled_from, tokenizer = open_policy_role(begin, config)
-    check_model(config, begin, sampled_from)
+    sampled_from, tokenizer = open_start(config.pretrained or "base", config)
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
 

@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 from punster.config import TrainConfig
 from punster.config.shared import default_of
 from punster.errors import UserError
-from punster.safe import json_line, redact, scrub
-from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, write_json, write_text, writing
+from punster.safe import json_line, redact, scrub, write_json, write_text
+from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, writing
 
 Config = TypeVar("Config", bound=TrainConfig)
 FROM_PYTHON = "(given from Python)"

@@ -145,11 +145,13 @@ def own_copy(role: Role) -> Role:
     return replace(role, model=model)
 
 
-def check_model(config: TrainConfig, path: str, role: Role) -> None:
-    """A run that continues another one uses its base: a --model that says otherwise is a mistake, not a wish."""
+def open_start(path: str, config: TrainConfig) -> tuple[Role, Tokenizer]:
+    """What a run continues: it uses that one's base, and a --model that says otherwise is a mistake, not a wish."""
+    role, tokenizer = open_policy_role(path, config)
     if config.model not in (DEFAULT_MODEL, role.model.name):
         raise UserError(f"--model {config.model}: {path} was trained on {role.model.name}, and this run continues it")
     config.model = role.model.name
+    return role, tokenizer
 
 
 def plain_base(role: Role, config: Any) -> Decoder:

@@ -32,7 +32,7 @@ from punster.train.optim import (
 )
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import check_model, encode, encode_fitting, extend, load_rows, open_policy_role
+from punster.train.setup import encode, encode_fitting, extend, load_rows, open_start
 
 
 def sft(
@@ -41,9 +41,7 @@ def sft(
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
     started = check_name(config, verb) if started is None else started
-    begin = config.pretrained or "base"
-    start, tokenizer = open_policy_role(begin, config)
-    check_model(config, begin, start)
+    start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     examples = [
         Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["completion_ids"]))  # sampled: never tokenised again
