@@ -53,7 +53,7 @@ def measure(keys: Sequence[Key], repeats: int) -> dict[Side, list[dict[str, Any]
 
 
 def provenance(repeats: int, versions: dict[str, str]) -> dict[str, Any]:
-    from punster.doctor import machine
+    from punster.machine import machine
     from punster.train.pipeline import commit
 
     dtype = json.loads(prepare.DATA.read_text())["dtype"]

@@ -22,12 +22,12 @@ import torch
 
 from punster.algorithms.bestofn import kl_bound, selection_weights
 from punster.data import corpus
+from punster.disk import write_json
 from punster.evaluate.compare import by_prompt, exact_kl, shared_depths
 from punster.evaluate.metrics import spearman
 from punster.model.role import score_examples
 from punster.model.saved import load_role
 from punster.rollout.sampler import Decoding, generate
-from punster.safe import write_json
 from punster.train.optim import seeded
 from punster.train.setup import check_prompts, open_policy_role, open_reward_model
 

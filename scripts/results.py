@@ -158,9 +158,9 @@ def count_tokens(counter: dict[str, int]) -> None:
 def make(options: argparse.Namespace, name: str) -> None:
     """Train and evaluate one cell in this process, and write its summary."""
     from punster.config import EvaluateConfig
+    from punster.disk import whole_file
     from punster.errors import Aborted
     from punster.evaluate.compare import evaluate
-    from punster.safe import whole_file
     from punster.train.pipeline import commit, evaluation_config
 
     verb, seed, changes = cells()[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -278,3 +280,10 @@ def test_lists_on_the_command_line_take_several_words(tmp_path: Path) -> None:
 
     assert parse("ppo", PpoConfig, ["-n", "x", "--sft-data", "embedded", "mine.jsonl"]).sft_data == ["embedded", "mine.jsonl"]
     assert parse("ppo", PpoConfig, ["-n", "x", "--sft-data", "mine.jsonl"]).sft_data == ["mine.jsonl"]
+
+
+@pytest.mark.parametrize("arguments", [["ppo", "--help"], ["run", "--help"], ["evaluate", "--help"], ["sft", "--nmae", "x"]])
+def test_help_and_mistakes_are_answered_before_torch_is_loaded(arguments: list[str]) -> None:
+    code = "import sys\nfrom punster.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from punster.config.shared import DEFAULT_MODEL
 from punster.data import corpus
 from punster.data.batch import collate
-from punster.model.load import DEFAULT_MODEL, load_model
+from punster.model.load import load_model
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs

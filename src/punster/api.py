@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
-from punster.model.load import DEFAULT_MODEL
 from punster.model.role import Role, score_examples, scores_and_spreads
 from punster.model.tokenizer import Tokenizer
 

@@ -90,8 +90,9 @@ def unexpected(verb: str, error: Exception) -> int:
 def dispatch(verb: str, rest: list[str]) -> int:
     if verb in HANDLERS:
         return HANDLERS[verb](rest)
-    kind, train = (getattr(punster, name) for name in TRAINING[verb])
-    folder = train(parse(verb, kind, rest))
+    kind, train = TRAINING[verb]
+    config = parse(verb, getattr(punster, kind), rest)  # before torch is loaded: help and mistakes are answered at once
+    folder = getattr(punster, train)(config)
     if folder is not None:
         print(folder)
     return 0
@@ -100,7 +101,6 @@ def dispatch(verb: str, rest: list[str]) -> int:
 # ---- verbs --------------------------------------------------------------------------------------------------------
 def run_verb(rest: list[str]) -> int:
     from punster.config import PipelineConfig
-    from punster.train.pipeline import load_recipe, run_pipeline
 
     if set(rest) & {"-h", "--help"}:
         parser = parser_for("run", PipelineConfig, config_help=SUPPRESS)  # a recipe is given by itself
@@ -111,6 +111,8 @@ def run_verb(rest: list[str]) -> int:
         raise UserError("give the file itself: punster run FILE.yaml")
     if not rest or rest[0].startswith("-"):
         raise UserError("which recipe? For example: punster run demo" + " (options come after it)" * bool(rest))
+    from punster.train.pipeline import load_recipe, run_pipeline
+
     run_pipeline(load_recipe(rest[0], rest[1:]))
     return 0
 
@@ -160,7 +162,7 @@ def score_verb(rest: list[str]) -> int:
     from punster.api import load
     from punster.data.prompts import GENERIC_PROMPT
     from punster.data.schema import read_texts
-    from punster.safe import write_text
+    from punster.disk import write_text
 
     rows = read_texts(o["file"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"], merge=True)
@@ -175,11 +177,12 @@ def score_verb(rest: list[str]) -> int:
 
 def evaluate_verb(rest: list[str]) -> int:
     from punster.config import EvaluateConfig
+
+    config = parse("evaluate", EvaluateConfig, rest, positional=("models",))
     from punster.evaluate.compare import evaluate
     from punster.evaluate.table import print_table
 
-    summary = evaluate(parse("evaluate", EvaluateConfig, rest, positional=("models",)))
-    print_table(summary)
+    print_table(evaluate(config))
     return 0
 
 

@@ -1,14 +1,11 @@
-"""Text that is safe to show and to keep: no terminal control sequences, no secrets; files that are whole or not there."""
+"""Text that is safe to show and to keep: no terminal control sequences, no secrets."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 # OSC, DCS and their kin with their whole content; CSI; any other escape; then bare control and bidirectional characters.
 _CONTROL = re.compile(
@@ -59,43 +56,3 @@ def redact(value: Any) -> Any:
     for pattern in _SECRETS:
         value = pattern.sub("<secret>", value)
     return value
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Write under a temporary name, flush, rename; if anything fails, nothing of it is left."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file is whole or not there."""
-    with whole_file(path) as handle:
-        handle.write(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    with whole_file(path) as handle:
-        handle.writelines(line + "\n" for line in lines)
-
-
-def flush(path: Path) -> None:
-    """Make a file, or the names in a folder, outlive a power cut."""
-    with suppress(PermissionError, IsADirectoryError):  # where the system cannot open folders there is nothing to flush
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

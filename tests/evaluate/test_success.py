@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from punster.api import load
+from punster.config.shared import DEFAULT_MODEL
 from punster.data.batch import Example
 from punster.data.leakage import words
 from punster.data.pool import Pool
 from punster.evaluate import success
 from punster.evaluate.success import Labelled
 from punster.model.heads import ScalarHead
-from punster.model.load import DEFAULT_MODEL, load_model
+from punster.model.load import load_model
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 

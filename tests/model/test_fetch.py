@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from punster.disk import cache_folder
 from punster.errors import UserError
-from punster.model.load import BuiltIn, cache_folder, fetch
+from punster.model.load import BuiltIn, fetch
 
 CONTENT = bytes(range(256)) * 400
 MEMBER = "tiny_weights/tiny.gguf"

@@ -15,9 +15,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
 from punster.model import load
-from punster.model.load import DEFAULT_MODEL, expected_shapes, load_model, random_model, resolve
+from punster.model.load import expected_shapes, load_model, random_model, resolve
 from punster.model.transformer import ModelConfig
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
-from punster.model.load import DEFAULT_MODEL
 from punster.model.tokenizer import Tokenizer
 
 # As SmolLM2-Instruct and Qwen ship it: a system turn appears if the first message is not one.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from punster.model.load import DEFAULT_MODEL, load_model, resolve
+from punster.config.shared import DEFAULT_MODEL
+from punster.model.load import load_model, resolve
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder, KeyValueCache
 

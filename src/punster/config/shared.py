@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, Literal
 
 from punster.errors import UserError
-from punster.model.load import DEFAULT_MODEL
 
+DEFAULT_MODEL = "smollm2-135m-instruct-q4"  # built in: model/load.py
 CONFIG_VERSION = 1  # goes up when a setting changes its name or its meaning
 
 

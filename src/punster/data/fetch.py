@@ -13,9 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from punster.data.sources import SOURCES, Source
+from punster.disk import sha256_of, write_lines
 from punster.errors import UserError
-from punster.model.load import sha256_of
-from punster.safe import write_lines
 
 BASE = "https://raw.githubusercontent.com"
 RECORD = "fetched.json"  # in each source's folder: file -> {url, sha256, bytes}

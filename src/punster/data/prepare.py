@@ -11,9 +11,8 @@ from punster.data.fetch import fetch_source
 from punster.data.pool import TEXTS_OF_SPLIT, Pool
 from punster.data.schema import Row, kind_of
 from punster.data.sources import SOURCES, find_source, own_folder
+from punster.disk import cache_folder, write_lines
 from punster.errors import UserError
-from punster.model.load import cache_folder
-from punster.safe import write_lines
 
 
 def prepare(name: str, out: Path, given: Path | None = None, say: Callable[[str], None] = print) -> Row:

@@ -74,7 +74,7 @@ def check_file(file: str) -> None:
 
 def mix(recipe: str, given: str | None, out: str) -> None:
     from punster.data.mix import build, load_mixture
-    from punster.safe import write_lines
+    from punster.disk import write_lines
 
     path = Path(out)
     if path.is_dir() or not path.parent.is_dir():

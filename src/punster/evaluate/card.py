@@ -57,7 +57,7 @@ def code(text: str) -> str:
 
 def write_card(folder: Path) -> Path:
     """Write folder/README.md."""
-    from punster.safe import write_text
+    from punster.disk import write_text
 
     run = read_run(Path(folder))
     path = Path(folder) / "README.md"

@@ -19,6 +19,7 @@ from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example, prefix_batches
 from punster.data.schema import read_rows
+from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
 from punster.evaluate.folder import read_config
@@ -30,7 +31,6 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
-from punster.safe import write_json, write_text
 from punster.train.optim import seeded
 from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
 

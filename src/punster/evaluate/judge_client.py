@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from punster.config import EvaluateConfig
+from punster.disk import cache_folder
 from punster.errors import UserError
 from punster.evaluate.table import shown_progress
-from punster.model.load import cache_folder
 from punster.safe import scrub
 
 T = TypeVar("T")

@@ -109,7 +109,7 @@ def write_page(
     """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
 
-    from punster.safe import write_text
+    from punster.disk import write_text
 
     models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)
     judges, accuracies = folder_data.accuracy_table(run)

@@ -23,10 +23,10 @@ from punster.data.pool import Pool, data_folder, pool_of
 from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, kind_of
 from punster.data.split import Part
+from punster.disk import cache_folder
 from punster.errors import UserError
 from punster.evaluate.metrics import auc
 from punster.evaluate.winrate import Interval, bootstrap
-from punster.model.load import cache_folder
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start
@@ -191,7 +191,7 @@ def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
         rows = labelled(Pool(data_folder()))
     except UserError:
         return None
-    from punster.safe import write_json
+    from punster.disk import write_json
 
     found = fit_estimator(features(role, tokenizer, [row.text for row in rows]), rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def compiled() -> c.CDLL | None:
     """The compiled kernels, or None where they cannot help."""
     if os.environ.get("PUNSTER_KERNELS") == "0":
         return None
-    from punster.doctor import cpu_features
+    from punster.machine import cpu_features
 
     features, compiler = cpu_features(), shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
     if "avx512_bf16" not in features or "amx_bf16" in features or compiler is None:
@@ -113,7 +113,7 @@ def compiled() -> c.CDLL | None:
 
 def build(compiler: str) -> Path:
     """Compile once for this source, compiler and machine; linked with PyTorch's own OpenMP, so that one pool of threads serves both."""
-    from punster.model.load import cache_folder
+    from punster.disk import cache_folder
 
     source = Path(__file__).with_name("csrc") / "kernels.c"
     text = "".join(path.read_text() for path in sorted(source.parent.glob("*.[ch]")))

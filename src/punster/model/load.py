@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from punster.config.shared import DEFAULT_MODEL
+from punster.disk import cache_folder, sha256_of
 from punster.errors import UserError, near_matches
 from punster.model.transformer import Decoder, ModelConfig
 
@@ -36,7 +37,6 @@ class BuiltIn:
     origin: str
 
 
-DEFAULT_MODEL = "smollm2-135m-instruct-q4"
 BUILT_IN = {
     DEFAULT_MODEL: BuiltIn(
         name=DEFAULT_MODEL,
@@ -53,18 +53,6 @@ SUGGESTED = (
     "HuggingFaceTB/SmolLM2-360M-Instruct", "openai-community/gpt2", "distilbert/distilgpt2",
     "openai-community/gpt2-medium",
 )  # fmt: skip
-
-
-def cache_folder() -> Path:
-    """Where heavy downloads live, outside every run folder: PUNSTER_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("PUNSTER_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "punster"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fetch(model: BuiltIn, cache: Path | None = None) -> Path:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from punster.disk import cache_folder, sha256_of
 from punster.errors import UserError
-from punster.model.load import BUILT_IN, cache_folder, resolve, sha256_of
+from punster.model.load import BUILT_IN, resolve
 
 if TYPE_CHECKING:
     from punster.model.transformer import Decoder

@@ -213,7 +213,7 @@ def fit(entries: Iterable[Entry]) -> Model:
 @lru_cache(maxsize=1)
 def trained() -> Model:
     """The model of the whole pronouncing dictionary; fitted on first use and kept in the cache folder."""
-    from punster.model.load import cache_folder
+    from punster.disk import cache_folder
     from punster.puns.phonetics import dictionary
 
     source = Path(__file__).read_bytes() + repr(sorted(dictionary().items())).encode()

@@ -23,12 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from punster.disk import flush, sha256_of, write_json
 from punster.errors import Aborted, UserError, near_matches
-from punster.model.load import sha256_of
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
-from punster.safe import flush, write_json
 from punster.train.optim import TOKENS, Cursor
 
 if TYPE_CHECKING:

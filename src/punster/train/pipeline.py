@@ -17,8 +17,8 @@ from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig
 from punster.config.parsing import check_values, parse, parser_for, readable
 from punster.config.pipeline import NEEDS
 from punster.data.mix import recipe_folder
+from punster.disk import write_json, write_text
 from punster.errors import UserError, near_matches
-from punster.safe import write_json, write_text
 from punster.train.checkpoint import clear_partial
 from punster.train.dpo import dpo
 from punster.train.estimate import pipeline_seconds
@@ -201,11 +201,11 @@ def run_stages(
                 say(f"    about {sum(left.values()) * took / expected / 60:.0f} minutes left")
     say(f"[{len(stages) + 1}/{len(stages) + 1}] evaluation on held-out prompts, report")
     evaluated = time.monotonic()
-    from punster.doctor import machine
     from punster.evaluate.card import write_card
     from punster.evaluate.compare import evaluate
     from punster.evaluate.report import write_report
     from punster.evaluate.table import print_table
+    from punster.machine import machine
 
     summary = evaluate(evaluation)
     seconds["evaluate"] = {"seconds": round(time.monotonic() - evaluated, 1)}

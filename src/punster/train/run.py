@@ -28,8 +28,9 @@ from filelock import FileLock, Timeout
 
 from punster.config import TrainConfig
 from punster.config.shared import default_of
+from punster.disk import write_json, write_text
 from punster.errors import UserError
-from punster.safe import json_line, redact, scrub, write_json, write_text
+from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, writing
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -249,7 +250,7 @@ def release(lock: FileLock) -> None:
 
 def crash_report(folder: Path, error: BaseException, **known: Any) -> None:
     """Write crash.json, where that can be written: what a bug report needs, without secrets. The error then names it."""
-    from punster.doctor import machine, versions
+    from punster.machine import machine, versions
 
     report = {"time": datetime.now(UTC).isoformat(), "arguments": sys.argv[1:], "machine": machine(), "versions": versions(), **known,
               "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exception(error)}  # fmt: skip

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from punster.config import SftConfig, TrainConfig
+from punster.config.shared import DEFAULT_MODEL
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.mix import is_mixture, mixture
 from punster.data.schema import Row, check_row, read_rows
 from punster.errors import UserError
-from punster.model.load import DEFAULT_MODEL, load_model
+from punster.model.load import load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
 from punster.model.saved import load_role
