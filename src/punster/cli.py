@@ -160,8 +160,8 @@ def score_verb(rest: list[str]) -> int:
     )
     o = parsed_values(parser, rest)
     from punster.api import load
+    from punster.data.files import read_texts
     from punster.data.prompts import GENERIC_PROMPT
-    from punster.data.schema import read_texts
     from punster.disk import write_text
 
     rows = read_texts(o["file"])

@@ -11,8 +11,8 @@ import pytest
 
 from punster.cli import main
 from punster.config import SftConfig
-from punster.data.files import hub_rows
-from punster.data.schema import check_row, read_rows
+from punster.data.files import hub_rows, read_rows
+from punster.data.schema import check_row
 from punster.errors import UserError
 
 ASK, ANSWER = "make a pun about bakers", "He kneads the dough."

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from mini import make
 
 from punster.cli import main
+from punster.data.files import read_rows
 from punster.data.prepare import prepare
-from punster.data.schema import read_rows
 from punster.data.sources import SOURCES
 from punster.errors import UserError
 

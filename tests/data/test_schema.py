@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from punster.data.schema import FIELDS, check_row, read_rows, read_texts, texts_of
+from punster.data.files import read_rows, read_texts
+from punster.data.schema import FIELDS, check_row, texts_of
 from punster.errors import UserError
 
 PAIR = {"prompt": "make a pun about bakers", "chosen": "He kneads the dough.", "rejected": "He bakes bread."}

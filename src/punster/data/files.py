@@ -8,12 +8,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from punster.data.schema import Row
+from punster.data.schema import Row, check_row, check_scored
 from punster.data.sources.reading import Skips, json_values, lines, read_text, table
 from punster.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")  # owner/name or owner/name:split
+
+
+def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[Row]:
+    """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
+
+    columns: "FIELD=COLUMN" for fields that have another name there.
+    """
+    return _some([check_row(renamed(row, columns, place), kind, place) for place, row in located_rows(path)], path)
+
+
+def read_texts(path: str | Path) -> list[Row]:
+    """Rows to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always with "completion"."""
+    return _some([check_scored(row, place) for place, row in located_rows(path)], path)
+
+
+def _some(rows: list[Row], path: str | Path) -> list[Row]:
+    if not rows:
+        raise UserError(f"{path}: no rows in this file")
+    return rows
 
 
 def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:

@@ -13,13 +13,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from punster.data import corpus
+from punster.data.files import read_rows
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import GENERIC_PROMPT, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.replace import chosen_pairs, foreign_pairs
-from punster.data.schema import Row, kind_of, read_rows, texts_of
+from punster.data.schema import Row, kind_of, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches

@@ -59,7 +59,7 @@ class Pool:
             folder = self.own.get(name) or own_folder(source, self.folder)
             rows = list(read_source(source, folder, skips))
             known = (self.held_out_semeval, self.unnamed_semeval) if source.tie == "text" and guarded else None
-            parts = assign(rows, source, known) if guarded else [None] * len(rows)
+            parts = assign(rows, source.tie, known) if guarded else [None] * len(rows)
             self._rows[name] = list(zip(rows, parts, strict=True))
         return self._rows[name]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from punster.errors import UserError
@@ -23,22 +22,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 ROLES = ("system", "user", "assistant", "tool")
-
-
-def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[Row]:
-    """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
-
-    columns: "FIELD=COLUMN" for fields that have another name there.
-    """
-    from punster.data.files import located_rows, renamed
-
-    return some([check_row(renamed(row, columns, place), kind, place) for place, row in located_rows(path)], path)
-
-
-def some(rows: list[Row], path: str | Path) -> list[Row]:
-    if not rows:
-        raise UserError(f"{path}: no rows in this file")
-    return rows
 
 
 def kind_of(row: Any) -> str:
@@ -144,14 +127,8 @@ def _text(value: Any, where: str) -> str:
     raise UserError(f"{where}: expected text or one chat message, found {str(value)[:80]!r}")
 
 
-def read_texts(path: str | Path) -> list[Row]:
-    """Rows to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always with "completion"."""
-    from punster.data.files import located_rows
-
-    return some([_scored(row, place) for place, row in located_rows(path)], path)
-
-
-def _scored(row: Any, place: str) -> Row:
+def check_scored(row: Any, place: str) -> Row:
+    """A row to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always returned with "completion"."""
     if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
         asked = {"prompt": _prompt(row["prompt"], place)} if row.get("prompt") is not None else {}
         return {**asked, "completion": _text(row["text"], f"{place}, field 'text'")}

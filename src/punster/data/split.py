@@ -16,7 +16,6 @@ from typing import Literal
 
 from punster.data.leakage import Index, near_groups, words
 from punster.data.schema import Row, texts_of
-from punster.data.sources import Source
 
 Part = Literal["train", "val"]
 
@@ -48,16 +47,18 @@ def part_of_lemma(word: str | None) -> Part | None:
     return table()["pun_word_lemma"].get(lemma(word)) if word else None
 
 
-def assign(rows: Sequence[Row], source: Source, semeval: tuple[Index, Index] | None) -> list[Part | None]:
-    """The part of every row of one source; semeval: the texts of the val part and those in neither (where rows follow their text)."""
-    if source.tie == "none":
+def assign(rows: Sequence[Row], tie: str, semeval: tuple[Index, Index] | None) -> list[Part | None]:
+    """The part of every row of a source with this `tie`; semeval: the texts of the val part and those in neither (where rows follow
+    their text).
+    """
+    if tie == "none":
         return ["val"] * len(rows)
-    if source.tie == "id":
+    if tie == "id":
         return [part_of_id(row.get("semeval_id")) for row in rows]
-    if source.tie == "lemma":
+    if tie == "lemma":
         return [part_of_lemma(row.get("pun_word")) for row in rows]
     if semeval is None:
-        raise ValueError(f"{source.name}: rows that follow their text need the held-out texts")
+        raise ValueError("rows that follow their text need the held-out texts")
     held_out, unnamed = semeval
     tenth = held_back([row for row in rows if _rated(row)])
 

@@ -18,7 +18,7 @@ from punster.algorithms.bestofn import best_of_n, best_of_win_share, kl_bound
 from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example, prefix_batches
-from punster.data.schema import read_rows
+from punster.data.files import read_rows
 from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra

@@ -29,10 +29,9 @@ from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
-from punster.train.estimate import stage_work
 from punster.train.held_out import held_out_prompts, sample_table
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
-from punster.train.plan import announce
+from punster.train.plan import announce, stage_work
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     check_prompts,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from punster.config import PolicyConfig, TrainConfig
+from punster.config import DpoConfig, GrpoConfig, PolicyConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.data import corpus
 from punster.data.batch import Example
 from punster.model.role import Role
 from punster.model.transformer import Decoder
+from punster.train.setup import layer_count, top_layers
+
+PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 
 
 def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
@@ -41,6 +46,58 @@ def training_cost(role: Role, examples: Sequence[Example], passes: float) -> flo
     use_head = 0 if role.head is not None else 3 * head * responses
     weights = 1 if role.model.trained_from is not None else 0
     return tokens * block * (role.frozen_depth + (2 + weights) * branch * passes) + use_head * passes
+
+
+def stage_work(
+    stage: TrainConfig, base: Decoder, judge: int = 0, rows: int = 0, texts: float = 0, prompt: float = PROMPT, response: float = RESPONSE
+) -> float:  # fmt: skip
+    """Multiply-adds of a stage on the embedded corpus, or, of sft and dpo, on so many rows, pairs or prompts (`rows`).
+
+    rows, texts: of reward, those that come beside the embedded corpus, and how many distinct texts they have.
+    judge: layers of the reward model's branch, with whose adapter the critic starts; prompt, response: mean lengths in tokens.
+    """
+    block, head, layers = block_size(base), base.head.weight.numel(), base.config.n_layer
+    depth = (layer_count(stage.depth, layers) if isinstance(stage, RewardConfig) else 0) or layers
+    branch = layers_of(stage, base)
+    trunk, tokens = depth - branch, prompt + response
+    sampled = tokens * block * layers + response * head  # one sampled response
+    passes_back = 3 if stage.adapter == "none" else 2  # forward, gradients of the inputs, and of weights where these learn
+    learned = passes_back * tokens * block * branch + 3 * response * head
+    if isinstance(stage, RewardConfig):
+        records = min(len(corpus.part(stage.split)), stage.rows_per_kind or 10_000) if "embedded" in stage.data else 0
+        drawn = min(records, stage.sampled_rows) if "sampled" in stage.negatives else 0
+        pairs = records * len([kind for kind in stage.negatives if kind != "sampled"]) + drawn
+        texts += records + pairs
+        # In families each text runs once a step, and about half of its tokens are a prefix of another.
+        passed = 0.5 * texts if stage.families else 2 * (pairs + rows)
+        work = tokens * block * (texts * trunk + 2 * passed * stage.epochs * branch) * (0.5 if stage.half else 1)
+        work += stage.normalise_samples * (sampled + tokens * block * depth) + drawn * sampled
+        return work + stage.test_limit * 6 * tokens * block * depth
+    if isinstance(stage, SftConfig):
+        records = rows or len(corpus.part("train"))
+        passes = stage.steps * stage.batch_size / records if stage.steps else stage.epochs
+        return records * (tokens * block * trunk + passes * learned)
+    if isinstance(stage, PolicyConfig):
+        passes = stage.epochs if isinstance(stage, PpoConfig | GrpoConfig) else 1
+        critic = (judge or branch) if isinstance(stage, PpoConfig) else 0
+        once = sampled + tokens * block * (layers + 2 * branch + (judge or branch) + critic) + 2 * response * head
+        each = learned + 2 * tokens * block * critic
+        return (stage.steps or 1) * stage.batch_size * (once + passes * each)
+    assert isinstance(stage, DpoConfig)
+    count = rows or stage.prompt_limit or len(corpus.part("train"))
+    if stage.online:  # fresh pairs at each step, learned from once
+        count = (stage.steps or math.ceil(count * stage.epochs / stage.batch_size)) * stage.batch_size
+    samples = stage.samples if stage.online or stage.pairs == "sampled" else 0
+    texts = 2 * count * (stage.pairs_per_prompt if samples else 1)
+    drawn = (stage.steps or 0) * stage.batch_size * (1 if stage.loss_type == "kto" else 2)  # texts
+    passes = 1 if stage.online else drawn / texts if drawn else stage.epochs
+    return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
+
+
+def layers_of(stage: TrainConfig, base: Decoder) -> int:
+    """How many layers a stage trains."""
+    depth = layer_count(stage.depth, base.config.n_layer) if isinstance(stage, RewardConfig) else 0
+    return len(top_layers(stage, base, depth))
 
 
 def announce(

@@ -16,8 +16,9 @@ from punster.config import SftConfig, TrainConfig
 from punster.config.shared import DEFAULT_MODEL
 from punster.data import corpus
 from punster.data.batch import Example
+from punster.data.files import read_rows
 from punster.data.mix import is_mixture, mixture
-from punster.data.schema import Row, check_row, read_rows
+from punster.data.schema import Row, check_row
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.lora import Adapter
