@@ -80,7 +80,7 @@ def unexpected(verb: str, error: Exception) -> int:
         return 1
     if not getattr(error, "__notes__", None):  # a run has written its own already
         crash_report(Path(tempfile.mkdtemp(prefix="punster-")), error, verb=verb)
-    where = "; ".join(getattr(error, "__notes__", []))
+    where = "; ".join(getattr(error, "__notes__", [])) or "this line"  # a report that could not be written
     print(
         f"punster {verb}: unexpected {plain(f'{type(error).__name__}: {error}')}; please report it with {where}", file=sys.stderr
     )

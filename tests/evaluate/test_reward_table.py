@@ -15,7 +15,7 @@ from punster.data import corpus
 from punster.data.leakage import Index, jaccard, words
 from punster.data.schema import texts_of
 from punster.evaluate.metrics import auc
-from punster.train.halves import half_of
+from punster.train.halves import halves_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "reward-human.yaml")
@@ -177,7 +177,8 @@ def test_no_figure_comes_from_a_text_whose_group_was_trained_on(
         own = {of_record[group] for group in groups[f"own minimal pairs: {kind}"]}
         assert len(own) > 120 and not own & trained
     # The two halves of the rows, for a reward model and a yardstick: no text, no pun word and no word evoked in both.
-    halves = [half_of(mixed, half) for half in (1, 2)]
+    sides = halves_of(mixed)
+    halves = [[row for row, half in zip(mixed, sides, strict=True) if half == side] for side in (1, 2)]
     assert all(18_000 < len(half) < 20_500 for half in halves) and len(mixed) - sum(map(len, halves)) < 700
     assert not set.intersection(*({frozenset(words(text)) for row in half for text in texts_of(row)} for half in halves))
     records = corpus.by_id()

@@ -12,20 +12,13 @@ import pytest
 from punster.config import RewardConfig
 from punster.data.corpus import contrast_rows
 from punster.errors import UserError
-from punster.train.halves import half_of
+from punster.train.halves import halves_of
 from punster.train.judged import source_of
 from punster.train.reward import train_reward
 
 
 def pair(chosen: str, rejected: str, **more: str) -> dict[str, Any]:
     return {"prompt": "p", "chosen": chosen, "rejected": rejected, "source": "s", **more}
-
-
-def places(rows: list[dict[str, Any]]) -> list[int]:
-    """In which half each row is; 0: in none."""
-    one, two = ({id(row) for row in half_of(rows, half)} for half in (1, 2))
-    assert not one & two
-    return [1 if id(row) in one else 2 if id(row) in two else 0 for row in rows]
 
 
 NOUNS = [
@@ -75,19 +68,19 @@ TIED = {
 def test_what_is_tied_stays_together(tie: str) -> None:
     bundles = [TIED[tie](n) for n in range(60)]
     rows = [row for bundle in bundles for row in bundle]
-    found = dict(zip(map(id, rows), places(rows), strict=True))
+    found = dict(zip(map(id, rows), halves_of(rows), strict=True))
     halves = [{found[id(row)] for row in bundle} for bundle in bundles]
     assert all(len(each) == 1 for each in halves) and {1, 2} == set().union(*halves)
     assert 15 < sum(each == {1} for each in halves) < 45
     mixed = rows[:]
     random.Random(1).shuffle(mixed)
-    assert dict(zip(map(id, mixed), places(mixed), strict=True)) == found, "whatever the order"
+    assert dict(zip(map(id, mixed), halves_of(mixed), strict=True)) == found, "whatever the order"
 
 
 def test_pairs_of_texts_that_are_rated_apart_stay_only_within_a_half() -> None:
     texts = [pair(f"a{n} tide", f"b{n} fact", pun_word=f"wug{n}") for n in range(40)]
     across = [pair(texts[a]["chosen"], texts[b]["chosen"]) for a in range(40) for b in range(40) if a != b]
-    found = places([*texts, *across])
+    found = halves_of([*texts, *across])
     assert {1, 2} == set(found[:40]), "they tie nothing"
     for row, half in zip(across, found[40:], strict=True):
         two = {found[n] for n in range(40) if texts[n]["chosen"] in (row["chosen"], row["rejected"])}
@@ -100,7 +93,7 @@ def test_own_pairs_are_known_by_their_records(toy_corpus: None) -> None:
 
     rows = corpus.preference_rows(("literal",), "train")
     words = {record["id"]: {record["pun_word"], record["alternative_word"]} for record in corpus.records()}
-    found = places(rows)
+    found = halves_of(rows)
     assert all(half > 0 for half in found)
     one, two = (
         {word for row, half in zip(rows, found, strict=True) if half == side for word in words[row["id"]]} for side in (1, 2)
@@ -112,12 +105,12 @@ def test_own_pairs_are_known_by_their_records(toy_corpus: None) -> None:
     ]
     assert [source_of(row) for row in (rows[0], *mine)] == ["embedded", "", ""]
     strange = [pair(f"x{n}", f"y{n}", id=rows[0]["id"]) for n in range(40)]
-    assert {1, 2} == set(places(strange))
+    assert {1, 2} == set(halves_of(strange))
 
 
 def test_contrasts_fall_into_equal_halves() -> None:
     rows = [*contrast_rows("synonym_swap"), *contrast_rows("literal")]
-    found = places(rows)
+    found = halves_of(rows)
     assert 0 not in found and 0.45 < found.count(1) / len(rows) < 0.55
 
 

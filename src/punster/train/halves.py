@@ -12,13 +12,13 @@ from punster.data.split import lemma
 from punster.train.judged import family, source_of
 
 
-def half_of(rows: Sequence[Row], half: int) -> list[Row]:
-    """Half 1 or 2 of the rows, whatever their order; the halves are of the whole set, so two models must name the same data.
+def halves_of(rows: Sequence[Row]) -> list[int]:
+    """Of each row its half, 1 or 2, whatever their order; the halves are of the whole set, so two models must name the same data.
 
     Drawn together are rows of one family, rows with a text in common (the same set of words), and rows with a word in common, as
     pun word or as what that evokes (in dictionary forms), as far as the rows name them. Texts that are alike, but no more, may fall
     apart. Pairs whose rejected text is preferred or labelled in another family (ExPUN's, off-topic ones) tie nothing: they stay
-    where both texts are in the half, and are in neither half otherwise.
+    where both texts are in one half, and are in neither (0) otherwise.
     """
     preferred: dict[str, set[str]] = {}
     for row in rows:
@@ -33,7 +33,12 @@ def half_of(rows: Sequence[Row], half: int) -> list[Row]:
         texts = texts_of(row)[:1] if apart(row) else texts_of(row)
         for key in (*map(text_key, texts), *(f"word {word}" for word in row_words(row, own))):
             ties.tie(f"family {family(row)}", key)
-    return [row for row in rows if all(zlib.crc32(ties.root(text_key(text)).encode()) % 2 + 1 == half for text in texts_of(row))]
+
+    def half(row: Row) -> int:
+        found = {zlib.crc32(ties.root(text_key(text)).encode()) % 2 + 1 for text in texts_of(row)}
+        return found.pop() if len(found) == 1 else 0
+
+    return [half(row) for row in rows]
 
 
 def row_words(row: Row, own: Mapping[str, Row]) -> set[str]:

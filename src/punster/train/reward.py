@@ -25,7 +25,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.checkpoint import State, restore, save_checkpoint
-from punster.train.halves import half_of
+from punster.train.halves import halves_of
 from punster.train.held_out import pair_table
 from punster.train.judged import (
     Item,
@@ -186,9 +186,11 @@ def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
             raise UserError(
                 f"--without {name}: no row is of this source.{near_matches(name, sources)} Found: {', '.join(sorted(sources))}"
             )
-    kept = half_of(rows, config.half) if config.half else list(rows)
+    kept = list(rows)
     if config.half:
-        nowhere = len(rows) - len(kept) - len(half_of(rows, 3 - config.half))
+        halves = halves_of(rows)
+        kept = [row for row, half in zip(rows, halves, strict=True) if half == config.half]
+        nowhere = halves.count(0)
         told = f", {nowhere} are in neither half (pairs of two texts that fell apart)" if nowhere else ""
         speaker(config.quiet)(f"  half {config.half}: {len(kept)} of {len(rows)} rows{told}")
     kept = [row for row in kept if source_of(row) not in config.without]
