@@ -16,7 +16,7 @@ sets_of_words = st.lists(st.frozensets(st.sampled_from([f"w{i}" for i in range(1
 
 
 @settings(max_examples=60, deadline=None)
-@given(sets_of_words, st.sampled_from([0.5, 0.6, 0.7, 1.0]))
+@given(sets_of_words, st.sampled_from([0.05, 0.3, 0.5, 0.6, 2 / 3, 0.7, 0.9, 1.0]))
 def test_the_index_finds_what_comparing_all_pairs_finds(sets: list[frozenset[str]], threshold: float) -> None:
     expected = {(a, b) for a, b in combinations(range(len(sets)), 2) if sets[a] and jaccard(sets[a], sets[b]) >= threshold}
     index = Index(sets, threshold)

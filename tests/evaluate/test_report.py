@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import random
@@ -408,6 +409,19 @@ def test_several_runs_share_one_page(tmp_path: Path) -> None:
     assert len(colours) == 2
 
 
+def test_a_comparison_repeats_its_own_command_and_a_reference_is_no_candidate(tmp_path: Path) -> None:
+    folders = [pipeline(tmp_path / "a b"), pipeline(tmp_path / "c")]
+    page = write_comparison(folders, tmp_path / "page.html").read_text()
+    shown = " ".join(shlex.quote(read_run(folder).shown) for folder in folders)
+    command = page.split('<pre tabindex="0">')[1].split("</pre>")[0]
+    assert html.unescape(command) == f"punster report {shown}"
+    summary = json.loads((folders[1] / "summary.json").read_text())
+    (folders[1] / "summary.json").write_text(json.dumps(summary | {"reference": "dpo"}))  # the best of the trained models
+    text = load(write_report(folders[1])).text
+    assert "DPO has the highest" not in text and "comparisons with DPO" in text
+    assert "Win rate against DPO" in text and "Win rate against SFT" not in text
+
+
 def test_single_runs_and_runs_of_one_name_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = []
     for place in ("x", "y"):
@@ -620,6 +634,8 @@ def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
         "seed": 1,
         "dtype": "fp32",
         "evaluate": {
+            "x; touch y #": "a",
+            "judge": "a\n```",
             "seed": 3,
             "limit": 100,
             "samples": 4,
@@ -632,7 +648,7 @@ def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
     }
     (folder / "config.yaml").write_text("# punster run\n" + yaml.safe_dump(saved))
     line = next(line for line in write_card(folder).read_text().splitlines() if line.startswith("punster evaluate"))
-    assert "--quiet" not in line
+    assert "--quiet" not in line and "touch" not in line and "--judge" not in line
     for part in (
         "--call-puns",
         "--limit 100",

@@ -75,11 +75,21 @@ def test_an_index_that_names_no_files(folder: Path, given: object) -> None:
 
 @pytest.mark.parametrize(("gpt2", "llama", "value"), [("n_head", "num_attention_heads", 0), ("n_head", "num_attention_heads", "8"),
                                                       ("n_embd", "hidden_size", None), ("layer_norm_epsilon", "rms_norm_eps", "x"),
-                                                      ("layer_norm_epsilon", "rms_norm_eps", None)])  # fmt: skip
+                                                      ("layer_norm_epsilon", "rms_norm_eps", None),
+                                                      ("layer_norm_epsilon", "rms_norm_eps", float("nan")), ("n_layer", "num_hidden_layers", True)])  # fmt: skip
 def test_values_that_make_no_sense(folder: Path, gpt2: str, llama: str, value: object) -> None:
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     change_config(folder, **{gpt2 if kind == "gpt2" else llama: value})
     refused(folder, r"config\.json: .*(makes no sense|must be a (whole )?number above 0)")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": 3}, {"head_dim": 7}, {"tie_word_embeddings": "no"}, {"hidden_act": ["x"]}]
+)
+def test_settings_that_do_not_fit_together(change: dict[str, object], tiny_llama: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
+    change_config(copy, **change)
+    refused(copy, r"config\.json: .*(do not fit together|are needed)")
 
 
 def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:

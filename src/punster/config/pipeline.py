@@ -70,6 +70,7 @@ NEEDS = {"sft": [], "reward": ["sft"], "gold": ["sft"], "ppo": ["sft", "reward"]
 class PipelineConfig(RunConfig):
     """punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report. Sections override a verb's defaults."""
 
+    quiet: bool = opt(False, "print nothing but errors")
     scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test", above=0, high=100)
     stages: list[str] = opt(["sft", "reward", "gold", "ppo", "grpo", "dpo"], "stages to run, in this order")
     sft: dict[str, Any] = opt({}, "settings of the SFT stage")

@@ -127,7 +127,7 @@ def curve_figure(run: RunData, curve: Curve, lines: list[tuple[Stage, Points]]) 
 
 def frontier_figure(run: RunData) -> dict[str, str] | None:
     """Gold reward against exact KL, with the curve of best-of-n at its KL bound."""
-    points = []
+    points, reference = [], label(run.reference)
     for name, entry in run.models.items():
         interval = as_dict(entry.get("held_out_reward"))
         y, low, high = (number(interval.get(key)) for key in ("mean", "low", "high"))
@@ -158,12 +158,12 @@ def frontier_figure(run: RunData) -> dict[str, str] | None:
         axes.set_xticks(root_ticks(largest))
 
     caption = (
-        "Up is better, left is closer to the SFT model; bars are 95 % intervals. The dashed line is best-of-n sampling at its KL "
+        f"Up is better, left is closer to {reference}; bars are 95 % intervals. The dashed line is best-of-n sampling at its KL "
         "bound: a trained model near or above it spends its KL well; one far to the right and not higher has over-optimised the "
         "reward it was trained against. Square-root axis."
     )
     title = "Gold reward against exact KL"
-    return figure("frontier", title, caption, draw, "exact KL to SFT (nats per response)", "gold reward")
+    return figure("frontier", title, caption, draw, f"exact KL to {reference} (nats per response)", "gold reward")
 
 
 def overoptimisation_figure(found: dict[str, Any]) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from punster import __version__
+from punster.config import EvaluateConfig
 from punster.errors import UserError
-from punster.evaluate.table import as_dict, label, number, show
+from punster.evaluate.table import as_dict, label, number, reference_of, show
 from punster.model.load import ALIASES, BUILT_IN
 from punster.safe import scrub
 
@@ -93,6 +94,11 @@ class RunData:
         return {name: as_dict(given[name]) for name in names}
 
     @property
+    def reference(self) -> str:
+        """Name of the model that the others are compared with."""
+        return reference_of(self.summary)
+
+    @property
     def shown_summary(self) -> dict[str, Any]:
         """The summary with its models in that order."""
         return {**self.summary, "models": self.models}
@@ -149,11 +155,12 @@ def compared(runs: Sequence[RunData]) -> RunData:
         rewards |= {titled(owner, name): {"accuracy": kinds} for name, kinds in run.accuracies.items()}
         samples += [{**row, "model": titled(owner, row["model"])} for row in run.samples if isinstance(row.get("model"), str)]
         stages += [replace(stage, name=titled(owner, stage.name) if run.pipeline else owner) for stage in run.stages]
+    references = {label(run.reference) for run in runs}
     hues: dict[str, int] = {}
     for family in (models, {stage.name: stage for stage in stages if stage.verb not in ("reward", "")}):
         hues |= {name: place % 8 for place, name in enumerate(n for n in family if n not in hues)}
     return RunData(
-        name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models, "reward_models": rewards},
+        name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models, "reward_models": rewards, "reference": references.pop() if len(references) == 1 else "its reference"},
         samples=samples, stages=stages, hues=hues,
     )  # fmt: skip
 
@@ -207,8 +214,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 # ---- words and numbers ----------------------------------------------------------------------------------------------
 def best_model(run: RunData) -> str | None:
-    """The trained model of the highest gold reward (best-of-n is not a model of its own, a placebo no candidate)."""
-    names = [n for n in run.models if n not in ("base", "sft", "placebo") and not n.startswith("best_of")]
+    """The trained model of the highest gold reward but the reference (best-of-n is not a model of its own, a placebo no candidate)."""
+    names = [n for n in run.models if n not in ("base", run.reference, "placebo") and not n.startswith("best_of")]
+    names = [n for n in names if n != "sft"] or names
     scores = {n: reward for n in names if (reward := number(run.models[n].get("held_out_reward"))) is not None}
     return max(scores, key=lambda n: scores[n]) if scores else None
 
@@ -284,8 +292,9 @@ def commands(run: RunData) -> list[str]:
             given |= {"samples": run.summary.get("samples"), **as_dict(run.config.get("evaluate"))}
             given["best_of"] = max((int(n[8:]) for n in run.models if re.fullmatch(r"best_of_\d+", n)), default=None)
             given["limit"] = run.summary.get("prompts")
+            known = {item.name for item in fields(EvaluateConfig)} - {"out"}
             for key, value in given.items():
-                if key != "out" and value is not False and isinstance(value, str | int | float):
+                if key in known and value is not False and isinstance(value, str | int | float) and str(value).isprintable():
                     options += f" --{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
             lines.append(f"punster evaluate base {' '.join(map(run.path, policies))}{options}")
     elif run.config and run.stages[0].verb:

@@ -165,7 +165,8 @@ class Client:
         return [self.used[self.key(request)][0] for request in requests]
 
     def _fetch(self, key: str, request: Messages) -> None:
-        for attempt in range(RETRIES + 3):
+        broken = 0
+        while broken < RETRIES + 3:
             self._wait_for_turn()
             options = self.options
             try:
@@ -182,7 +183,8 @@ class Client:
             except self.errors.OpenAIError as error:
                 raise self._failure(error) from None
             except (ValueError, TypeError, LookupError, AttributeError):  # the body was cut off, or is no completion
-                time.sleep(PAUSE * 2 ** min(attempt, RETRIES))
+                time.sleep(PAUSE * 2 ** min(broken, RETRIES))
+                broken += 1
                 continue
             self.cache.keep(key, self.judge, self.model, json.dumps(request, ensure_ascii=False), text, *counts)
             with self.lock:

@@ -46,7 +46,7 @@ def opening(run: RunData) -> str:
 
 def verdict(run: RunData, best: str) -> str:
     """What the best trained model reached against the reference, and whether the interval shows an improvement."""
-    entry, name = run.models[best], str(run.summary.get("reference") or "sft")
+    entry, name = run.models[best], run.reference
     reference = run.models.get(name, {})
     text = f"{label(best)} has the highest gold reward of the trained models, {show(entry.get('held_out_reward'))}"
     text += f" against {show(reference['held_out_reward'])} of {label(name)}" if "held_out_reward" in reference else ""
@@ -88,7 +88,8 @@ def settings(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
 def write_report(folder: Path) -> Path:
     """Write folder/report.html."""
     run = folder_data.read_run(Path(folder))
-    return write_page(run, opening(run), Path(folder) / "report.html", judge_sentences(run.summary))
+    commands = [*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]
+    return write_page(run, opening(run), Path(folder) / "report.html", judge_sentences(run.summary), commands)
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
@@ -96,16 +97,18 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     runs = [folder_data.read_run(Path(folder)) for folder in folders]
     run = folder_data.compared(runs)
     text = (
-        f"{len(runs)} runs compared: {run.name}. Each has its own SFT model, gold reward model and training reward: compare gold "
+        f"{len(runs)} runs compared: {run.name}. Each has its own reference, gold reward model and training reward: compare gold "
         "rewards and scores within a run; win rates, KL, lengths and shares also between runs, as far as prompts and decoding agree."
     )
     judge = [f"{one.name}: {line}" for one in runs for line in judge_sentences(one.summary)]
-    return write_page(run, text, path, judge, [one.name for one in runs], folder_data.differences(runs))
+    command = "punster report " + " ".join(one.path() for one in runs)
+    return write_page(run, text, path, judge, [command], [one.name for one in runs], folder_data.differences(runs))
 
 
 def write_page(
-    run: RunData, lead: str, path: Path, judge: Sequence[str], names: Sequence[str] = (), differing: Sequence[Sequence[str]] = ()
-) -> Path:
+    run: RunData, lead: str, path: Path, judge: Sequence[str], commands: Sequence[str], names: Sequence[str] = (),
+    differing: Sequence[Sequence[str]] = (),
+) -> Path:  # fmt: skip
     """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
 
@@ -124,7 +127,7 @@ def write_page(
         judges=["Rejected text", *judges], accuracies=accuracies,
         labels=[label(m) for m in models], table=[(prompt, [cells.get(m, ("", "")) for m in models]) for prompt, cells in table],
         last=folder_data.last_samples(run, SAMPLED_PROMPTS), settings=settings(run),
-        commands="\n".join([*folder_data.commands(run), *filter(None, [folder_data.usage(run)[1]])]),
+        commands="\n".join(commands),
     )  # fmt: skip
     write_text(path, page)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -141,18 +142,13 @@ class Table:
         return "; ".join(f"{column.title}: {column.note}" for column in self.columns if column.note) + "."
 
     def against(self, reference: str) -> Table:
-        """The same table with this name in the place of SFT, which most are compared with."""
-        renamed = [
-            replace(
-                c,
-                **{
-                    key: getattr(c, key).replace("the SFT model", reference).replace("SFT", reference)
-                    for key in ("short", "title", "note")
-                },
-            )
-            for c in self.columns
-        ]
-        return self if reference == "SFT" else replace(self, columns=renamed)
+        """The same table with this name in the place of SFT, which is the usual one."""
+        if reference == "SFT":
+            return self
+        told = lambda text: re.sub("the SFT model|SFT", lambda _: reference, text)
+        return replace(
+            self, columns=[replace(c, short=told(c.short), title=told(c.title), note=told(c.note)) for c in self.columns]
+        )
 
 
 def table(title: str, columns: Sequence[Column], models: Mapping[str, Any], keep_all: bool = False) -> Table | None:
@@ -166,7 +162,7 @@ def table(title: str, columns: Sequence[Column], models: Mapping[str, Any], keep
 
 def result_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Every table that a summary has values for; the first is the one that everybody reads."""
-    models, against = as_dict(summary.get("models")), reference_of(summary)
+    models, against = as_dict(summary.get("models")), label(reference_of(summary))
     main = table("Models compared", COLUMNS, models, keep_all=True)
     paired = table(f"Against {against}, prompt by prompt, by the gold reward", PAIRED_COLUMNS, models)
     judged = table(f"Judged by {as_dict(summary.get('judge')).get('model', 'a language model')}", JUDGE_COLUMNS, models)
@@ -175,8 +171,8 @@ def result_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def reference_of(summary: Mapping[str, Any]) -> str:
-    """What the others are compared with, as people read it."""
-    return label(str(summary.get("reference") or "sft"))
+    """Name of the model that the others are compared with."""
+    return name if isinstance(name := summary.get("reference"), str) and len(name) < 200 else "sft"
 
 
 def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
@@ -215,9 +211,9 @@ def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], w
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(title=title, show_lines=wrap)
+    shown = RichTable(title=Text(title), show_lines=wrap)
     for place, column in enumerate(head):
-        shown.add_column(column, justify="left" if place == 0 or wrap else "right", no_wrap=not wrap, overflow="fold")
+        shown.add_column(Text(column), justify="left" if place == 0 or wrap else "right", no_wrap=not wrap, overflow="fold")
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     return shown
@@ -233,7 +229,7 @@ def print_table(summary: dict[str, Any]) -> None:
         console.print(text_table(title, ["model", *(column.short for column in found.columns)], found.rows))
     print(
         "held-out reward: yardstick reward model, 95 % bootstrap over prompts; exact KL to "
-        f"{reference_of(summary)} in nats a response; EOS: share that ends"
+        f"{label(reference_of(summary))} in nats a response; EOS: share that ends"
     )
     for line in judge_sentences(summary):
         print(line)

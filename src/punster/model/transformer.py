@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, d width, H heads, K key-value heads, h head size, V vo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,11 +59,19 @@ class ModelConfig:
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise UserError(f"{where}: a setting of the model makes no sense ({error})") from None
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_head", "d_ff", "max_positions"):
-            if not isinstance(value := getattr(config, name), int) or value < 1:
+            if type(value := getattr(config, name)) is not int or value < 1:
                 raise UserError(f"{where}: {name} is {value!r}; it must be a whole number above 0")
         for name in ("norm_eps", "rope_theta"):
-            if not isinstance(value := getattr(config, name), int | float) or value <= 0:
+            if type(value := getattr(config, name)) not in (int, float) or not 0 < value < math.inf:
                 raise UserError(f"{where}: {name} is {value!r}; it must be a number above 0")
+        if config.n_head % config.n_kv_head or (config.family == "llama" and config.d_head % 2):
+            raise UserError(
+                f"{where}: {config.n_head} heads of {config.d_head} on {config.n_kv_head} of keys and values do not fit together"
+            )
+        if not isinstance(config.tied, bool) or not isinstance(config.activation, str):
+            raise UserError(
+                f"{where}: tied embeddings are {config.tied!r}, the activation is {config.activation!r}; true or false and a name are needed"
+            )
         return config
 
     @classmethod
