@@ -32,7 +32,7 @@ HELD: dict[int, tuple[str, list[str]]] = {
     3: ("norms keep their weights, keys are Hugging Face's", ["model/test_load.py::test_missing_tensor", "model/test_export.py::test_hf_has_the_same_logits"]),
     4: ("no mask buffers in checkpoints", ["test_ancestor_bugs.py::test_a_checkpoint_holds_its_parameters_and_nothing_else"]),
     5: ("positions of padded rows", ["model/test_transformer.py::test_padded_rows_equal_unpadded_rows"]),
-    6: ("a fully masked row stays finite", ["model/test_transformer.py::test_padded_rows_equal_unpadded_rows", "model/test_transformer.py::test_positions_and_mask_by_hand"]),
+    6: ("a fully masked row stays finite", ["model/test_transformer.py::test_padded_rows_equal_unpadded_rows", "model/test_transformer.py::test_mask_by_hand"]),
     7: ("key-value cache", ["model/test_transformer.py::test_cache_on_equals_cache_off_with_left_padding", "rollout/test_sampler.py::test_greedy_is_the_argmax_of_the_full_forward"]),
     8: ("nothing after EOS", ["rollout/test_sampler.py::test_nothing_follows_eos_and_eos_is_included"]),
     9: ("temperature 0 is greedy", ["rollout/test_sampler.py::test_greedy_does_not_depend_on_the_seed"]),

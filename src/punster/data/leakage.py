@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Generic, TypeVar
+
+import numpy as np
 
 Key = TypeVar("Key", int, str)
 Words = frozenset[str]
@@ -25,26 +26,26 @@ def jaccard(a: Set[str], b: Set[str]) -> float:
 
 
 class Index:
-    """Token sets in which those near to another one are found, by an inverted index.
-
-    Of sets with Jaccard >= t at least ceil(t * size) words are shared, so one of any size - ceil(t * size) + 1 words is: the
-    rarest of them name the candidates.
-    """
+    """Token sets in which those near to another one are found: an inverted index counts what it shares with each of them."""
 
     def __init__(self, sets: Iterable[Words], threshold: float = NEAR) -> None:
         self.threshold = threshold
         self.sets = list(sets)
-        self.postings: dict[str, list[int]] = {}
+        self.sizes = np.array([len(members) for members in self.sets], dtype=np.int64)
+        postings: dict[str, list[int]] = {}
         for place, members in enumerate(self.sets):
             for word in members:
-                self.postings.setdefault(word, []).append(place)
+                postings.setdefault(word, []).append(place)
+        self.postings = {word: np.array(places, dtype=np.int64) for word, places in postings.items()}
 
     def near(self, members: Words) -> list[int]:
         """Places of the sets near to this one, in order."""
-        rarest = sorted((self.postings.get(word, []) for word in members), key=len)
-        enough = len(members) - math.ceil(self.threshold * len(members) - 1e-9) + 1
-        candidates = sorted(set().union(*rarest[:enough]))
-        return [place for place in candidates if jaccard(members, self.sets[place]) >= self.threshold]
+        found = [self.postings[word] for word in members if word in self.postings]
+        if not found:
+            return []
+        shared = np.bincount(np.concatenate(found), minlength=len(self.sets))
+        places: list[int] = np.flatnonzero(shared / (self.sizes + len(members) - shared) >= self.threshold).tolist()
+        return places
 
     def has_near(self, text: str) -> bool:
         return bool(self.near(words(text)))
