@@ -56,6 +56,17 @@ def test_at_most_the_given_share_of_prompts_names_the_pun_word(share: float) -> 
     assert all(row["prompt"] and row["completion"] and "text" not in row for row in rows)
 
 
+def test_prompts_of_ones_own_stay() -> None:
+    own = [{"prompt": prompt, "completion": f"He ran {i} and sat.", "pun_word": "ran"}
+           for i, prompt in enumerate(["tell me one", "ran, in a pun", [{"role": "user", "content": "a pun with ran"}]])]  # fmt: skip
+    for share in (0.0, 1.0):
+        assert [row["prompt"] for row in with_prompts(own, share=share)] == [row["prompt"] for row in own]
+    bare = [{"text": f"She ran {i} and sat.", "pun_word": "ran"} for i in range(7)]
+    rows = with_prompts([*own, *bare], share=0.5)
+    assert [row["prompt"] for row in rows[:3]] == [row["prompt"] for row in own]
+    assert [row["prompt"] for row in rows].count("make a pun with the word ran") == 3, "five may, and two of one's own do"
+
+
 def test_a_prompt_of_the_source_itself_stays_and_held_out_topics_are_avoided() -> None:
     rows = with_prompts(
         [

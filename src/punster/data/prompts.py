@@ -102,22 +102,23 @@ def retopic(row: Row, text: str, avoid: frozenset[str]) -> Row:
 
 
 def with_prompts(rows: Sequence[Row], avoid: frozenset[str] = frozenset(), share: float = PUN_WORD_SHARE) -> list[Row]:
-    """Puns (text or completion) as rows with prompt and completion. Where there is no topic the prompt names the pun word, as long
-    as at most `share` of all prompts do, drawn by hash; then it is "make a pun"."""
-    found = []
-    for row in rows:
+    """Puns (text or completion) as rows with prompt and completion. A prompt without the field "topic" is the source's own and
+    stays. Where there is no topic the prompt names the pun word, as long as at most `share` of all prompts do, drawn by hash; then
+    it is "make a pun"."""
+    found, ours = [], []
+    for place, row in enumerate(rows):
         text = row.get("completion") or row["text"]
         rest = {name: value for name, value in row.items() if name not in ("text", "prompt", "completion")}
-        # A prompt without the field "topic" is the source's own and stays.
-        own = {"prompt": row["prompt"]} if row.get("prompt") and (row.get("topic") or "topic" not in row) else {}
-        found.append({**retopic({**rest, **own}, text, avoid), "completion": text})
+        given = {"prompt": row["prompt"]} if row.get("prompt") and (row.get("topic") or "topic" not in row) else {}
+        found.append({**retopic({**rest, **given}, text, avoid), "completion": text})
+        if not given or "topic" in row:
+            ours.append(place)
     room = int(share * len(found)) - sum(map(has_pun_word, found))
-    bare = [i for i, row in enumerate(found) if not row.get("topic") and row.get("pun_word")]
+    bare = [i for i in ours if not found[i].get("topic") and found[i].get("pun_word")]
     for i in sorted(bare, key=lambda i: zlib.crc32(found[i]["completion"].encode()))[: max(0, room)]:
         found[i]["prompt"] = request(None, found[i]["pun_word"])
-    while room < 0:  # too many topics contain the pun word
-        i = next(i for i, row in enumerate(found) if has_pun_word(row))
-        found[i], room = {**found[i], "prompt": request(None), "topic": None}, room + 1
+    for i in [i for i in ours if has_pun_word(found[i])][: max(0, -room)]:  # too many topics contain the pun word
+        found[i] = {**found[i], "prompt": request(None), "topic": None}
     return found
 
 
