@@ -208,7 +208,9 @@ def contrast_problems(path: Path, sources: Path | None) -> list[str]:
                 found.append(f"{where}, pun {place + 1}: {word!r} is not in it")
             blank = corpus.blank_of({"text": text, "pun_word": word, "alternative_word": other})
             if words and (times > 1 or blank is None):
-                found.append(f"{where}, pun {place + 1}: words can replace {word!r} only where it stands once, after a space")
+                found.append(
+                    f"{where}, pun {place + 1}: words can replace {word!r} only where it stands once, at the beginning or after a space"
+                )
             for swap in words if blank else ():
                 if not swap.strip() or not blank.takes(swap):
                     found.append(

@@ -108,6 +108,18 @@ def test_a_replaced_word_is_all_that_differs() -> None:
         assert len(rejected.split()) == len(row["chosen"].split())
 
 
+def test_pun_words_do_not_always_stand_at_the_end() -> None:
+    """A model that only ever saw them there judges early ones badly: the words that make the pun come after them."""
+    lines = [json.loads(line) for line in FILE.read_text().splitlines()]
+    texts = [
+        re.split(rf"(?<!\w){re.escape(r['pun_word'])}(?!\w)", text, flags=re.IGNORECASE) for r in lines for text, _ in r["puns"]
+    ]
+    before, after = zip(*((len(check.tokens(text[0])), len(check.tokens(text[-1]))) for text in texts), strict=True)
+    assert sum(b < a for b, a in zip(before, after, strict=True)) > 0.2 * len(texts), "in the first half"
+    assert sum(a >= 3 for a in after) > 0.28 * len(texts), "not among the last three words"
+    assert sum(a == 0 for a in after) < 0.65 * len(texts), "the last word"
+
+
 def test_rows_of_one_record_are_a_family() -> None:
     by_group: dict[str, list[Any]] = {}
     for row in (row for kind in CONTRASTS for row in contrast_rows(kind)):

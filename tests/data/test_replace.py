@@ -21,6 +21,7 @@ def row(text: str, word: str, **more: str) -> Row:
     ("text", "word", "filled"),
     [
         ("The church needs to be souled.", "souled", "The church needs to be painted."),
+        ("Souls are what it feeds.", "souls", "Painted are what it feeds."),
         ("Old pacifists just go to PEACES.", "peaces", "Old pacifists just go to PAINTED."),
         ("Bread is Dough, dough is bread.", "dough", "Bread is Dough, painted is bread."),
         ('He said "I saw a Saw!"', "saw", 'He said "I saw a painted!"'),
@@ -37,7 +38,6 @@ def test_the_last_whole_word_is_replaced_in_the_case_of_its_place(text: str, wor
     ("text", "word"),
     [
         ("The souls are here.", "soul"),
-        ("Soul food.", "soul"),
         ("No pun here.", ""),
         ("A soul's.", "soul"),
         (" soul music", "soul"),

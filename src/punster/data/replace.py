@@ -61,9 +61,9 @@ class Replacement(NamedTuple):
 
 
 def blank_of(row: Row) -> Blank | None:
-    """Where the pun word of a row stands last in its text, as a whole word after a space; None if it does not."""
+    """Where the pun word of a row stands last in its text, as a whole word that begins it or follows a space; None if it does not."""
     text, word = str(row.get("completion") or row["text"]), str(row.get("pun_word") or "")
-    hits = list(re.finditer(rf"(?<=\S ){re.escape(word)}(?![\w'])", text, re.IGNORECASE)) if word else []
+    hits = list(re.finditer(rf"(?:^|(?<=\S )){re.escape(word)}(?![\w'])", text, re.IGNORECASE)) if word else []
     if not hits:
         return None
     first, last = hits[-1].span()
