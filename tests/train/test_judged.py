@@ -380,6 +380,21 @@ def test_reliability_by_source_and_by_length() -> None:
     }  # fmt: skip
 
 
+def test_a_dry_run_counts_a_text_of_a_family_once(
+    tmp_path: Path, tiny_llama: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("punster.train.plan.measured_speed", lambda *_: 1e3)
+    rows = [{"prompt": "make a pun", "chosen": f"A tide {i}!", "rejected": f"A fact {i}."} for i in range(4)]
+    minutes = {}
+    for name, given, drawn in (("once", rows, True), ("five times", rows * 5, True), ("row by row", rows * 5, False)):
+        settings = {"families": drawn, "dry_run": True, "steps": None, "epochs": 1.0, "batch_size": 2, "eval_data": []}
+        config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), **settings)
+        assert train_reward(config, given) is None
+        minutes[name] = float(capsys.readouterr().out.split("about ")[1].split()[0])
+    assert minutes["five times"] == minutes["once"] > 1
+    assert minutes["row by row"] > 5 * minutes["once"]
+
+
 def test_the_placebo_has_the_same_families(make: Make) -> None:
     rows = [{"prompt": "p", "chosen": f"pun {i}", "rejected": f"version {i} {k}"} for i in range(40) for k in range(3)]
     turned = shuffled(rows, make(RewardConfig, shuffle_labels=True))

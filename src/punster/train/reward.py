@@ -52,7 +52,7 @@ from punster.train.optim import (
     total_steps,
     within_memory,
 )
-from punster.train.plan import announce
+from punster.train.plan import announce, training_cost
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     extend,
@@ -91,7 +91,10 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
-    if announce(config, "reward", model, steps, examples, steps * config.batch_size * config.members / sum(map(len, units))):
+    passes = steps * config.batch_size * config.members / sum(map(len, units))
+    # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
+    work = training_cost(model, list(dict.fromkeys(examples)), 0.5 * passes) if config.families else 0.0
+    if announce(config, "reward", model, steps, examples, passes, work):
         return None
     optimizers: dict[str, torch.optim.Optimizer] = {}
     cursors: dict[str, Cursor] = {}
