@@ -52,7 +52,7 @@ from punster.train.optim import (
     total_steps,
     within_memory,
 )
-from punster.train.plan import announce, training_cost
+from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     extend,
@@ -93,8 +93,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     passes = steps * config.batch_size * config.members / sum(map(len, units))
     # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
-    work = training_cost(model, list(dict.fromkeys(examples)), 0.5 * passes) if config.families else 0.0
-    if announce(config, "reward", model, steps, examples, passes, work):
+    texts, share = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
+    if announce(config, "reward", model, steps, texts, share * passes):
         return None
     optimizers: dict[str, torch.optim.Optimizer] = {}
     cursors: dict[str, Cursor] = {}
