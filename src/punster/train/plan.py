@@ -12,6 +12,7 @@ import torch
 from punster.config import DpoConfig, GrpoConfig, PolicyConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
+from punster.model import fused
 from punster.model.role import Role
 from punster.model.transformer import Decoder
 from punster.train.setup import layer_count, top_layers
@@ -116,7 +117,8 @@ def announce(
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
     stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0
-    working = config.max_tokens * role.model.config.d_model * 4 * 40 * (role.last_layer - role.frozen_depth)
+    kept = 11 if fused.usable(role.model, 0) else 40  # a layer keeps that many fp32 states for the gradients
+    working = config.max_tokens * role.model.config.d_model * 4 * kept * (role.last_layer - role.frozen_depth)
     copies = 40 if isinstance(config, PolicyConfig) else 16  # bytes: gradients and Adam's state; what the guard may go back to
     memory = base + trainable * copies + stored + working + 512 * role.model.config.vocab_size * 12
     print(f"{verb} {Path(config.out) / config.name}: {steps} steps of {config.batch_size} rows, {len(examples)} texts")
