@@ -117,7 +117,7 @@ def announce(
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
     stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0
-    kept = 11 if fused.usable(role.model, 0) else 40  # a layer keeps that many fp32 states for the gradients
+    kept = 11 if fused.usable(role.model, role.last_layer - 1) else 40  # so many fp32 states a layer are kept for the gradients
     working = config.max_tokens * role.model.config.d_model * 4 * kept * (role.last_layer - role.frozen_depth)
     copies = 40 if isinstance(config, PolicyConfig) else 16  # bytes: gradients and Adam's state; what the guard may go back to
     memory = base + trainable * copies + stored + working + 512 * role.model.config.vocab_size * 12
