@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as c
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from punster.data.batch import Batch, Example, PrefixTree, collate
 from punster.model import fused, kernels, product
-from punster.model.kernels import LowRank, Packed
+from punster.model.kernels import BLOCK, CUpdate, LowRank, Packed, Quantised, at, call
 from punster.model.load import random_model
 from punster.model.lora import Adapter
 from punster.model.role import Role
@@ -108,6 +109,44 @@ def test_products_sum_in_fp32(rows: int, out: int, into: int) -> None:
     even = torch.nn.functional.pad(want, (0, out % 2)).bfloat16()
     back = Packed.of(torch.nn.functional.pad(w.T, (0, out % 2)))(even)
     torch.testing.assert_close(back.double(), even[:, :out].double() @ w.double(), atol=1e-3 * out**0.5, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "out", "into"), [(1, 100, 64), (7, 48, 256), (13, 331, 288), (300, 96, 1632)])
+@torch.no_grad()
+def test_products_in_8_bits(rows: int, out: int, into: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    bias, start = torch.randn(out, generator=generator), torch.randn(rows, out, generator=generator)
+    # Whole numbers, the largest of each block (and column) 127 times a power of two: nothing is lost.
+    w, x = (torch.randint(-127, 128, shape, generator=generator).float() for shape in ((out, into), (rows, into)))
+    w[:, 0], x[:, ::BLOCK] = 127, -127
+    w, x = (w * 2.0 ** -(torch.arange(out) % 9)[:, None]).bfloat16(), (x * 2.0 ** (torch.arange(rows) % 5)[:, None]).bfloat16()
+    want = x.double() @ w.double().T + bias
+    torch.testing.assert_close(Quantised.of(w, bias)(x).double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    w, x = torch.randn(out, into, generator=generator).bfloat16(), torch.randn(rows, into, generator=generator).bfloat16()
+    made, exact = Quantised.of(w, bias), x.double() @ w.double().T + bias
+    assert 0.004 < float((made(x) - exact).norm() / exact.norm()) < 0.014
+    assert torch.equal(made(x, half=True), made(x).bfloat16())
+    torch.testing.assert_close(made(x, base=start), made(x) + start, atol=1e-5, rtol=1e-5)
+    low, b = torch.randn(rows, 2, generator=generator), torch.randn(2, out, generator=generator)
+    ends = torch.tensor([[0, 0], [out, out]], dtype=torch.int32)
+    update = CUpdate(None, at(b), 2, at(ends[0]), at(ends[1]))
+    torch.testing.assert_close(made(x, low, update), made(x) + low @ b, atol=1e-4, rtol=1e-5)
+    assert torch.equal(Quantised.of(w.T.contiguous().T, bias)(x), made(x))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_in_8_bits_an_outlier_costs_its_own_block_and_nan_is_not_lost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(96, 4 * BLOCK, generator=generator).bfloat16(), torch.randn(3, 4 * BLOCK, generator=generator).bfloat16()
+    x[1, 5], x[2, 700] = 3000.0, torch.nan
+    w[:, 5] = 0  # so that the exact product does not have the outlier in it
+    found, want = Quantised.of(w)(x), x.float() @ w.float().T
+    error = (found - want).norm(dim=1) / want.norm(dim=1)
+    assert float(error[0]) < 0.014
+    assert 0.3 < float(error[1]) < 0.6  # a quarter of the inputs is rounded to nothing: half of the norm, by its root
+    assert bool(found[2].isnan().all())
 
 
 @needs_kernels
@@ -334,6 +373,66 @@ def test_one_thread_and_two_agree_to_the_last_bit() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)  # some sums of the plain parts are split
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_in_bytes_is_near_to_one_in_bf16_and_ends_with_its_context(family: str) -> None:
+    _, half = exact_and_half(family)
+    batch = collate(texts())
+    states, gradients = states_and_gradients(half, batch)
+    with half.in_bytes():
+        coarse, coarse_gradients = states_and_gradients(half, batch)
+        with half.in_bytes(False):
+            assert torch.equal(states_and_gradients(half, batch)[0], states)
+    with pytest.raises(KeyboardInterrupt), half.in_bytes():
+        raise KeyboardInterrupt
+    assert 0.001 < float((coarse - states).norm() / states.norm()) < 0.03
+    assert 0.98 < float(torch.cosine_similarity(coarse_gradients.flatten(), gradients.flatten(), 0)) < 0.999999
+    assert torch.equal(states_and_gradients(half, batch)[0], states)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_of_the_nodes_that_are_read(family: str) -> None:
+    _, half = exact_and_half(family)
+    batch, found = collate(texts()), []
+    read = torch.tensor([1, 4, len(batch.tree.first) - 1])
+    for only in (None, read):
+        role = Role(half, adapters(half), trained=("policy",))
+        states = role.nodes(batch, only) if only is not None else role.nodes(batch)[:, read]
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        found.append((states.detach(), *(p.grad for p in role.parameters())))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*(part[1:] for part in found), strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-4 * float(one.abs().max()))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "ranks"), [(1, 1), (7, 8), (300, 19)])
+def test_gradients_of_the_factors_sum_over_rows_in_fp32(rows: int, ranks: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    low, x = torch.randn(rows, ranks, generator=generator), torch.randn(rows, 96, generator=generator).bfloat16()
+    ends = torch.tensor([[0] * ranks, [96] * ranks], dtype=torch.int32)
+    pairs, found = torch.empty(-(-rows // 2), ranks, dtype=torch.int32), torch.empty(ranks, 96)
+    call("punster_outer", low, x, c.c_long(rows), 96, ranks, ends[0], ends[1], pairs, found)
+    torch.testing.assert_close(found.double(), low.bfloat16().double().T @ x.double(), rtol=1e-5, atol=1e-5 * rows**0.5)
+
+
+@needs_kernels
+def test_low_rank_images_are_those_of_a_row_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, a = torch.randn(11, 160, generator=generator), torch.randn(5, 160, generator=generator)
+    ends = torch.tensor([[0, 0, 32, 48, 48], [160, 160, 104, 96, 96]], dtype=torch.int32)
+    update, whole = CUpdate(at(a), None, 5, None, None), torch.empty(11, 5)
+    kernels.rounded(x, update, ends, whole)
+    want = torch.stack([x[:, begin:end] @ a[r, begin:end] for r, (begin, end) in enumerate(ends.T.tolist())], 1)
+    torch.testing.assert_close(whole, want, rtol=1e-5, atol=1e-5)
+    for first, last in ((0, 1), (3, 6), (3, 8), (9, 11)):
+        part = torch.empty(last - first, 5)
+        assert torch.equal(kernels.rounded(x[first:last].contiguous(), update, ends, part), x[first:last].bfloat16())
+        assert torch.equal(part, whole[first:last])
 
 
 @needs_kernels

@@ -16,6 +16,7 @@ from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import collate
 from punster.errors import UserError
+from punster.model import kernels
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, score_examples
 from punster.rollout.sampler import Decoding, generate
@@ -120,6 +121,31 @@ def test_micro_batches_do_not_change_a_reward_run(tiny_llama: Path, tmp_path: Pa
     runs = [train_reward(replace(config, name=name, max_tokens=size), PAIRS) for name, size in (("a", 64), ("b", 100_000))]
     for metric in ("loss", "margin", "grad_norm"):
         assert reader.values(runs[0], metric) == pytest.approx(reader.values(runs[1], metric), abs=1e-5)
+
+
+@pytest.mark.skipif(kernels.compiled() is None, reason="no C kernels here: int8 changes nothing")
+def test_steps_in_8_bits_are_near_to_others_and_resume(
+    make_model: Callable[..., Path], tmp_path: Path, make: Make, reader: Any
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 96}
+    config = make(
+        RewardConfig, out=str(tmp_path), model=str(make_model("llama", **sizes)), dtype="bf16", steps=6, batch_size=8, save_every=3,
+        keep=9, normalise_samples=0,
+    )  # fmt: skip
+    plain, coarse = (train_reward(replace(config, name=f"run{int8}", int8=int8), PAIRS) for int8 in (False, True))
+    losses = [torch.tensor(reader.values(run, "loss")) for run in (plain, coarse)]
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0.02)
+    copy = reader.interrupted_copy(coarse, tmp_path / "copy", 3)
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("name: runTrue", "name: copy"))
+    resumed = train_reward(replace(config, name="copy", int8=True, resume=True), PAIRS)
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(coarse)
+    role, tokenizer = load_run(coarse, dtype=torch.bfloat16)
+    assert not role.model.coarse
+    examples, _ = encode_items(PAIRS, tokenizer, role.model)
+    scores = score_examples(role, examples)
+    with role.model.in_bytes():
+        assert score_examples(role, examples) != scores
 
 
 def test_swapped_pairs_take_their_ids_along(reward_run: str) -> None:

@@ -65,6 +65,10 @@ class RewardConfig(TrainConfig):
         0.5, "labelled texts: weight of 'is it a pun', whose log-odds are the score times and plus a number", low=0
     )
     funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'", low=0)
+    int8: bool = opt(
+        False,
+        "a step multiplies by frozen matrices in 8 bits where the CPU has AVX512_VNNI: a fifth faster; scoring is as without",
+    )
     members: int = opt(
         1, "ensemble: adapters and heads on the one base, each of own seed and four fifths of the data", low=1, high=16
     )

@@ -79,10 +79,13 @@ class Step:
         places = model.projection(layer, which)
         self.matrix = model.matrix(tuple(site for site, _ in places))
         self.low = LowRank.of(places, adapters)
+        # In bytes the attention's input is coarse: a norm's outlying channels (3 of 4 parts of the error, docs/LOG.md).
+        self.coarse, self.coarse_back = model.coarse and which != "attend", model.coarse
 
     def __call__(self, x: Tensor, low: Tensor, base: Tensor | None = None, half: bool = False) -> Tensor:
         """x (n, in) bf16 and its low-rank image -> (n, out); base and half as `Packed` takes them."""
-        return self.matrix.packed(x, low, self.low.forward(), base, half)
+        product = self.matrix.quantised if self.coarse else self.matrix.packed
+        return product(x, low, self.low.forward(), base, half)
 
     def factors(self) -> list[Tensor]:
         return [tensor for _, _, adapter, site in self.low.parts for tensor in (adapter.a[site], adapter.b[site])]
@@ -90,7 +93,8 @@ class Step:
     def pull_back(self, dy: Tensor, pulled: Tensor) -> Tensor:
         """dy (n, out) bf16 and its low-rank image -> (n, in) fp32."""
         update, _alive = self.low.backward()
-        return self.matrix.packed_back(dy, pulled, update)
+        product = self.matrix.quantised_back if self.coarse_back else self.matrix.packed_back
+        return product(dy, pulled, update)
 
     def rounded_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """dy (n, out) fp32 -> bf16, and pulled = dy b^T."""
@@ -100,16 +104,17 @@ class Step:
 
 
 def attention(
-    x: Tensor, norm: Norm, into: Step, out: Step, rope: Rope | None, heads: Heads, paths: Paths
+    x: Tensor, norm: Norm, into: Step, out: Step, rope: Rope | None, heads: Heads, paths: Paths, only: Tensor | None = None
 ) -> tuple[Saved, Tensor]:
-    """x (N, d) + out(attention(norm(x))) of a prefix tree's nodes, with rotary embedding."""
+    """x (N, d) + out(attention(norm(x))) of a prefix tree's nodes, or of `only` these, with rotary embedding."""
     normed, low_in, stat = norm(x, into.low)
     qkv = into(normed, low_in)  # (N, (H + 2K) h)
     turn(qkv, rope, heads, 1.0)
     found, total = paths.attend(qkv, heads)
-    low_out = empty_low(len(x), out.low)
+    base, found = (x, found) if only is None else (x[only], found[only])
+    low_out = empty_low(len(base), out.low)
     narrow = rounded(found, out.low.forward(), None, low_out)
-    return (x, normed, low_in, stat, qkv, total, narrow, low_out), out(narrow, low_out, base=x)
+    return (x, normed, low_in, stat, qkv, total, narrow, low_out), out(narrow, low_out, base=base)
 
 
 class _Attention(torch.autograd.Function):
@@ -118,29 +123,30 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: Norm, into: Step, out: Step, rope: Rope | None, heads: Heads, paths: Paths,
-        recorded: tuple[Saved, Tensor] | None, *factors: Tensor,
+        only: Tensor | None, recorded: tuple[Saved, Tensor] | None, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        saved, y = attention(x, norm, into, out, rope, heads, paths) if recorded is None else recorded
+        saved, y = attention(x, norm, into, out, rope, heads, paths, only) if recorded is None else recorded
         ctx.save_for_backward(*saved)
-        ctx.rest = norm, into, out, rope, heads, paths
+        ctx.rest = norm, into, out, rope, heads, paths, only
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, normed, low_in, stat, qkv, total, narrow, low_out = ctx.saved_tensors
-        norm, into, out, rope, heads, paths = ctx.rest
-        middle = 8 + len(into.factors())
+        norm, into, out, rope, heads, paths, only = ctx.rest
+        middle = 9 + len(into.factors())
+        whole = lambda rows: rows if only is None else rows.new_zeros(len(x), rows.shape[1]).index_copy_(0, only, rows)
         gradient = gradient.contiguous()
         dy, pulled = out.rounded_gradient(gradient)
         found = out.pull_back(dy, pulled)
         of_out = out.low.gradients(low_out, dy, pulled, narrow, ctx.needs_input_grad[middle:])
-        dqkv = paths.pull_back(qkv, narrow, total, found, heads)
+        dqkv = paths.pull_back(qkv, whole(narrow), total, whole(found), heads)
         turn(dqkv, rope, heads, -1.0)
         dy, pulled = into.rounded_gradient(dqkv)
-        dx = norm.gradient(into.pull_back(dy, pulled), x, stat, gradient) if ctx.needs_input_grad[0] else None
-        of_in = into.low.gradients(low_in, dy, pulled, normed, ctx.needs_input_grad[8:middle])
-        return dx, None, None, None, None, None, None, None, *of_in, *of_out
+        dx = norm.gradient(into.pull_back(dy, pulled), x, stat, whole(gradient)) if ctx.needs_input_grad[0] else None
+        of_in = into.low.gradients(low_in, dy, pulled, normed, ctx.needs_input_grad[9:middle])
+        return dx, None, None, None, None, None, None, None, None, *of_in, *of_out
 
 
 class Paths:
@@ -282,9 +288,9 @@ def rope_rows(cos: Tensor, turned: Tensor, shape: torch.Size) -> Rope:
 
 def block(
     model: Decoder, x: Tensor, layer: int, adapters: Sequence[Adapter], rope: Rope | None, tree: PrefixTree,
-    cache: KeyValueCache | None, record: Recording | None,
+    cache: KeyValueCache | None, record: Recording | None, only: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """(1, N, d) states of a tree's nodes -> (1, N, d)."""
+    """(1, N, d) states of a tree's nodes -> (1, N, d), or (1, n, d) of `only` these distinct nodes."""
     config, prefix = model.config, model.config.block_prefix(layer)
     before, between = (Norm(model, prefix + name) for name in config.norm_sites)
     attend, out, up, down = (Step(model, layer, which, adapters) for which in config.steps)
@@ -299,7 +305,7 @@ def block(
             record.put(layer, (*saved, *of_rest), result)
         return result[None]
     recorded = None if record is None else record.attention(layer)
-    flat = _Attention.apply(flat, before, attend, out, rope, heads, paths, recorded, *attend.factors(), *out.factors())
+    flat = _Attention.apply(flat, before, attend, out, rope, heads, paths, only, recorded, *attend.factors(), *out.factors())
     recorded = None if record is None else record.feed_forward(layer)
     last: Tensor = _FeedForward.apply(flat, between, up, down, act, recorded, *up.factors(), *down.factors())
     return last[None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from punster.model.kernels import Packed, suits
+from punster.model.kernels import Packed, Quantised, suits
 
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
@@ -62,6 +62,14 @@ class Matrix:
     def packed_back(self) -> Packed:
         """The transpose, for gradients."""
         return Packed.of(self.weight.detach().T)
+
+    @cached_property
+    def quantised(self) -> Quantised:
+        return Quantised.of(self.weight.detach(), self.bias)
+
+    @cached_property
+    def quantised_back(self) -> Quantised:
+        return Quantised.of(self.weight.detach().T)
 
     def __call__(self, x: Tensor) -> Tensor:
         """In the type of the weights, or fp32."""

@@ -94,16 +94,20 @@ class Role:
         """(B, T, d) states after the final norm."""
         return batch.tree.spread(self.model.final_norm(self.nodes(batch)))
 
-    def nodes(self, batch: Batch) -> Tensor:
-        """(1, N, d) states of the tree's nodes, from the batch's trunk activations where they fit; each prefix runs once."""
+    def nodes(self, batch: Batch, only: Tensor | None = None) -> Tensor:
+        """(1, N, d) states of the tree's nodes, from the batch's trunk activations where they fit; each prefix runs once.
+
+        Of `only` (n,) distinct nodes where these are given, (1, n, d).
+        """
         if batch.record is not None:
+            assert only is None, "a recording is of all nodes"
             first = batch.record.first_layer
             state = batch.record.before(first)[None]
             return self.model.blocks(state, first, self.last_layer, adapters=self.adapters, tree=batch.tree, record=batch.record)
         fitting = [depth for depth, key in batch.trunk if depth <= self.frozen_depth and key == self.trunk_key(depth)]
         depth = max(fitting, default=0)
         state = batch.trunk[depth, self.trunk_key(depth)] if depth else self.model.embed_tree(batch.ids, batch.tree)
-        return self.model.blocks(state, depth, self.last_layer, adapters=self.adapters, tree=batch.tree)
+        return self.model.blocks(state, depth, self.last_layer, adapters=self.adapters, tree=batch.tree, only=only)
 
     def response_hidden(self, batch: Batch) -> Tensor:
         """(N, d) states that predict the N response tokens of the batch, row after row."""
@@ -123,7 +127,8 @@ class Role:
         """(B, d) the state that heads read: the last token's, or the mean over the response."""
         if self.pooling == "last":
             rows = torch.arange(len(batch.ids), device=batch.ids.device)
-            return self.model.final_norm(self.nodes(batch)[0][batch.tree.nodes[rows, batch.lengths - 1]])
+            read, place = batch.tree.nodes[rows, batch.lengths - 1].unique(return_inverse=True)
+            return self.model.final_norm(self.nodes(batch, read)[0])[place]
         span = batch.response_span()[:, :, None]
         return (self.hidden(batch) * span).sum(1) / span.sum(1)
 

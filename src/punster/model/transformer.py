@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -168,6 +169,7 @@ class Decoder:
         self.trained_from: int | None = None  # lowest layer whose own weights were trained (full fine-tuning)
         self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
+        self.coarse = False  # see `in_bytes`
         self._fingerprint: str | None = None
         self._matrices: dict[tuple[str, ...], Matrix] = {}
 
@@ -190,6 +192,16 @@ class Decoder:
                 self.weights[site + ".weight"] = part
             self._matrices[sites] = Matrix(fused, torch.cat(biases) if biases else None)
         return self._matrices[sites]
+
+    @contextmanager
+    def in_bytes(self, wanted: bool = True) -> Iterator[None]:
+        """Passes of prefix trees that are made within, and their gradients, multiply by the frozen matrices in 8 bits where the
+        kernels can: for training that bears errors of some hundredths in a state (`kernels.Quantised`)."""
+        before, self.coarse = self.coarse, wanted
+        try:
+            yield
+        finally:
+            self.coarse = before
 
     def projection(self, layer: int, which: str) -> list[tuple[str, slice]]:
         """The linear layers of one step of a block ("attend", "out", "up" or "down"), and their columns of the joint output."""
@@ -266,7 +278,7 @@ class Decoder:
     def blocks(
         self, hidden: Tensor, first: int, last: int, *, adapters: Sequence[Adapter] = (), positions: Tensor | None = None,
         mask: Tensor | None = None, cache: KeyValueCache | None = None, tree: PrefixTree | None = None,
-        record: Recording | None = None,
+        record: Recording | None = None, only: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Run layers first..last-1 on (B, T, d), or with a tree on (1, N, d).
 
@@ -276,6 +288,7 @@ class Decoder:
         causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
         record: with a cache what the prompts' gradients need is put there; without one it was, by a sampling pass, and is used.
+        only: (n,) distinct nodes of a tree whose states are wanted, (1, n, d): the last layer leaves the others out where it can.
         """
         positions = tree.positions if tree is not None else positions
         turn = None
@@ -285,10 +298,11 @@ class Decoder:
         for layer in range(first, last):
             if tree is not None and fused.usable(self, layer):
                 rope = rope if rope is not None or turn is None else fused.rope_rows(*turn, hidden.shape)
-                hidden = fused.block(self, hidden, layer, adapters, rope, tree, cache, record)
+                here, only = (only, None) if layer == last - 1 else (None, only)
+                hidden = fused.block(self, hidden, layer, adapters, rope, tree, cache, record, here)
             else:
                 hidden = self._block(hidden, layer, adapters, turn, mask, cache, tree)
-        return hidden
+        return hidden if only is None else hidden[:, only]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head; it belongs to the branch, not to the trunk."""

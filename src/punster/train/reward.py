@@ -235,7 +235,8 @@ def train_step(
     ranked = max(1, sum(len(item.texts) > 1 for item in batch))
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
     for group in item_batches(examples, batch, max_tokens):
-        loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
+        with member.model.in_bytes(config.int8):
+            loss, found = item_loss(member, trunk, examples, [batch[place] for place in group], config)
         (loss / each).backward()
         sums["loss"] += float(loss.detach()) / each
         for name, value in found.items():

@@ -57,7 +57,7 @@ static void attend_rows(const Decode *s, const Kept *kept, float *keys, float *v
       }
     }
     for (int c = 0; c < s->heads * size; c += 16) store_bf16(kept->found + row * s->heads * size + c, _mm512_loadu_ps(out + c));
-    if (u->ranks) low_of(out, u->a, s->heads * size, u->ranks, 0, 0, kept->low_found + row * u->ranks);
+    if (u->ranks) low_of(1, out, u->a, s->heads * size, u->ranks, 0, 0, kept->low_found + row * u->ranks);
   }
 }
 

@@ -7,6 +7,7 @@
    The functions named *_rows are worksharing: inside a parallel region every thread does its part, with a barrier behind. */
 #include "blocked.h"
 #include "decode.h"
+#include "quantised.h"
 #include "vocabulary.h"
 
 /* What follows is a call each, for whole sequences and their gradients. */
@@ -23,6 +24,29 @@ void punster_pack(const bf16 *w, int out, int in, long row_stride, long column_s
 void punster_product(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
 #pragma omp parallel
   product_rows(x, rows, p, low, base, y, mode);
+}
+/* w (padded out, in) bytes -> panels, and the shifts of each block */
+void punster_pack_bytes(const int8_t *w, int out, int in, uint32_t *packed, int32_t *shift) {
+#pragma omp parallel for schedule(static)
+  for (int panel = 0; panel < out / PANEL; panel++) {
+    for (int k = 0; k < in / 4; k++)
+      for (int c = 0; c < PANEL; c++)
+        memcpy(packed + ((long)panel * (in / 4) + k) * PANEL + c, w + ((long)panel * PANEL + c) * in + 4L * k, 4);
+    for (int b = 0; b < blocks_of(in); b++)
+      for (long column = (long)panel * PANEL; column < (panel + 1L) * PANEL; column++) {
+        int32_t sum = 0;
+        for (int k = b * QUADS * 4; k < (b + 1) * QUADS * 4 && k < in; k++) sum += w[column * in + k];
+        shift[(long)b * out + column] = -128 * sum;
+      }
+  }
+}
+void punster_product_of_bytes(const bf16 *x, long rows, const Quantised *q, uint8_t *bytes, float *size, const float *low,
+                              const float *base, void *y, int mode) {
+#pragma omp parallel
+  {
+    quantise_rows(x, rows, q->p.in, bytes, size);
+    product_of_bytes_rows(bytes, size, rows, q, low, base, y, mode);
+  }
 }
 void punster_norm(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
 #pragma omp parallel
@@ -45,9 +69,13 @@ void punster_act_back(const float *dh, const bf16 *y, long rows, int width, int 
 #pragma omp parallel
   act_back_rows(dh, y, rows, width, kind, u, dy, pulled);
 }
-void punster_outer(const float *low, const bf16 *x, long rows, int columns, int ranks, const int32_t *from, const int32_t *to, float *y) {
+void punster_outer(const float *low, const bf16 *x, long rows, int columns, int ranks, const int32_t *from, const int32_t *to,
+                   uint32_t *pairs, float *y) {
 #pragma omp parallel
-  outer_rows(low, x, rows, columns, ranks, from, to, y);
+  {
+    beside_rows(low, rows, ranks, pairs);
+    outer_rows(pairs, x, rows, columns, ranks, from, to, y);
+  }
 }
 void punster_rope(float *x, long rows, int heads, int turned, int size, const float *cosine, const float *sine, float sign) {
 #pragma omp parallel

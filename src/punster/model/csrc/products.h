@@ -2,10 +2,43 @@
 #pragma once
 #include "common.h"
 
+/* What a tile's sums become: + low b + bias, then stored, or added to base. */
+INLINE void finish(const int rows, __m512 sum[TALL][3], const Product *p, const float *low, int panel, int biased, const float *base,
+                   void *y, int mode) {
+  const long out = p->out, first = (long)panel * PANEL;
+  const Update *u = &p->update;
+  __mmask16 inside[3];
+  for (int c = 0; c < 3; c++) inside[c] = inside_of(out - first - 16 * c);
+  for (int r = 0; r < u->ranks && low; r++) {
+    if (u->to[r] <= first || u->from[r] >= first + PANEL) continue;
+    __m512 b[3];
+    for (int c = 0; c < 3; c++) b[c] = _mm512_maskz_loadu_ps(inside[c], u->b + r * out + first + 16 * c);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+      const __m512 v = _mm512_set1_ps(low[i * u->ranks + r]);
+      for (int c = 0; c < 3; c++) sum[i][c] = _mm512_fmadd_ps(v, b[c], sum[i][c]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int c = 0; c < 3; c++) {
+    const long column = first + 16 * c;
+    const __m512 bias = p->bias && biased ? _mm512_maskz_loadu_ps(inside[c], p->bias + column) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      __m512 v = _mm512_add_ps(sum[r][c], bias);
+      if (mode == STORE_BF16) {
+        _mm256_mask_storeu_epi16((bf16 *)y + r * out + column, inside[c], (__m256i)_mm512_cvtneps_pbh(v));
+        continue;
+      }
+      if (mode == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside[c], base + r * out + column));
+      _mm512_mask_storeu_ps((float *)y + r * out + column, inside[c], v);
+    }
+  }
+}
+
 INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, long begin, long end,
                  const float *base, void *y, int mode) {
-  const long in = p->in, out = p->out;
-  const Update *u = &p->update;
+  const long in = p->in;
   const uint32_t *w = p->w + ((long)panel * (in / 2) + begin) * PANEL;
   __m512 sum[TALL][3];
   for (int r = 0; r < rows; r++) for (int c = 0; c < 3; c++) sum[r][c] = _mm512_setzero_ps();
@@ -22,34 +55,7 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
       sum[r][2] = _mm512_dpbf16_ps(sum[r][2], v, w2);
     }
   }
-  __mmask16 inside[3];
-  const long first = (long)panel * PANEL;
-  for (int c = 0; c < 3; c++) inside[c] = inside_of(out - first - 16 * c);
-  for (int r = 0; r < u->ranks && low; r++) {
-    if (u->to[r] <= first || u->from[r] >= first + PANEL) continue;
-    __m512 b[3];
-    for (int c = 0; c < 3; c++) b[c] = _mm512_maskz_loadu_ps(inside[c], u->b + r * out + first + 16 * c);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
-      const __m512 v = _mm512_set1_ps(low[i * u->ranks + r]);
-      for (int c = 0; c < 3; c++) sum[i][c] = _mm512_fmadd_ps(v, b[c], sum[i][c]);
-    }
-  }
-#pragma GCC unroll 3
-  for (int c = 0; c < 3; c++) {
-    const long column = first + 16 * c;
-    const __m512 bias = p->bias && !begin ? _mm512_maskz_loadu_ps(inside[c], p->bias + column) : _mm512_setzero_ps();
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-      __m512 v = _mm512_add_ps(sum[r][c], bias);
-      if (mode == STORE_BF16) {
-        _mm256_mask_storeu_epi16((bf16 *)y + r * out + column, inside[c], (__m256i)_mm512_cvtneps_pbh(v));
-        continue;
-      }
-      if (mode == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside[c], base + r * out + column));
-      _mm512_mask_storeu_ps((float *)y + r * out + column, inside[c], v);
-    }
-  }
+  finish(rows, sum, p, low, panel, !begin, base, y, mode);
 }
 
 /* y = the product, or base (which may be y) + the product */
@@ -80,18 +86,40 @@ static void product_rows(const bf16 *x, long rows, const Product *p, const float
   }
 }
 
-/* low[r] = sum of x[c] a[r, c] over the columns that rank r reads */
-INLINE void low_of(const float *x, const float *a, int columns, int ranks, const int32_t *from, const int32_t *to, float *low) {
-  for (int r = 0; r < ranks; r++) {
-    const int begin = from ? from[r] : 0, end = to ? to[r] : columns;
-    __m512 s0 = _mm512_setzero_ps(), s1 = s0;
-    int c = begin;
-    for (; c + 32 <= end; c += 32) {
-      s0 = _mm512_fmadd_ps(_mm512_loadu_ps(x + c), _mm512_loadu_ps(a + (long)r * columns + c), s0);
-      s1 = _mm512_fmadd_ps(_mm512_loadu_ps(x + c + 16), _mm512_loadu_ps(a + (long)r * columns + c + 16), s1);
+/* low[i, r] = sum of x[i, c] a[r, c] over the columns that rank r reads, in an order that does not depend on the rows beside it */
+INLINE void low_tile(const int rows, const int ranks, const float *x, long columns, const float *a, int begin, int end, float *low,
+                     long stride) {
+  __m512 sum[BESIDE][2][2];
+  for (int i = 0; i < rows; i++) for (int r = 0; r < ranks; r++) sum[i][r][0] = sum[i][r][1] = _mm512_setzero_ps();
+  int c = begin;
+  for (; c + 32 <= end; c += 32)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      const float *at = a + c + 16 * half, *from = x + c + 16 * half;
+      const __m512 a0 = _mm512_loadu_ps(at), a1 = ranks > 1 ? _mm512_loadu_ps(at + columns) : a0;
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; i++) {
+        const __m512 v = _mm512_loadu_ps(from + i * columns);
+        sum[i][0][half] = _mm512_fmadd_ps(v, a0, sum[i][0][half]);
+        if (ranks > 1) sum[i][1][half] = _mm512_fmadd_ps(v, a1, sum[i][1][half]);
+      }
     }
-    float total = _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
-    for (; c < end; c++) total += x[c] * a[(long)r * columns + c];
-    low[r] = total;
+  for (int i = 0; i < rows; i++)
+    for (int r = 0; r < ranks; r++) {
+      float total = _mm512_reduce_add_ps(_mm512_add_ps(sum[i][r][0], sum[i][r][1]));
+      for (int left = c; left < end; left++) total += x[i * columns + left] * a[r * columns + left];
+      low[i * stride + r] = total;
+    }
+}
+static void low_of(int rows, const float *x, const float *a, long columns, int ranks, const int32_t *from, const int32_t *to, float *low) {
+  for (int r = 0, many; r < ranks; r += many) {
+    const int begin = from ? from[r] : 0, end = to ? to[r] : columns;
+    many = r + 1 < ranks && (!from || from[r + 1] == begin) && (!to || to[r + 1] == end) ? 2 : 1;
+    switch (rows * 2 + many - 1) {
+#define LOW(n) \
+      case 2 * n: low_tile(n, 1, x, columns, a + r * columns, begin, end, low + r, ranks); break; \
+      case 2 * n + 1: low_tile(n, 2, x, columns, a + r * columns, begin, end, low + r, ranks); break;
+      LOW(1) LOW(2) LOW(3) LOW(4)
+    }
   }
 }
