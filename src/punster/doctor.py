@@ -39,7 +39,7 @@ def doctor() -> int:
     )
     in_use = device == "cpu" and dtype == torch.bfloat16 and compiled() is not None
     print(
-        f"C kernels      {'in use' if in_use else 'not used (they need AVX512_BF16 without AMX, bf16 weights and a C compiler)'}"
+        f"C kernels      {'in use' if in_use else 'not used (they need AVX512_BF16 and AVX512_VNNI without AMX, bf16 weights and a C compiler)'}"
     )
     speed = 2 * measured_speed(dtype, device, 5.0) / 1e9
     print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size (5 seconds)")

@@ -129,14 +129,15 @@ def test_steps_in_8_bits_are_near_to_others_and_resume(
 ) -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 96}
     config = make(
-        RewardConfig, out=str(tmp_path), model=str(make_model("llama", **sizes)), dtype="bf16", steps=6, batch_size=8, save_every=3,
-        keep=9, normalise_samples=0,
+        RewardConfig, out=str(tmp_path), model=str(make_model("llama", **sizes)), dtype="bf16", steps=12, batch_size=8, save_every=6,
+        keep=9, normalise_samples=0, lr=0.01, depth=0,
     )  # fmt: skip
     plain, coarse = (train_reward(replace(config, name=f"run{int8}", int8=int8), PAIRS) for int8 in (False, True))
     losses = [torch.tensor(reader.values(run, "loss")) for run in (plain, coarse)]
+    assert float(losses[0][-1]) < 0.5 * float(losses[0][0])  # so that the steps depend on the states
     assert not torch.equal(*losses)
-    torch.testing.assert_close(*losses, rtol=0.05, atol=0.02)
-    copy = reader.interrupted_copy(coarse, tmp_path / "copy", 3)
+    torch.testing.assert_close(*losses, rtol=0.1, atol=0.01)
+    copy = reader.interrupted_copy(coarse, tmp_path / "copy", 6)
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("name: runTrue", "name: copy"))
     resumed = train_reward(replace(config, name="copy", int8=True, resume=True), PAIRS)
     assert reader.tensor_bytes(resumed) == reader.tensor_bytes(coarse)

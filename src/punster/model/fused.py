@@ -1,7 +1,7 @@
 """One block in two differentiable steps on the kernels: attention, and the feed-forward part.
 
 The same function as the plain block of transformer.py, with products of bf16 inputs summed in fp32. Gradients are formed by hand:
-pulled back through the frozen products in bf16, as the plain path does; those of A and B are fp32 sums over bf16 rows.
+pulled back through the frozen products in bf16, as the plain path does; those of A and B are fp32 sums of products of bf16.
 n rows (tokens, or nodes of a prefix tree), d width, R ranks.
 """
 
@@ -79,7 +79,7 @@ class Step:
         places = model.projection(layer, which)
         self.matrix = model.matrix(tuple(site for site, _ in places))
         self.low = LowRank.of(places, adapters)
-        # In bytes the attention's input is coarse: a norm's outlying channels (3 of 4 parts of the error, docs/LOG.md).
+        # Not the product into attention: its normed inputs have outlying channels, which made most of the error (docs/PERFORMANCE.md).
         self.coarse, self.coarse_back = model.coarse and which != "attend", model.coarse
 
     def __call__(self, x: Tensor, low: Tensor, base: Tensor | None = None, half: bool = False) -> Tensor:

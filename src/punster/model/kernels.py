@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LONGEST = 192  # tokens of a path up to which every query is attended alone, as in decoding; in blocks beyond
 SIDE = 64  # queries, and keys, of a block
-BLOCK = 256  # inputs of a row that are rounded to 8 bits together
+BLOCK = 256  # inputs of a row that are rounded to 8 bits together; as in csrc/quantised.h
 PANEL = 48  # columns of packed weights that lie together
 STORE, ADD, STORE_BF16 = 0, 1, 2
 SILU, GELU_TANH = 0, 1
@@ -151,7 +151,23 @@ def right(found: c.CDLL) -> bool:
     packed, y = torch.zeros(2 * PANEL * 16, dtype=torch.int32), torch.empty(9, 50)
     found.punster_pack(at(weight), 50, 32, c.c_long(32), c.c_long(1), at(packed))
     found.punster_product(at(x), c.c_long(9), c.byref(CProduct(at(packed), None, 32, 50, NO_UPDATE)), None, None, at(y), STORE)
-    return torch.allclose(y, x.float() @ weight.float().T, atol=1e-4)
+    in_halves = torch.allclose(y, x.float() @ weight.float().T, atol=1e-4)
+    whole, z = torch.arange(9 * 32).view(9, 32) * 7 % 255 - 127, torch.empty(9, PANEL)  # whole numbers of which none is lost
+    whole[:, 0] = 127
+    bytes_of, packed, shift = (
+        whole.to(torch.int8).repeat(6, 1)[:PANEL],
+        torch.zeros(PANEL * 8, dtype=torch.int32),
+        torch.zeros(PANEL, dtype=torch.int32),
+    )
+    found.punster_pack_bytes(at(bytes_of), PANEL, 32, at(packed), at(shift))
+    rows, room, size, scale = whole.bfloat16(), torch.empty(9, 32, dtype=torch.uint8), torch.empty(9), torch.ones(PANEL)
+    product = CQuantised(CProduct(at(packed), None, 32, PANEL, NO_UPDATE), at(scale), at(shift))
+    found.punster_product_of_bytes(at(rows), c.c_long(9), c.byref(product), at(room), at(size), None, None, at(z), STORE)
+    in_bytes = torch.allclose(z, whole.float() @ bytes_of.float().T, rtol=1e-5)
+    ends, pairs, outer = torch.tensor([[0], [32]], dtype=torch.int32), torch.empty(5, dtype=torch.int32), torch.empty(1, 32)
+    low = torch.arange(9.0).view(9, 1)
+    found.punster_outer(at(low), at(x), c.c_long(9), 32, 1, at(ends[0]), at(ends[1]), at(pairs), at(outer))
+    return in_halves and in_bytes and torch.allclose(outer, low.T @ x.float(), atol=1e-4)
 
 
 def at(tensor: Tensor | None) -> c.c_void_p | None:
@@ -292,7 +308,10 @@ class LowRank:
         return CUpdate(None, at(self.a), self.ranks, at(ends[0]), at(ends[1])), ends
 
     def gradients(self, low: Tensor, dy: Tensor, pulled: Tensor, x: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """Of A and B of each part, in turn. low (n, R) = x a^T, dy (n, out), pulled (n, R) = dy b^T, x (n, in); dy and x bf16."""
+        """Of A and B of each part, in turn. low (n, R) = x a^T, dy (n, out), pulled (n, R) = dy b^T, x (n, in).
+
+        dy and x are bf16; low and pulled are rounded to it, and the sums over the rows are fp32.
+        """
         if self.ends is None or not any(wanted):
             return [None] * len(wanted)
         assert low.shape == pulled.shape == (len(x), self.ranks)

@@ -100,10 +100,10 @@ class Role:
         Of `only` (n,) distinct nodes where these are given, (1, n, d).
         """
         if batch.record is not None:
-            assert only is None, "a recording is of all nodes"
             first = batch.record.first_layer
             state = batch.record.before(first)[None]
-            return self.model.blocks(state, first, self.last_layer, adapters=self.adapters, tree=batch.tree, record=batch.record)
+            state = self.model.blocks(state, first, self.last_layer, adapters=self.adapters, tree=batch.tree, record=batch.record)
+            return state if only is None else state[:, only]
         fitting = [depth for depth, key in batch.trunk if depth <= self.frozen_depth and key == self.trunk_key(depth)]
         depth = max(fitting, default=0)
         state = batch.trunk[depth, self.trunk_key(depth)] if depth else self.model.embed_tree(batch.ids, batch.tree)

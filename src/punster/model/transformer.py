@@ -290,6 +290,7 @@ class Decoder:
         record: with a cache what the prompts' gradients need is put there; without one it was, by a sampling pass, and is used.
         only: (n,) distinct nodes of a tree whose states are wanted, (1, n, d): the last layer leaves the others out where it can.
         """
+        assert only is None or (tree is not None and cache is None and record is None)
         positions = tree.positions if tree is not None else positions
         turn = None
         if self.config.family == "llama":

@@ -18,6 +18,7 @@ from punster.model.transformer import Decoder
 from punster.train.setup import layer_count, top_layers
 
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
+IN_BYTES = 0.8  # what is left of a step's time where frozen products are in 8 bits (docs/PERFORMANCE.md)
 
 
 def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
@@ -71,7 +72,8 @@ def stage_work(
         texts += records + pairs
         # In families each text runs once a step, and about half of its tokens are a prefix of another.
         passed = 0.5 * texts if stage.families else 2 * (pairs + rows)
-        work = tokens * block * (texts * trunk + 2 * passed * stage.epochs * branch) * (0.5 if stage.half else 1)
+        share = IN_BYTES if stage.int8 and fused.usable(base, trunk) else 1
+        work = tokens * block * (texts * trunk + 2 * passed * stage.epochs * branch * share) * (0.5 if stage.half else 1)
         work += stage.normalise_samples * (sampled + tokens * block * depth) + drawn * sampled
         return work + stage.test_limit * 6 * tokens * block * depth
     if isinstance(stage, SftConfig):
@@ -114,6 +116,8 @@ def announce(
     passes = passes or steps * config.batch_size / max(1, len(examples))
     speed = measured_speed(role.model.dtype, str(role.model.device))
     seconds = work / speed / 0.95 if work else training_cost(role, examples, passes) / speed / 0.6
+    if isinstance(config, RewardConfig) and config.int8 and fused.usable(role.model, role.frozen_depth):
+        seconds *= IN_BYTES
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
     stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0

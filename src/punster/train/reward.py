@@ -19,6 +19,7 @@ from punster.data import corpus
 from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row, texts_of
 from punster.errors import UserError, near_matches
+from punster.model import fused
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -105,6 +106,10 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                     for part, places in (("first", units[0]), ("data", bags[number])) if places}  # fmt: skip
     generators = {name: cursor.generator for name, cursor in cursors.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
+    if config.int8 and not fused.usable(model.model, model.frozen_depth):
+        speaker(config.quiet)(
+            "  --int8 changes nothing: no frozen bf16 layer that the C kernels take is trained here (see punster doctor)"
+        )
     with Run(marked(config, data=rows), "reward", steps, started) as run:
         restore(run, state)
         seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest: all, unless the run is short

@@ -30,9 +30,10 @@ INLINE void norm_row(const float *v, int d, const Norm *n, bf16 *y, float *exact
   if (stat) { stat[0] = mean; stat[1] = scale; }
 }
 static void norm_rows(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
+  const int block = block_of(rows, u->ranks);
 #pragma omp for schedule(static)
-  for (long first = 0; first < rows; first += BESIDE) {
-    const int many = rows_from(first, rows);
+  for (long first = 0; first < rows; first += block) {
+    const int many = rows_from(first, rows, block);
     float exact[BESIDE * d];
     for (long i = 0, row = first; i < many; i++, row++)
       norm_row(x + row * d, d, n, y + row * d, exact + i * d, stat ? stat + 2 * row : 0);
@@ -66,9 +67,10 @@ static void norm_back_rows(const float *dy, const float *x, const float *stat, l
 /* x (rows, columns) fp32 -> y bf16, and low */
 static void round_rows(const float *x, long rows, int columns, const Update *u, const int32_t *from, const int32_t *to, bf16 *y,
                        float *low) {
+  const int block = block_of(rows, u->ranks);
 #pragma omp for schedule(static)
-  for (long first = 0; first < rows; first += BESIDE) {
-    const int many = rows_from(first, rows);
+  for (long first = 0; first < rows; first += block) {
+    const int many = rows_from(first, rows, block);
     for (long c = first * columns; c < (first + many) * columns; c += 16) store_bf16(y + c, _mm512_loadu_ps(x + c));
     if (u->ranks) low_of(many, x + first * columns, u->a, columns, u->ranks, from, to, low + first * u->ranks);
   }
@@ -86,9 +88,10 @@ INLINE void act_row(const bf16 *v, int width, int kind, bf16 *h, float *exact) {
 /* SwiGLU of (rows, 2 width) with silu, or gelu of (rows, width) */
 static void act_rows(const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *h, float *low) {
   const int wide = width * (kind == SILU ? 2 : 1);
+  const int block = block_of(rows, u->ranks);
 #pragma omp for schedule(static)
-  for (long first = 0; first < rows; first += BESIDE) {
-    const int many = rows_from(first, rows);
+  for (long first = 0; first < rows; first += block) {
+    const int many = rows_from(first, rows, block);
     float exact[BESIDE * width];
     for (long i = 0, row = first; i < many; i++, row++) act_row(y + row * wide, width, kind, h + row * width, exact + i * width);
     if (u->ranks) low_of(many, exact, u->a, width, u->ranks, 0, 0, low + first * u->ranks);
@@ -114,9 +117,10 @@ INLINE void act_back_row(const float *dh, const bf16 *v, int width, int kind, bf
 /* dh (rows, width) -> dy (rows, 2 width or width) bf16 and its low-rank image under the scaled b of `up` */
 static void act_back_rows(const float *dh, const bf16 *y, long rows, int width, int kind, const Update *u, bf16 *dy, float *pulled) {
   const int wide = width * (kind == SILU ? 2 : 1);
+  const int block = block_of(rows, u->ranks);
 #pragma omp for schedule(static)
-  for (long first = 0; first < rows; first += BESIDE) {
-    const int many = rows_from(first, rows);
+  for (long first = 0; first < rows; first += block) {
+    const int many = rows_from(first, rows, block);
     float exact[BESIDE * wide];
     for (long i = 0, row = first; i < many; i++, row++)
       act_back_row(dh + row * width, y + row * wide, width, kind, dy + row * wide, exact + i * wide);

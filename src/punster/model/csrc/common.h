@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -9,7 +10,7 @@
 #define TALL 8     /* rows of a tile: 8 x 3 accumulators fill the registers */
 #define CHUNK 256  /* rows that share a panel before the next one comes */
 #define BESIDE 4   /* rows whose low-rank images are formed together: `a` is read once for all */
-#define BLOCK 1024 /* pairs of inputs summed at a stretch */
+#define STRETCH 1024 /* pairs of inputs summed at a stretch */
 #define INLINE static inline __attribute__((always_inline))
 typedef uint16_t bf16;
 enum { STORE = 0, ADD = 1, STORE_BF16 = 2 };
@@ -20,7 +21,9 @@ typedef struct { const uint32_t *w; const float *bias; int32_t in, out; Update u
 typedef struct { const float *weight, *bias; float eps; } Norm; /* with a bias: LayerNorm, without: RMSNorm */
 typedef struct { Norm before, between; Product attend, output, up, down; } Layer;
 
-INLINE int rows_from(long first, long rows) { return first + BESIDE < rows ? BESIDE : rows - first; }
+/* How many rows make a block: one where blocks would leave a thread without work, or nothing is shared. */
+INLINE int block_of(long rows, int ranks) { return ranks && rows >= BESIDE * omp_get_num_threads() ? BESIDE : 1; }
+INLINE int rows_from(long first, long rows, int block) { return first + block < rows ? block : rows - first; }
 INLINE float bf16_value(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
 INLINE __mmask16 inside_of(long left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
 INLINE __m512 load_bf16(const bf16 *x) {

@@ -66,7 +66,7 @@ void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
   for (int l = first; l < last; l++) {
     const Layer *at = layers + l;
     const Kept k = places(s, at, s->kept ? s->kept + l : 0);
-    copy_rows(s->x, s->rows, s->d, k.x); /* of the rows that this thread norms next */
+    copy_rows(s->x, s->rows, s->d, k.x); /* nobody writes s->x before two more barriers */
     norm_rows(s->x, s->rows, s->d, &at->before, &at->attend.update, k.normed, k.low, k.stat);
     product_rows(k.normed, s->rows, &at->attend, k.low, 0, k.qkv, STORE);
     attend_rows(s, &k, s->keys[l], s->values[l], &at->output.update);

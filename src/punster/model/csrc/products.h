@@ -67,7 +67,7 @@ static void product_rows(const bf16 *x, long rows, const Product *p, const float
     const long begin = job % chunks * size, end = begin + size < rows ? begin + size : rows;
     const int panel = job / chunks;
     /* long sums in blocks whose weights stay in the second-level cache; bf16 results are never split */
-    const long pairs = p->in / 2, step = mode == STORE_BF16 ? pairs : BLOCK;
+    const long pairs = p->in / 2, step = mode == STORE_BF16 ? pairs : STRETCH;
     for (long k = 0; k < pairs; k += step) {
       const long stop = k + step < pairs ? k + step : pairs;
       const int how = k ? ADD : mode;

@@ -3,7 +3,7 @@
 #pragma once
 #include "products.h"
 
-#define QUADS 64 /* four inputs to a register's lane: blocks of 256 inputs */
+#define QUADS 64 /* four inputs to a register's lane: blocks of 256 inputs, as in kernels.py, which makes room for their sizes */
 typedef struct { Product p; const float *scale; const int32_t *shift; } Quantised; /* shift (blocks, padded out): -128 sum of w */
 
 INLINE long blocks_of(long in) { return (in / 4 + QUADS - 1) / QUADS; }
