@@ -288,7 +288,7 @@ class Decoder:
         causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
         record: with a cache what the prompts' gradients need is put there; without one it was, by a sampling pass, and is used.
-        only: (n,) distinct nodes of a tree whose states are wanted, (1, n, d): the last layer leaves the others out where it can.
+        only: (n,) distinct nodes of a tree whose states are wanted, (1, n, d): the last layer leaves the others out.
         """
         assert only is None or (tree is not None and cache is None and record is None)
         positions = tree.positions if tree is not None else positions
@@ -297,13 +297,13 @@ class Decoder:
             turn = self.turn(torch.arange(hidden.shape[1], device=self.device)[None] if positions is None else positions)
         rope: fused.Rope | None = None
         for layer in range(first, last):
+            read = only if layer == last - 1 else None
             if tree is not None and fused.usable(self, layer):
                 rope = rope if rope is not None or turn is None else fused.rope_rows(*turn, hidden.shape)
-                here, only = (only, None) if layer == last - 1 else (None, only)
-                hidden = fused.block(self, hidden, layer, adapters, rope, tree, cache, record, here)
+                hidden = fused.block(self, hidden, layer, adapters, rope, tree, cache, record, read)
             else:
-                hidden = self._block(hidden, layer, adapters, turn, mask, cache, tree)
-        return hidden if only is None else hidden[:, only]
+                hidden = self._block(hidden, layer, adapters, turn, mask, cache, tree, read)
+        return hidden if only is None or first < last else hidden[:, only]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head; it belongs to the branch, not to the trunk."""
@@ -363,7 +363,7 @@ class Decoder:
 
     def _block(
         self, x: Tensor, layer: int, adapters: Sequence[Adapter], turn: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None, cache: KeyValueCache | None, tree: PrefixTree | None,
+        mask: Tensor | None, cache: KeyValueCache | None, tree: PrefixTree | None, only: Tensor | None,
     ) -> Tensor:  # fmt: skip
         at, c = self.config.block_prefix(layer), self.config
         before, between = c.norm_sites
@@ -371,7 +371,10 @@ class Decoder:
         if turn is not None:
             turned = c.n_head + c.n_kv_head
             qkv = torch.cat((rotated(qkv[..., :turned, :], *turn), qkv[..., turned:, :]), -2)
-        x = x + self._project(self._attend(qkv, layer, mask, cache, tree), layer, "out", adapters)
+        found = self._attend(qkv, layer, mask, cache, tree)
+        if only is not None:
+            x, found = x[:, only], found[:, only]
+        x = x + self._project(found, layer, "out", adapters)
         y = self._project(norm(self, x, at + between), layer, "up", adapters)
         if c.family == "llama":
             gate, up = y.chunk(2, -1)
