@@ -61,6 +61,24 @@ def adapters(model: Decoder) -> tuple[Adapter, ...]:
     return tuple(made)
 
 
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_attention_of_scoring_is_that_of_plain_passes_in_fp32(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prefixes in common; and only where a model is for scoring, for others are compared with passes that learn."""
+    exact, _ = exact_and_half(family)
+    role, calls = Role(exact, adapters(exact)), []
+    attended = fused.attended
+    monkeypatch.setattr(fused, "attended", lambda *given: calls.append(1) or attended(*given))
+    batch = collate(texts())
+    plain = role.nodes(batch)
+    assert not calls
+    scoring = role.merged()
+    found = scoring.nodes(collate(texts()))
+    assert len(calls) == 3
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
 def texts(count: int = 5) -> list[Example]:
     generator = torch.Generator().manual_seed(2)
     draw = lambda n: tuple(torch.randint(0, 331, (n,), generator=generator).tolist())

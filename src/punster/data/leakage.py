@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Generic, TypeVar
@@ -41,11 +42,14 @@ class Index:
     def near(self, members: Words) -> list[int]:
         """Places of the sets near to this one, in order."""
         found = [self.postings[word] for word in members if word in self.postings]
-        if not found:
+        needed = max(1, math.ceil(self.threshold * len(members) - 1e-9))  # so many words a set this near shares at least
+        if len(found) < needed:
             return []
-        shared = np.bincount(np.concatenate(found), minlength=len(self.sets))
-        places: list[int] = np.flatnonzero(shared / (self.sizes + len(members) - shared) >= self.threshold).tolist()
-        return places
+        counts = np.bincount(np.concatenate(found))
+        places = np.flatnonzero(counts >= needed)
+        shared = counts[places]
+        near: list[int] = places[shared / (self.sizes[places] + len(members) - shared) >= self.threshold].tolist()
+        return near
 
     def has_near(self, text: str) -> bool:
         return bool(self.near(words(text)))

@@ -277,6 +277,19 @@ def usable(model: Decoder, layer: int) -> bool:
     return all(kernels.suits(model.weights[site + ".weight"]) for site in sites)
 
 
+def attends(model: Decoder, qkv: Tensor, tree: PrefixTree) -> bool:
+    """Whether the kernels look along a tree's paths for weights that they do not multiply by: fp32 scoring, without gradients."""
+    fits = model.scoring and qkv.device.type == "cpu" and not qkv.requires_grad and model.config.d_head % 32 == 0
+    return fits and kernels.compiled() is not None and not Paths.of(tree).long
+
+
+def attended(model: Decoder, qkv: Tensor, rope: Rope | None, tree: PrefixTree) -> Tensor:
+    """Attention of a tree's nodes, with rotary embedding by what `Decoder.turn` gives: (1, N, (H + 2K) h) fp32 -> (1, N, H h)."""
+    heads, rows = Heads(model.config.n_head, model.config.n_kv_head, model.config.d_head), qkv[0].contiguous()
+    turn(rows, None if rope is None else rope_rows(*rope, qkv.shape), heads, 1.0)
+    return Paths.of(tree).attend(rows, heads)[0][None]
+
+
 def rope_rows(cos: Tensor, turned: Tensor, shape: torch.Size) -> Rope:
     """What `Decoder.turn` gives, one row a token of (B, T, d)."""
     half = cos.shape[-1]

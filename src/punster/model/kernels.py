@@ -1,7 +1,7 @@
 """The kernels of csrc: built once by the system's C compiler, kept in the cache folder, left out where something is missing.
 
-They serve bf16 weights on CPUs with AVX512_BF16 and AVX512_VNNI (and without AMX, for which PyTorch's own products are better). Everything has a
-plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one. n rows, R ranks of all low-rank updates of a product together.
+They serve CPUs with AVX512_BF16 and AVX512_VNNI (and without AMX, for which PyTorch's own products are better): bf16 weights, and in fp32
+the choice of tokens and the attention of scoring. Everything has a plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one. n rows, R ranks of all low-rank updates of a product together.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ class Role:
         weights = {
             name: tensor.to(self.model.device) for name, tensor in merged_weights(self.model.weights, self.adapters).items()
         }
-        return replace(self, model=Decoder(self.model.config, weights, self.model.name), adapters=(), trained=())
+        model = Decoder(self.model.config, weights, self.model.name)
+        model.scoring = True
+        return replace(self, model=model, adapters=(), trained=())
 
     # ---- passes -----------------------------------------------------------------------------------------------
     def hidden(self, batch: Batch) -> Tensor:

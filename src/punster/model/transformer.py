@@ -170,6 +170,7 @@ class Decoder:
         self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
         self.coarse = False  # see `in_bytes`
+        self.scoring = False  # no pass is ever compared with one that learns, so that the last bits are free (`Role.merged`)
         self._fingerprint: str | None = None
         self._matrices: dict[tuple[str, ...], Matrix] = {}
 
@@ -283,7 +284,7 @@ class Decoder:
         """Run layers first..last-1 on (B, T, d), or with a tree on (1, N, d).
 
         tree: products run on the N distinct prefixes of a batch; attention looks along their paths (on the kernels, which serve
-        trees alone and read no mask) or sees whole rows.
+        trees alone and read no mask; in fp32 where a model is for scoring) or sees whole rows.
         positions: (B, T) or None for 0..T-1. mask: boolean (B, T, S), true where a query may look, or None for plain
         causal attention over the T tokens themselves (right-padded rows need no mask: nothing real looks at a pad).
         With a cache, S = cache.length + T, and the caller advances cache.length afterwards.
@@ -367,11 +368,15 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         at, c = self.config.block_prefix(layer), self.config
         before, between = c.norm_sites
-        qkv = self._project(norm(self, x, at + before), layer, "attend", adapters).unflatten(-1, (-1, c.d_head))
-        if turn is not None:
-            turned = c.n_head + c.n_kv_head
-            qkv = torch.cat((rotated(qkv[..., :turned, :], *turn), qkv[..., turned:, :]), -2)
-        found = self._attend(qkv, layer, mask, cache, tree)
+        qkv = self._project(norm(self, x, at + before), layer, "attend", adapters)
+        if tree is not None and cache is None and fused.attends(self, qkv, tree):
+            found = fused.attended(self, qkv, turn, tree)
+        else:
+            qkv = qkv.unflatten(-1, (-1, c.d_head))
+            if turn is not None:
+                turned = c.n_head + c.n_kv_head
+                qkv = torch.cat((rotated(qkv[..., :turned, :], *turn), qkv[..., turned:, :]), -2)
+            found = self._attend(qkv, layer, mask, cache, tree)
         if only is not None:
             x, found = x[:, only], found[:, only]
         x = x + self._project(found, layer, "out", adapters)

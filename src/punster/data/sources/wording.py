@@ -21,7 +21,10 @@ def clean(text: str) -> str:
     """One line of printable text with single spaces; BadRecord if nothing is left, or far too much."""
     if len(text) > MAX_TEXT:
         raise BadRecord(f"the text is longer than {MAX_TEXT} characters")
-    text = " ".join("".join(c if c.isprintable() else " " for c in unmangled(text)).split())
+    text = unmangled(text)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    text = " ".join(text.split())
     if not any(c.isalnum() for c in text):
         raise BadRecord("the text has no letters")
     return text
