@@ -17,6 +17,7 @@ from punster.model.load import load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
 
 IDS = torch.tensor([[5, 9, 11, 40, 7, 3, 250, 30]])
 
@@ -85,6 +86,38 @@ def test_reward_model_has_the_same_scores(trained: tuple[Role, Tokenizer], tmp_p
     with torch.no_grad():
         found = theirs(batch.ids, attention_mask=mask.long()).logits[:, 0] + config["punster_score_bias"]
     torch.testing.assert_close(found, torch.tensor(score_examples(scorer, examples)), rtol=0, atol=1e-4)
+
+
+def test_texts_padded_by_the_exported_tokenizer_have_the_same_scores(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    """The pad of this tokenizer was EOS, at which a padded row would have been read."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    role, tokenizer = trained
+    scorer = replace(role, head=ScalarHead.create(32, torch.Generator().manual_seed(5)))
+    out = export(scorer, tokenizer, "hf", tmp_path / "out")
+    theirs, config = AutoModelForSequenceClassification.from_pretrained(out), json.loads((out / "config.json").read_text())
+    assert theirs.dtype == torch.float32 and "torch_dtype" not in config
+    texts = ["a pun", "a pun about the sea and its tides", "no pun"]
+    examples = [Example(tuple(tokenizer.prompt_ids("make a pun")), tuple(tokenizer.response_ids(text))) for text in texts]
+    hf = AutoTokenizer.from_pretrained(out)
+    if set(tokenizer.hf.all_special_ids) == {tokenizer.eos_id}:  # GPT-2's one special token: nothing to pad with, which transformers says
+        assert hf.pad_token is None
+        return
+    assert tokenizer.hf.pad_token_id == tokenizer.eos_id != hf.pad_token_id in tokenizer.hf.all_special_ids
+    rows = hf.pad({"input_ids": [[*example.prompt, *example.response] for example in examples]}, return_tensors="pt")
+    with torch.no_grad():
+        found = theirs(**rows).logits[:, 0] + config["punster_score_bias"]
+    torch.testing.assert_close(found, torch.tensor(score_examples(scorer, examples)), rtol=0, atol=1e-4)
+
+
+def test_a_base_that_was_stored_in_bf16_is_exported_in_fp32(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    role, tokenizer = trained
+    raw = {**role.model.config.raw, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    model = Decoder(replace(role.model.config, raw=raw), role.model.weights, role.model.name)
+    out = export(replace(role, model=model), tokenizer, "hf", tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:

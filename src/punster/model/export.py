@@ -31,7 +31,11 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
             _export_hf(role, tokenizer, temporary)
         else:
             _export_peft(role, temporary)
-        tokenizer.for_transformers().save_pretrained(temporary)
+        hf = tokenizer.for_transformers()
+        if role.head is not None:  # what is read is the last token that is no pad: EOS, so the pad must be another special token
+            pad = distinct_pad(tokenizer)
+            hf.pad_token = hf.convert_ids_to_tokens(pad) if pad in hf.all_special_ids else None
+        hf.save_pretrained(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -44,7 +48,8 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
 def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
     model = role.model
     weights = merged_weights(model.weights, role.adapters)
-    config: dict[str, Any] = {**model.config.raw, "tie_word_embeddings": model.config.tied, "torch_dtype": "float32"}
+    config: dict[str, Any] = {**model.config.raw, "tie_word_embeddings": model.config.tied, "dtype": "float32"}
+    config.pop("torch_dtype", None)  # the older name of dtype
     layers = "n_layer" if model.config.family == "gpt2" else "num_hidden_layers"
     prefix = "GPT2" if model.config.family == "gpt2" else "Llama"
     if role.head is None:
