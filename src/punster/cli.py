@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -53,14 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"punster: unknown command {verb!r}.{near_matches(verb, VERBS)} See 'punster --help'.", file=sys.stderr)
         return 2
     try:
-        return dispatch(verb, rest)
+        code = dispatch(verb, rest)
+        sys.stdout.flush()
+        return code
     except (UserError, Aborted) as error:
         print(f"punster {verb}: {plain(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 128 + int(getattr(error, "number", signal.SIGINT))
-    except BrokenPipeError:
+    except BrokenPipeError:  # of a reader who has seen enough: what is left in the buffer must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
@@ -146,6 +150,8 @@ def generate_verb(rest: list[str]) -> int:
     )  # fmt: skip
     for text in texts:
         print(plain(text))
+    if len(texts) < o["count"]:
+        print(f"note: {len(texts)} different texts were all that came up; a higher --temperature gives more", file=sys.stderr)
     return 0
 
 
@@ -200,6 +206,8 @@ def report_verb(rest: list[str]) -> int:
     from punster.evaluate.card import write_card
     from punster.evaluate.report import write_comparison, write_report
 
+    if len(folders) == 1 and o["out"]:
+        raise UserError("--out is for the page that compares several runs; one run's report.html is written beside it")
     if len(folders) > 1:
         print(write_comparison(folders, Path(o["out"] or folders[0].resolve().parent / "comparison.html")))
         return 0

@@ -15,7 +15,9 @@ _CONTROL = re.compile(
 _SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
 # Keys of well-known services, bearer headers, passwords in addresses, and in their queries.
 _SECRETS = (
-    re.compile(r"\b(?:sk|pk|rk|hf|ghp|gho|ghs|glpat|github_pat|xox[abp]|AKIA)[-_]?[A-Za-z0-9_-]{16,}"),
+    # A run of letters and digits that no name has; what follows it belongs to the key.
+    re.compile(r"\b(?:sk|pk|rk|hf|ghp|gho|ghs|github_pat)[-_][\w-]{0,40}?(?=[A-Za-z]{0,60}\d)[A-Za-z0-9]{16,}[\w-]*"),
+    re.compile(r"\b(?:glpat-[\w-]{20}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"),
     re.compile(r"(?<=bearer )[^\s\"']{8,}", re.IGNORECASE),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"(?<=[?&])(?:api_?key|key|token|secret|password)=[^&\s\"']+", re.IGNORECASE),

@@ -170,6 +170,20 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
         redact("a key to the door, a token of love, lr=3e-4, runs/sk-1")
         == "a key to the door, a token of love, lr=3e-4, runs/sk-1"
     )
+    for name in (
+        "skateboard-puns-2024.jsonl",
+        "./hf_smollm2-135m-instruct",
+        "pk-of-the-year-2024-and-2025",
+        "hf_internationalisation",
+    ):
+        assert redact(name) == name
+    for key in (
+        "glpat-" + "a_1-" * 5,
+        "xoxb-1234-5678-" + "aB3" * 4,
+        "AKIA" + "A1B2" * 4,
+        "sk-proj-" + "aB3_" + "dE6f" * 9 + "-x_y",
+    ):
+        assert redact(f"at {key}, say") == "at <secret>, say"
 
 
 def test_no_secret_reaches_the_run_folder(jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
