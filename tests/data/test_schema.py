@@ -224,6 +224,8 @@ def test_further_columns_with_texts_are_no_answers() -> None:
         {"prompt": "p", "chosen": "a", "rejected": "b", "completion": "c", "text": "d", "note": "e"}, "judged", "here"
     )
     assert texts_of(pair) == ["a", "b"] and pair["note"] == "e"
+    scored = check_row({"prompt": "p", "chosen": "a", "rejected": "b", "scores": [1, 5]}, "judged", "here")
+    assert "scores" not in scored  # of a group alone: here they would have turned the pair round
     group = check_row({"prompt": "p", "completions": ["a", "b"], "scores": [2, 1], "text": "d"}, "judged", "here")
     assert texts_of(group) == ["a", "b"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from punster.errors import Aborted
 from punster.train.checkpoint import load_run
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
+from punster.train.run import Interrupted
 
 Make = Callable[..., Any]
 Config = Callable[..., Any]
@@ -80,6 +83,32 @@ def test_a_kl_explosion_goes_back_before_the_updates_that_made_it(save_every: in
     assert [reader.lines(wild, log) for log in ("metrics.jsonl", "samples.jsonl")] == logs
     role, _ = load_run(wild)
     assert all(torch.isfinite(tensor).all() for adapter in role.adapters for _, tensor in adapter.named_parameters())
+
+
+@pytest.mark.parametrize("keep", [9, 1])
+def test_a_run_resumed_with_bad_updates_goes_back_before_them(keep: int, config: Config, reader: Any) -> None:
+    """Interrupted right after the updates that the next rollout shows to be bad; or says that nothing before them is left."""
+    calm = ppo(config("calm", save_every=1, lr=5e-2), None, letters)
+    kl = reader.values(calm, "objective/exact_kl")
+    seen = next(step for step in range(3, 7) if kl[step - 1] > 1.5 * max(kl[: step - 1]))
+    settings = {"save_every": 1, "keep": keep, "lr": 5e-2, "max_kl": (kl[seen - 1] + max(kl[: seen - 1])) / 2}
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == seen - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        ppo(config("wild", **settings), None, letters, callback=stop)
+    wild = Path(calm).parent / "wild"
+    assert reader.final(wild).name == f"step-{seen - 1}"
+    expected = rf"step {seen - 2}, its last good one" if keep > 1 else rf"step {seen - 1}, which its updates may have spoilt"
+    with pytest.raises(Aborted, match=rf"STOPPED at step {seen} of 6: .* back at {expected}"):
+        ppo(config("wild", **settings, resume=True), None, letters)
+    back = reader.final(wild)
+    assert (back / "state.safetensors").read_bytes() == (
+        Path(calm) / "checkpoints" / back.name / "state.safetensors"
+    ).read_bytes()
+    assert reader.summary(wild)["steps"] == int(back.name.removeprefix("step-"))
 
 
 @pytest.mark.parametrize("name", ["clipped_policy_loss", "clipped_value_loss"])

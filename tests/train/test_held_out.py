@@ -14,9 +14,10 @@ from punster.evaluate.metrics import distinct_n, words
 from punster.train.distill import distill
 from punster.train.dpo import dpo
 from punster.train.grpo import grpo
-from punster.train.held_out import held_out_prompts
+from punster.train.held_out import first
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
+from punster.train.setup import load_prompts
 from punster.train.sft import sft
 
 Make = Callable[..., Any]
@@ -78,11 +79,11 @@ def test_every_trainer_samples_held_out_prompts(
     for key in wanted:
         assert {event.step for event in board.Scalars(key)} == {2, 4}
         assert board.Scalars(key)[-1].value == pytest.approx(summary[key], abs=1e-5)
-    tables = texts_of(board, "samples to held-out prompts")
+    tables = texts_of(board, "samples to evaluation prompts")
     assert set(tables) == {2, 4}
     assert all(prompt in tables[4] for prompt in held_out)
     printed = capfd.readouterr().err
-    assert "step 4: samples to held-out prompts" in printed
+    assert "step 4: samples to evaluation prompts" in printed
     assert held_out[0] in printed and held_out[5] not in printed  # five rows on the screen
 
 
@@ -119,11 +120,11 @@ def test_text_of_samples_does_not_drive_the_terminal(
     printed = capfd.readouterr().err
     assert "owned" not in printed
     assert "[bold]b[/bold]" in printed.replace("\n", "")
-    table = texts_of(events(Path(str(run))), "samples to held-out prompts")[1]
+    table = texts_of(events(Path(str(run))), "samples to evaluation prompts")[1]
     assert "<b>" not in table and "&lt;b&gt;" in table and "\\|x\\|" in table
 
 
 def test_own_prompts_are_the_held_out_ones_of_people_who_bring_them() -> None:
     mine = ["a", [{"role": "user", "content": "b"}], "a", "c"]
-    assert held_out_prompts(mine, 2) == ["a", [{"role": "user", "content": "b"}]]
-    assert held_out_prompts(None, 3) == list(corpus.prompts("val"))[:3]
+    assert first(mine, 2) == ["a", [{"role": "user", "content": "b"}]]
+    assert first(load_prompts("embedded", "val"), 3) == list(corpus.prompts("val"))[:3]

@@ -313,9 +313,18 @@ def test_minibatches_keep_the_samples_of_a_prompt_together(minibatches: int) -> 
     rows = [Example((5,), (6, 7))] * 20
     cut = partition(rows, minibatches, torch.Generator().manual_seed(1), 4096, samples=4)
     found = [[row for group in minibatch for row in group] for minibatch in cut]
-    assert sorted(functools.reduce(operator.iadd, found, [])) == list(range(20)) and len(found) <= minibatches
+    assert sorted(functools.reduce(operator.iadd, found, [])) == list(range(20)) and len(found) == minibatches
+    assert max(map(len, found)) - min(map(len, found)) <= 4
     for minibatch in found:
         assert len(minibatch) == 4 * len({row // 4 for row in minibatch})
+
+
+@pytest.mark.parametrize(("rows", "minibatches", "sizes"), [(64, 9, {7, 8}), (64, 10, {6, 7}), (64, 3, {21, 22}), (3, 3, {1})])
+def test_minibatches_are_as_many_as_asked_for_and_even(rows: int, minibatches: int, sizes: set[int]) -> None:
+    cut = partition([Example((5,), (6, 7))] * rows, minibatches, torch.Generator().manual_seed(1), 4096)
+    found = [[row for group in minibatch for row in group] for minibatch in cut]
+    assert len(found) == minibatches and set(map(len, found)) == sizes
+    assert sorted(functools.reduce(operator.iadd, found, [])) == list(range(rows))
 
 
 def test_rollout_draws_are_seeded_streams() -> None:

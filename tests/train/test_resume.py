@@ -282,10 +282,48 @@ def test_settings_that_name_no_data_or_change_nothing_do_not_stop_a_resumed_run(
     config = replace(jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["ppo"][0], target_kl=None, kl_horizon=None)
     again(ppo(replace(config, name="new"), ["pun: sea", "pun: oak"], vowels), "old", 2, reader)
     file = tmp_path / "old" / "config.yaml"
-    text = file.read_text().replace("kl_horizon: null", "kl_horizon: 10000").replace("(given from Python)", "embedded")
-    assert "kl_horizon: 10000" in text and "prompts: embedded" in text
+    text = file.read_text().replace("kl_horizon: null", "kl_horizon: 10000")
+    text = text.replace("reward:\n- (given from Python)", "reward: []").replace("(given from Python)", "embedded")
+    assert "kl_horizon: 10000" in text and "prompts: embedded" in text and "reward: []" in text
     file.write_text(text)
     resumed = ppo(replace(config, name="old", resume=True), ["pun: sea", "pun: oak"], vowels)
     assert reader.tensor_bytes(resumed) == reader.tensor_bytes(tmp_path / "new")
     with pytest.raises(UserError, match="kl_horizon: 10000 -> 64"):
         ppo(replace(config, name="old", resume=True, target_kl=1.0, kl_horizon=64), ["pun: sea", "pun: oak"], vowels)
+
+
+def test_a_reward_from_python_is_named_and_missed(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    config = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["ppo"][0]
+    run = ppo(replace(config, name="with"), None, vowels)
+    assert "reward:\n- (given from Python)" in (Path(str(run)) / "config.yaml").read_text()
+    again(run, "half", 2, reader)
+    with pytest.raises(UserError, match="reward"):  # not silently on by the reward model alone
+        ppo(replace(config, name="half", resume=True))
+    with pytest.raises(UserError, match="a function given from Python"):
+        ppo(replace(config, name="other", reward=["(given from Python)"]))
+    resumed = ppo(replace(config, name="half", resume=True), None, vowels)
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(run)
+
+
+def test_a_run_of_another_type_of_weights_says_how_to_go_on(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started where --dtype auto is fp32, resumed where it is bf16: the weights are the same, their type is not."""
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
+    monkeypatch.setattr("punster.train.setup.fast_bf16", lambda device: False)
+    run = train(replace(config, name="first", dtype="auto"))
+    again(run, "second", 2, reader)
+    monkeypatch.setattr("punster.train.setup.fast_bf16", lambda device: True)
+    with pytest.raises(UserError, match="started with float32 weights, and here they are bfloat16: add --dtype fp32"):
+        train(replace(config, name="second", dtype="auto", resume=True))
+    resumed = train(replace(config, name="second", dtype="fp32", resume=True))
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(run)
+
+
+def test_another_prompt_format_is_no_wish(tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["dpo"]
+    with pytest.raises(UserError, match="was trained with 'chat', and this run continues it"):
+        train(replace(config, name="other", prompt_format="{prompt}:"))
+    assert not (tmp_path / "other").exists()

@@ -151,7 +151,7 @@ def test_steps_in_8_bits_are_near_to_others_and_resume(
 
 def test_swapped_pairs_take_their_ids_along(reward_run: str) -> None:
     role, tokenizer = load_run(reward_run)
-    row = {"prompt": "pun: sea", "chosen": "the sea made dough.", "rejected": "the tide", "rejected_ids": [70, 71, 72, 2]}
+    row = {"prompt": "pun: sea", "chosen": "the sea made dough.", "rejected": "the tide", "_rejected_ids": [70, 71, 72, 2]}
     straight, turned = (encode_items([r], tokenizer, role.model)[0] for r in (row, swapped(row)))
     assert turned == straight[::-1] and straight[0] != straight[1]
 
@@ -161,7 +161,7 @@ def test_balanced_pairs_have_the_longer_text_right_as_often_as_wrong(reward_run:
     pun = "the sea made dough."
     length = len(tokenizer.response_ids(pun))
     gaps = [3] * 7 + [-2] * 4 + [9] * 5 + [0] * 2 + [-30]
-    rows = [{"id": str(i), "chosen": pun, "rejected": "x", "rejected_ids": [5] * (length - gap)} for i, gap in enumerate(gaps)]
+    rows = [{"id": str(i), "chosen": pun, "rejected": "x", "_rejected_ids": [5] * (length - gap)} for i, gap in enumerate(gaps)]
     kept = [gaps[int(row["id"])] for row in balanced(rows, tokenizer)]
     assert sorted(kept) == [-2] * 4 + [0] * 2 + [3] * 4  # 9 and -30 have no counterpart
     assert balanced([], tokenizer) == []
@@ -216,11 +216,46 @@ def test_summary_holds_accuracies_by_kind(reward_run: str, reader: Any) -> None:
     assert all(0 <= value <= 1 for value in accuracies.values())
 
 
+def test_an_ensemble_counts_all_skipped_updates_and_is_judged_as_it_is_kept(
+    tiny_llama: Path, sft_run: str, tmp_path: Path, make: Make, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two members has a gradient that is not finite, and a head a hundred times the other's."""
+    import punster.train.reward as module
+
+    calls, plain = [0], module.optimizer_step
+
+    def spoilt(optimizer: Any, *rest: Any) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == 1:
+            optimizer.param_groups[0]["params"][0].grad.fill_(math.nan)
+        return plain(optimizer, *rest)
+
+    made = module.new_member
+
+    def loud(start: Role, config: RewardConfig, number: int, items: Any) -> Role:
+        member = made(start, config, number, items)
+        assert member.head is not None
+        if number == 0:
+            member.head.weight.data.mul_(100)
+        return member
+
+    monkeypatch.setattr(module, "optimizer_step", spoilt)
+    monkeypatch.setattr(module, "new_member", loud)
+    settings = {"members": 2, "combine": "min", "pretrained": sft_run, "normalise_samples": 8, "steps": 2, "lr": 1e-4}
+    run = train_reward(make(RewardConfig, name="two", out=str(tmp_path), model=str(tiny_llama), **settings))
+    assert reader.values(run, "skipped_steps") == [1.0, 0.0]
+    role, tokenizer = load_run(str(run))
+    assert reader.summary(run)["accuracy"] == module.accuracy_by_kind(role, tokenizer, 60)
+    raw = replace(role, normalisation=(1.0, 0.0), others=tuple(replace(o, normalisation=(1.0, 0.0)) for o in role.others))
+    assert reader.summary(run)["accuracy"] != module.accuracy_by_kind(raw, tokenizer, 60)
+
+
 def test_bad_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     for settings, message in (
         ({"negatives": ["funny"]}, "unknown kind 'funny'"),
         ({"negatives": ["sampled"]}, "needs an SFT run"),
         ({"start": "sft"}, "needs an SFT run"),
+        ({"negatives": ["template"], "split": "gold"}, "for --split train"),
         ({"epochs": 0}, "--epochs"),
     ):
         with pytest.raises(UserError, match=message):

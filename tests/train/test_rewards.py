@@ -111,6 +111,16 @@ def test_bad_specifications(file: Path, specification: str, message: str) -> Non
         load_function(specification.format(file=file))
 
 
+def test_a_reward_file_may_have_dataclasses(tmp_path: Path) -> None:
+    """With annotations that are texts, which they look up in their module."""
+    path = tmp_path / "typed.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Taste:\n    weight: float = 2.0\n"
+        "def reward(prompts, completions):\n    return [Taste().weight] * len(completions)\n"
+    )
+    assert load_function(f"{path}:reward")[1](["p"], ["c"]) == [2.0]
+
+
 def test_a_file_that_does_not_import(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import absent_library_of_puns\n")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from punster.errors import UserError
 
 DEFAULT_MODEL = "smollm2-135m-instruct-q4"  # built in: model/load.py
+FROM_PYTHON = "(given from Python)"  # in config.yaml: rows, prompts or a reward that no file has
 CONFIG_VERSION = 1  # goes up when a setting changes its name or its meaning
 
 
@@ -108,7 +109,7 @@ class TrainConfig(RunConfig):
     keep: int = opt(2, "newest checkpoints that are kept", low=1)
     keep_best: str = opt("auto", "metric by which the best checkpoint is kept too, - if lower is better: auto, none, -eval_loss")
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)", low=0)
-    eval_prompts: int = opt(32, "held-out prompts sampled at every evaluation (0: none)", low=0)
+    eval_prompts: int = opt(32, "prompts sampled at every evaluation: held-out ones, or the first of your own (0: none)", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -91,6 +91,9 @@ class RewardConfig(TrainConfig):
         known = ("literal", "off_topic", "synonym_swap", "homophone", "weak", "garbled", "spliced", "template", "sampled")
         for kind in self.negatives:
             require(kind in known, f"--negatives: unknown kind {kind!r} (one of {', '.join(known)})")
+        require(
+            "template" not in self.negatives or self.split == "train", "--negatives template: these pairs are for --split train"
+        )
         require("sampled" not in self.negatives or self.pretrained is not None, "--negatives sampled needs an SFT run (-p)")
         require(not (self.half and self.pretrain), "--half is of --data; with --pretrain the halves would share texts")
         require(self.start == "base" or self.pretrained is not None, "--start sft needs an SFT run (-p)")
@@ -164,6 +167,8 @@ class PpoConfig(PolicyConfig):
         super().__post_init__()
         require(self.critic == "separate" or self.adapter == "lora", "--critic joined needs --adapter lora")
         require(self.target_kl is None or self.beta > 0, "--target-kl steers beta by factors: it needs --beta above 0")
+        fine = self.kl_horizon is None or self.kl_horizon >= self.batch_size
+        require(fine, f"--kl-horizon counts responses: it must be at least the batch ({self.batch_size}), got {self.kl_horizon}")
 
 
 @dataclass
@@ -227,7 +232,7 @@ class DpoConfig(TrainConfig):
     label_smoothing: float = opt(0.0, "share of wrong labels assumed (sigmoid: conservative DPO; robust)", low=0, below=0.5)
     beta: float = opt(0.1, "strength of the tie to the reference (simpo has none, and is used with 2 to 10)", above=0)
     simpo_gamma: float = opt(0.5, "SimPO's target margin", low=0)
-    sft_coef: float = opt(0.0, "weight of an SFT term on the chosen responses", low=0)
+    sft_coef: float = opt(0.0, "weight of an SFT term on the chosen responses (not of kto; orpo has one)", low=0)
     max_new_tokens: int = opt(40, "longest sampled response", low=1)
     temperature: float = opt(1.0, "temperature of sampled pairs", above=0)
     epochs: float = opt(1.0, "passes over the pairs", above=0)
@@ -241,6 +246,8 @@ class DpoConfig(TrainConfig):
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
         smooth = self.loss_type in ("sigmoid", "robust") or self.label_smoothing == 0
         require(smooth, f"--label-smoothing belongs to sigmoid and robust; --loss-type is {self.loss_type}")
+        fine = self.loss_type not in ("kto", "orpo") or self.sft_coef == 0
+        require(fine, f"--sft-coef: {self.loss_type} has its own place for wanted texts")
         fine = self.reward_model is not None or not (self.online or self.pairs == "sampled")
         require(fine, "--online and --pairs sampled need a reward model (-c)")
         require(not (self.online and self.loss_type == "kto"), "--online makes pairs; kto does not use pairs")
@@ -256,3 +263,8 @@ class DistillConfig(SftConfig):
     prompts: str = opt("embedded", "embedded, or a file with prompts")
     max_new_tokens: int = opt(40, "longest response", low=1)
     epochs: float = opt(2.0, "passes over the chosen samples", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = self.data in ([], ["embedded"]) and not self.columns and self.pretrained in (None, self.actor)
+        require(own, "distill makes its own rows from the run that it continues: -a and --prompts, not --data, --columns or -p")

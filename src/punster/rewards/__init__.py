@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from punster.config.shared import FROM_PYTHON
 from punster.data.batch import Example
 from punster.errors import UserError
 from punster.model.role import Role, Trunk, score_examples
@@ -91,6 +93,10 @@ def call_reward(
 
 def load_function(specification: str) -> tuple[str, RewardFunction, float]:
     """FILE.py:FUNCTION[:WEIGHT] -> (name, function, weight)."""
+    if specification == FROM_PYTHON:
+        raise UserError(
+            "this run's reward was a function given from Python; give it again (reward=...), or name its file with --reward"
+        )
     parts = specification.split(":")
     if len(parts) not in (2, 3):
         raise UserError(f"--reward {specification!r}: expected FILE.py:FUNCTION or FILE.py:FUNCTION:WEIGHT")
@@ -104,7 +110,7 @@ def load_function(specification: str) -> tuple[str, RewardFunction, float]:
     spec = importlib.util.spec_from_file_location(f"punster_reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--reward {specification!r}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their own module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

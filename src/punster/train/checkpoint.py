@@ -25,6 +25,7 @@ from torch import Tensor
 
 from punster.disk import flush, sha256_of, write_json
 from punster.errors import Aborted, UserError, near_matches
+from punster.model.kernels import compiled
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
@@ -172,7 +173,8 @@ def remove(place: Path) -> None:
 
 def context() -> dict[str, Any]:
     """What may change the last bits of numbers between two machines or installations."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
+            "kernels": compiled() is not None}  # fmt: skip
 
 
 def log_sizes(folder: Path) -> dict[str, int]:
@@ -210,13 +212,23 @@ def restore(run: Run, state: State) -> None:
         return
     folder = run.checkpoints / f"step-{run.step}"
     base = state.policy.model.trunk_of or state.policy.model
-    trained_on = json.loads((folder / "role.json").read_text())["base_sha256"]
+    described = json.loads((folder / "role.json").read_text())
+    trained_on, then_type, now_type = (
+        described["base_sha256"],
+        described["dtype"],
+        str(state.policy.model.dtype).removeprefix("torch."),
+    )
+    if then_type != now_type:
+        wanted = {"bfloat16": "bf16", "float32": "fp32"}.get(then_type, then_type)
+        raise UserError(
+            f"--resume: the run was started with {then_type} weights, and here they are {now_type}: add --dtype {wanted}"
+        )
     if trained_on and trained_on != base.fingerprint():
         raise UserError(
             f"--resume: the weights of {base.name} are not those that the run was started with (their SHA-256 differs)"
         )
     then = json.loads((folder / "context.json").read_text())
-    changed = [f"{key} {then.get(key)} -> {now}" for key, now in context().items() if then.get(key) != now]
+    changed = [f"{key} {then[key]} -> {now}" for key, now in context().items() if then.get(key, now) != now]
     numbers = json.loads((folder / "state.json").read_text())
     found = numbers.get("keys", state.keys)
     rested = all(found.get(kind, state.keys[kind]) == state.keys[kind] for kind in ("adapters", "weights"))

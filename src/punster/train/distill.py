@@ -39,7 +39,7 @@ def distill(config: DistillConfig) -> Path | None:
             if places:
                 best = rollout.examples[max(places, key=lambda k: scores[k])]
                 if text := tokenizer.decode(best.response):
-                    rows.append({"prompt": prompt, "completion": text, "completion_ids": list(best.response)})
+                    rows.append({"prompt": prompt, "completion": text, "_completion_ids": list(best.response)})
     if not rows:
         raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
     return sft(replace(config, pretrained=config.actor, data=[]), rows, "distill", started=started)

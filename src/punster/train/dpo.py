@@ -29,7 +29,7 @@ from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
-from punster.train.held_out import held_out_prompts, sample_table
+from punster.train.held_out import first, sample_table
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
 from punster.train.run import Run, check_name, marked
@@ -52,6 +52,8 @@ def dpo(
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     started = check_name(config, "dpo")
+    if rows is not None and (config.online or config.pairs == "sampled"):
+        raise UserError("rows were given, but --online and --pairs sampled make pairs of samples: they have no use for them")
     reference, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
@@ -81,9 +83,7 @@ def dpo(
         policy, {"policy": optimizer}, {"data": cursor.generator, "sampling": sampling}, {"data": cursor},
         numbers={"loss": 0.0}, fixed=[judge], given=given_data,
     )  # fmt: skip
-    shown = held_out_prompts(
-        None if config.prompts == "embedded" else load_prompts(config.prompts, quiet=True), config.eval_prompts
-    )
+    shown = first(load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
 
     def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
         trunk = Trunk.compute(policy, examples, [policy.frozen_depth], tokens)
@@ -104,7 +104,7 @@ def dpo(
                 assert judge is not None
                 asked = [prompt_ids[u] for u in units]
                 sample = partial(sampled_pairs, policy, judge, asked, config, tokenizer, sampling)
-                examples, worth = within_memory(state, sample)
+                examples, scores = within_memory(state, sample)
                 units = list(range(len(examples) // 2))
                 trunk, ref_sums = within_memory(state, partial(prepared, examples))
             accumulate: Callable[[int], dict[str, float]]
@@ -117,9 +117,9 @@ def dpo(
                 metrics = within_memory(state, accumulate)
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             else:  # all samples of each prompt are worth the same: nothing to learn from
-                metrics = {"grad_norm": 0.0, "skipped_steps": 1.0, "lr": rate}
+                metrics = {"grad_norm": 0.0, "skipped_steps": 0.0, "lr": rate}
             if config.online:
-                metrics["objective/scores"] = sum(worth) / len(worth)
+                metrics |= {"pairs": len(units), "objective/scores": sum(scores) / len(scores)}
             state.numbers["loss"] = metrics.get("loss", state.numbers["loss"])
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluated(step)
@@ -223,7 +223,7 @@ def sampled_pairs(
 
     With more pairs a prompt: the second best against the second worst, and so on. A response that does not end is never
     preferred, unless nothing else was drawn; as the worse one it teaches to end. A prompt whose best ended response is not
-    worth more than its worst one gives no pair. Also what every sample is worth.
+    worth more than its worst one gives no pair. Also the reward of every sample.
     """
     decoding = Decoding(config.max_new_tokens, config.temperature)
     share = (max_tokens or config.max_tokens) / config.max_tokens  # below 1 where memory has run out
@@ -241,7 +241,7 @@ def sampled_pairs(
         for place in range(config.pairs_per_prompt):
             if place < len(better) and worth[better[place]] > worth[ranked[place]]:
                 pairs += [rollout.examples[better[place]], rollout.examples[ranked[place]]]
-    return pairs, worth
+    return pairs, scores
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------

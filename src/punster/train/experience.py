@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from punster.config import PolicyConfig
+from punster.config.shared import FROM_PYTHON
 from punster.data.batch import Example, token_batches
 from punster.errors import UserError
 from punster.model.role import Role, Trunk
@@ -58,7 +60,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     reference, tokenizer = open_start(config.actor, config)
     model = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
-    functions = [load_function(specification) for specification in config.reward]
+    functions = [load_function(name) for name in config.reward if function is None or name != FROM_PYTHON]
     if function is not None:
         functions.append((getattr(function, "__name__", "reward"), function, 1.0))
     texts = load_prompts(prompts if prompts is not None else config.prompts, quiet=config.quiet)
@@ -68,8 +70,7 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
         reference = own_copy(reference)
     if config.memory in ("lora", "separate") and model is not None:
         model = own_copy(model)
-    embedded = prompts is None and config.prompts == "embedded"
-    shown = held_out.held_out_prompts(None if embedded else texts, config.eval_prompts)
+    shown = held_out.first(texts if prompts is not None else load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
     rewards, decoding = Reward(model, functions, config.reward_timeout), Decoding(config.max_new_tokens, config.temperature)
     return Setup(config, policy, reference, tokenizer, texts, ids, rewards, decoding, shown)
 
@@ -154,17 +155,18 @@ class Experience:
 def partition(
     examples: Sequence[Example], minibatches: int, generator: torch.Generator, max_tokens: int, samples: int = 1
 ) -> list[list[list[int]]]:
-    """Rows permuted, cut into minibatches, each cut into micro-batches of similar length.
+    """Rows permuted, cut into minibatches as even as can be, each cut into micro-batches of similar length.
 
     The samples of one prompt stay in one minibatch where there are enough prompts, so that it runs less often.
     """
     block = samples if len(examples) >= minibatches * samples else 1
     blocks = torch.randperm(len(examples) // block, generator=generator).tolist()
     order = [place * block + k for place in blocks for k in range(block)]
-    size = -(-len(blocks) // minibatches) * block
+    parts = min(minibatches, len(blocks))
+    cuts = [len(blocks) * part // parts * block for part in range(parts + 1)]
     result = []
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
+    for start, end in pairwise(cuts):
+        rows = order[start:end]
         result.append([[rows[i] for i in group] for group in token_batches([examples[row].length for row in rows], max_tokens)])
     return result
 

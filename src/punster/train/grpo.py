@@ -57,7 +57,7 @@ def grpo(
         policy, {"policy": optimizer}, generators, {"data": cursor}, numbers={"episodes": 0}, fixed=[setup.reward.model],
         given=setup.prompt_ids,
     )  # fmt: skip
-    with Run(marked(config, prompts=prompts), "grpo", steps, started) as run:
+    with Run(marked(config, prompts=prompts, reward=reward), "grpo", steps, started) as run:
         restore(run, state)
         guard = Guard(run, state, tokenizer, config.max_kl)
         for step in range(run.step + 1, steps + 1):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from punster.errors import Aborted
@@ -36,8 +38,18 @@ class Guard:
         """kl, mask (B, R): exact KL of the rollout's tokens. Raises Aborted if a response has more than max_kl on average."""
         mean = float((kl * mask).sum(1).mean())
         if not mean <= self.max_kl:
-            self.abort(*(self.good or self.began), f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}")
+            known = self.good or self.earlier() or self.began
+            self.abort(*known, f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}")
         self.good = self.began
+
+    def earlier(self) -> tuple[int, Packed] | None:
+        """Of a run that was resumed with the updates that went wrong: the newest whole checkpoint before them."""
+        for step in sorted(steps_of(self.run.folder), reverse=True):
+            place = self.run.checkpoints / f"step-{step}"
+            if step < self.began[0] and not damage(place):
+                numbers, known = (json.loads((place / file).read_text()) for file in ("state.json", "context.json"))
+                return step, (load_file(place / "state.safetensors"), numbers, known)
+        return None
 
     def check_losses(self, losses: dict[str, float]) -> None:
         """Raises Aborted if one of these losses is not finite."""
@@ -54,7 +66,9 @@ class Guard:
         for later in [n for n in steps_of(run.folder) if n > step]:
             remove(run.checkpoints / f"step-{later}")
         run.finish({"steps": step, "aborted": reason, "aborted_at": seen})
+        resumed_in_it = 0 < step == self.began[0] and "KL" in reason
+        good = "which its updates may have spoilt: no checkpoint before them is left" if resumed_in_it else "its last good one"
         raise Aborted(
-            f"STOPPED at step {seen} of {run.steps}: {reason}. {run.folder} is back at step {step}, its last good one. "
+            f"STOPPED at step {seen} of {run.steps}: {reason}. {run.folder} is back at step {step}, {good}. "
             "Lower --lr, or raise --beta, and start again under another name."
         )

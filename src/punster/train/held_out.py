@@ -1,4 +1,5 @@
-"""Evaluation while training: what the model writes to held-out prompts, counted as `punster evaluate` counts, and shown."""
+"""Evaluation while training: what the model writes to prompts, held-out ones where there are such, counted as `punster evaluate`
+counts, and shown."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 
-from punster.data import corpus
 from punster.data.batch import Example
 from punster.evaluate.compare import exact_kl, shared_depths
 from punster.evaluate.metrics import copy_rate, distinct_n, words
@@ -20,11 +20,9 @@ from punster.train.run import Run
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 
 
-def held_out_prompts(own: Sequence[Any] | None, count: int) -> list[Any]:
-    """Prompts of the embedded validation part; of people's own data its first prompts, which are all that they have."""
-    if own is None:
-        return list(corpus.prompts("val"))[:count]
-    return list({str(prompt): prompt for prompt in own}.values())[:count]
+def first(prompts: Sequence[Any], count: int) -> list[Any]:
+    """The first different prompts: of a held-out part where there is one, else of people's own, which are all that they have."""
+    return list({str(prompt): prompt for prompt in prompts}.values())[:count]
 
 
 @torch.no_grad()
@@ -63,7 +61,7 @@ def sample_table(
         found["eval/copy_rate"] = copy_rate(texts, training)
     given = list(zip(asked, texts, scores, strict=True))
     run.samples(step, ({"prompt": p, "completion": t, "score": s, "held_out": True} for p, t, s in given))
-    run.show(step, "samples to held-out prompts", ("prompt", "completion", "score"), given)
+    run.show(step, "samples to evaluation prompts", ("prompt", "completion", "score"), given)
     run.held_out = (step, found)
     return found
 

@@ -46,7 +46,7 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
         texts = [row[side] for side in SIDES] if "chosen" in row else row.get("completions") or [row["completion"]]
         sides = SIDES if "chosen" in row else [""] * len(texts)
         for side, text in zip(sides, texts, strict=True):
-            if ids := row.get(f"{side}_ids"):
+            if ids := row.get(f"_{side}_ids"):
                 examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
             else:
                 examples.append(encode(tokenizer, model, row["prompt"], text, f"row {number}"))
@@ -176,7 +176,7 @@ def balanced(rows: Sequence[Row], tokenizer: Tokenizer, width: int = 4) -> list[
     for row in rows:
         gap = 0
         if "chosen" in row:
-            chosen, rejected = (len(row.get(f"{side}_ids") or tokenizer.response_ids(row[side])) for side in SIDES)
+            chosen, rejected = (len(row.get(f"_{side}_ids") or tokenizer.response_ids(row[side])) for side in SIDES)
             gap = chosen - rejected
         if gap == 0:
             kept.append(row)
@@ -204,7 +204,7 @@ def swapped(row: Row) -> Row:
     if "chosen" not in row:
         turned = {"completions": row["completions"][::-1]} if "completions" in row else {}
         return {**row, **turned, **({"label": not row["label"]} if row.get("label") is not None else {})}
-    ids = {f"{side}_ids": row.get(f"{other}_ids") for side, other in (SIDES, SIDES[::-1])}
+    ids = {f"_{side}_ids": row.get(f"_{other}_ids") for side, other in (SIDES, SIDES[::-1])}
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"], **ids}
 
 

@@ -59,7 +59,7 @@ def ppo(
         {"data": cursor, "sft": sft_term.cursor}, {"critic": critic}, {"beta": config.beta, "episodes": 0, "scale": [0.0, 0.0, 0.0]},
         [setup.reward.model], [*setup.prompt_ids, *sft_term.examples],
     )  # fmt: skip
-    with Run(marked(config, prompts=prompts), "ppo", steps, started) as run:
+    with Run(marked(config, prompts=prompts, reward=reward), "ppo", steps, started) as run:
         restore(run, state)
         within_memory(state, sft_term.prepare, "trunk_tokens")
         scale, guard = RunningScale(*state.numbers["scale"]), Guard(run, state, tokenizer, config.max_kl)

@@ -110,6 +110,13 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         speaker(config.quiet)(
             "  --int8 changes nothing: no frozen bf16 layer that the C kernels take is trained here (see punster doctor)"
         )
+
+    def as_kept() -> Role:
+        """The result: normalised on samples."""
+        if not config.normalise_samples:
+            return model
+        return normalised(model, sampled_from, tokenizer, config, [row["prompt"] for row in given])
+
     with Run(marked(config, data=rows), "reward", steps, started) as run:
         restore(run, state)
         seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest: all, unless the run is short
@@ -123,8 +130,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         gaps: list[float] = []
         for step in range(run.step + 1, steps + 1):
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
-            sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-            metrics: dict[str, float] = {}
+            sums = dict.fromkeys(("grad_norm", "loss", "accuracy", "margin"), 0.0)
+            skipped = 0.0
             for number, (member, (label, optimizer)) in enumerate(zip(members, optimizers.items(), strict=True)):
                 if step <= first_steps:
                     drawn, part = cursors[f"{label}|first"].next(config.batch_size), units[0]
@@ -133,23 +140,23 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 batch = [items[row] for place in drawn for row in part[place]]
                 each = len(drawn) * sum(map(len, part)) / len(part)  # rows that so many units have on average
                 found = within_memory(state, partial(train_step, config, member, trunk, examples, batch, each))
+                found |= optimizer_step(optimizer, rate, config.max_grad_norm)
                 sums = {name: total + found[name] / len(members) for name, total in sums.items()}
-                metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
-            metrics |= sums
+                skipped += found["skipped_steps"]
+            metrics = {**sums, "skipped_steps": skipped, "lr": rate}
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 gaps = pair_gaps(model, validation, known)
                 metrics["eval_accuracy"] = share_right(gaps)
                 pair_table(run, step, model, tokenizer, validation)
             run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
             if run.save_due(step):
-                result = model
-                if step == steps and config.normalise_samples:
-                    result = normalised(model, sampled_from, tokenizer, config, [row["prompt"] for row in given])
-                save_checkpoint(run, step, state, tokenizer, result)
+                save_checkpoint(run, step, state, tokenizer, as_kept() if step == steps else model)
                 run.raise_if_stopped()
-        summary = {"accuracy": accuracy_by_kind(model, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
+        final = as_kept() if model.others else model  # an ensemble's members count by their normalised scores
+        summary = {"accuracy": accuracy_by_kind(final, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
         gaps = gaps or pair_gaps(model, validation, known)
-        run.finish({**summary, "calibration": calibration(gaps), "reliability": reliability(held_out, gaps)})
+        right = pair_gaps(final, validation, known) if model.others else gaps
+        run.finish({**summary, "calibration": calibration(gaps), "reliability": reliability(held_out, right)})
         return run.folder
 
 
@@ -264,7 +271,7 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
         written: list[Row] = [
             {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"],
-             "rejected_ids": list(example.response)}  # kept, so that the rejected text is what the policy emitted
+             "_rejected_ids": list(example.response)}  # kept, so that the rejected text is what the policy emitted
             for record, example in zip(people, examples, strict=True) if (text := tokenizer.decode(example.response))
         ]  # fmt: skip
         rows += balanced(written, tokenizer)

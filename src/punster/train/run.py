@@ -27,14 +27,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from punster.config import TrainConfig
-from punster.config.shared import default_of
+from punster.config.shared import FROM_PYTHON, default_of
 from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, writing
 
 Config = TypeVar("Config", bound=TrainConfig)
-FROM_PYTHON = "(given from Python)"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -271,18 +270,24 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
     ignored = {
         "resume", "quiet", "dry_run", "save_every", "keep", "keep_best", "eval_every", "out", "max_tokens", "reward_timeout",
     }  # fmt: skip
+    if saved["dtype"] == "auto":  # what it came to is in the checkpoint
+        ignored.add("dtype")
     if getattr(config, "target_kl", None) is None:
         ignored.add("kl_horizon")
     # What came from Python, and what distill samples, is known by its hash alone.
     unnamed: tuple[Any, ...] = ([], FROM_PYTHON, [FROM_PYTHON])
-    changed = {k: v for k, v in config_dict(config).items() if k not in ignored and saved[k] != v
+    now = config_dict(config)
+    if saved.get("reward") == [name for name in now.get("reward", ()) if name != FROM_PYTHON]:
+        ignored.add("reward")  # earlier versions did not say that there was a function from Python
+    changed = {k: v for k, v in now.items() if k not in ignored and saved[k] != v
                and not (k in ("data", "prompts") and v in unnamed)}  # fmt: skip
     return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())
 
 
 def marked(config: Config, **given: Any) -> Config:
-    """The settings of a run on rows or prompts that came from Python (not None): its config.yaml must not name data it did not read."""
-    named: dict[str, Any] = {"data": [FROM_PYTHON], "prompts": FROM_PYTHON}
+    """The settings of a run on rows, prompts or a reward that came from Python (not None): its config.yaml must say so."""
+    own = [*(name for name in getattr(config, "reward", []) if name != FROM_PYTHON), FROM_PYTHON]
+    named: dict[str, Any] = {"data": [FROM_PYTHON], "prompts": FROM_PYTHON, "reward": own}
     return dataclasses.replace(config, **{name: named[name] for name, value in given.items() if value is not None})
 
 

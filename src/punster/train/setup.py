@@ -148,10 +148,14 @@ def own_copy(role: Role) -> Role:
 
 
 def open_start(path: str, config: TrainConfig) -> tuple[Role, Tokenizer]:
-    """What a run continues: it uses that one's base, and a --model that says otherwise is a mistake, not a wish."""
+    """What a run continues: it uses that one's base and prompt format; settings that say otherwise are a mistake, not a wish."""
     role, tokenizer = open_policy_role(path, config)
     if config.model not in (DEFAULT_MODEL, role.model.name):
         raise UserError(f"--model {config.model}: {path} was trained on {role.model.name}, and this run continues it")
+    if config.prompt_format not in ("auto", tokenizer.prompt_format):
+        raise UserError(
+            f"--prompt-format {config.prompt_format!r}: {path} was trained with {tokenizer.prompt_format!r}, and this run continues it"
+        )
     config.model = role.model.name
     return role, tokenizer
 

@@ -19,7 +19,7 @@ from punster.model.role import Role, Trunk
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding
 from punster.train.checkpoint import State, restore, save_checkpoint
-from punster.train.held_out import held_out_prompts, sample_table
+from punster.train.held_out import first, sample_table
 from punster.train.optim import (
     Cursor,
     learning_rate,
@@ -44,13 +44,13 @@ def sft(
     start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     examples = [
-        Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["completion_ids"]))  # sampled: never tokenised again
-        if "completion_ids" in r
+        Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["_completion_ids"]))  # sampled: never tokenised again
+        if "_completion_ids" in r
         else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
         for i, r in enumerate(given, 1)
     ]
     embedded = config.prompts == "embedded" if isinstance(config, DistillConfig) else rows is None and config.data == ["embedded"]
-    shown = held_out_prompts(None if embedded else [row["prompt"] for row in given], config.eval_prompts)
+    shown = first(corpus.prompts("val") if embedded else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     steps = total_steps(config, len(examples), config.epochs)
