@@ -50,6 +50,11 @@ def test_prepare_with_the_folder_of_all_or_the_sources_own(
             *(f"puneval.{kind}.{part}.jsonl" for kind in ("text", "preference", "group") for part in ("train", "val")),
             "puneval.report.json",
         }
+    (out / "puneval.short.jsonl").write_text("mine")
+    (out / "puneval.group.unguarded.jsonl").write_text("of an earlier preparation")
+    assert main(["data", "prepare", "puneval", "--from", str(copies), "--out", str(out)]) == 0
+    assert (out / "puneval.short.jsonl").read_text() == "mine" and not (out / "puneval.group.unguarded.jsonl").exists()
+    assert main(["data", "check", str(out / "puneval.group.train.jsonl")]) == 0
     report = json.loads((out / "puneval.report.json").read_text())
     assert report["licence"] == SOURCES["puneval"].licence and report["in_neither_part"] == 1
 

@@ -12,7 +12,7 @@ import pytest
 from punster.cli import main
 from punster.config import SftConfig
 from punster.data.files import hub_rows, read_rows
-from punster.data.schema import check_row
+from punster.data.schema import check_row, kind_of, texts_of
 from punster.errors import UserError
 
 ASK, ANSWER = "make a pun about bakers", "He kneads the dough."
@@ -94,3 +94,17 @@ def test_chat_rows_with_implicit_prompts() -> None:
 def test_groups_that_are_none(scores: object, completions: list[str]) -> None:
     with pytest.raises(UserError):
         check_row({"prompt": ASK, "completions": completions, "scores": scores}, "group", "here")
+
+
+def test_reports_beside_prepared_rows_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n")
+    for name in ("puneval.report.json", "rows.jsonl.statement.json"):
+        (tmp_path / name).write_text(json.dumps({"rows": 1}, indent=1))
+    assert [row["completion"] for row in read_rows(tmp_path, "sft")] == ["c"]
+
+
+def test_columns_that_are_empty_do_not_tell_the_kind() -> None:
+    """As Parquet writes rows of several kinds into one schema."""
+    row = {"prompt": "p", "completion": "c", "chosen": None, "rejected": None, "completions": None, "label": None}
+    assert kind_of(row) == "sft" and texts_of(row) == ["c"]
+    assert texts_of(check_row({"prompt": "the question", "completion": "c", "text": "the question"}, "sft", "here")) == ["c"]

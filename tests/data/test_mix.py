@@ -13,7 +13,7 @@ from mini import PUNS, make
 from punster.data import corpus
 from punster.data.leakage import jaccard, words
 from punster.data.mix import Ingredient, Recipe, build, load_mixture, mixture
-from punster.data.pool import Pool
+from punster.data.pool import Pool, embedded_evaluation
 from punster.data.prompts import pun_word_share, topic_key
 from punster.data.schema import check_row, texts_of
 from punster.errors import UserError
@@ -130,6 +130,8 @@ def test_files_and_the_embedded_corpus_need_no_copies(tmp_path: Path, monkeypatc
         "kind: sft\nparts:\n- {file: mine.jsonl, columns: [prompt=question], weight: 3}\n- {source: embedded, weight: .5}\n"
     )
     recipe = load_mixture(str(tmp_path / "r.yaml"))
+    rows, statement = build(recipe)
+    assert Counter(row["completion"] for row in rows)["my own words"] == 3  # a weight is no repeat
     recipe.repeats = 0
     rows, statement = build(recipe)
     assert Counter(row["completion"] for row in rows)["my own words"] == 3
@@ -237,6 +239,45 @@ def test_files_of_ones_own_bring_pairs_groups_and_labels(tmp_path: Path) -> None
     assert [row["scores"] for row in built("ranked")] == [[3, 2, 1]]
     assert [row["label"] for row in built("labels")] == [True]
     assert len(built("")) == 5  # the pair, three of the group, the labelled text
+
+
+def test_further_columns_of_ones_own_mean_nothing(tmp_path: Path) -> None:
+    """Prompts stay as they are, whatever a column "topic" says; "offensive" is none of our ratings; empty cells are no texts."""
+    rows = [
+        {
+            "prompt": "one question",
+            "completion": f"answer {i} {'xyz'[i] * 5}",
+            "topic": topic,
+            "offensive": "no",
+            "text": text,
+            "chosen": None,
+        }
+        for i, (topic, text) in enumerate(((None, None), (["a"], "one question"), ("  ", "one question")))
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, statement = build(recipe_of(tmp_path, "kind: sft\nparts: [{file: own.jsonl}, {source: embedded, limit: 3}]"))
+    mine = [row for row in found if row.get("source", "").endswith("own.jsonl")]
+    assert [row["prompt"] for row in mine] == ["one question"] * 3 and statement["repeats_dropped"] == 0
+    assert all(set(row) == {"prompt", "completion", "source", "id"} for row in mine)
+
+
+def test_one_sources_own_folder_is_guarded_as_the_folder_of_all(mini: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "kind: preference\nparts: [{source: semeval2017_task7, use: labels, by: is_pun}]")
+    (rows, statement), (own, of_own) = build(recipe, mini), build(recipe, mini / "semeval2017_task7")
+    assert own == rows and of_own == statement and statement["evaluation_texts"] > len(embedded_evaluation().sets)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("kind: prompt\nparts: [{source: semeval2017_task7, weight: 2}]", "weight must be at most 1"),
+        ("parts: [{source: contrasts, use: literal, ids: crowd/}]", "ids is for public sources"),
+        ("kind: sft\nparts: [{source: embedded, ids: a}]", "ids is for public sources"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(recipe: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe_of(tmp_path, recipe)
 
 
 def test_prompts_of_ones_own(tmp_path: Path) -> None:

@@ -94,3 +94,9 @@ def test_labelled_texts_have_their_rating_standardised() -> None:
     assert [row["rating"] for row in found] == pytest.approx([-(2**0.5), -(0.5**0.5), 0, 0.5**0.5, 2**0.5], abs=1e-3)
     assert "rating" not in labelled(rows, "is_pun", "make a pun")[0]
     assert labelled([{**rows[0], "is_pun": None}], "rating", "x")[0]["label"] is None
+
+
+def test_equal_ratings_are_no_judgement_whatever_the_gap() -> None:
+    rows = [{"id": str(i), "text": f"text number {i}", "rating": i % 3, "source": "s", "licence": "l"} for i in range(60)]
+    pairs = length_matched(rows, 0.0, 5, 0, "p", random.Random(1), "rating")
+    assert pairs and all(pair["gap"] > 0 for pair in pairs)

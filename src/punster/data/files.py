@@ -39,7 +39,9 @@ def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of everything under a path; place is "FILE, line N" (Parquet, hub: "row N"). UserError if unreadable."""
     given, path = str(path), Path(path)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+        ours = (".report.json", ".statement.json")  # what prepare and mix write beside their rows
+        files = (file for file in path.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+        found = sorted(file for file in files if not file.name.endswith(ours))
         if not found:
             raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
         for file in found:

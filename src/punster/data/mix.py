@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,7 +21,7 @@ from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import GENERIC_PROMPT, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.replace import chosen_pairs, foreign_pairs
-from punster.data.schema import Row, kind_of, texts_of
+from punster.data.schema import FIELDS, Row, kind_of, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches
@@ -70,6 +71,8 @@ USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus
         "embedded": ("", "groups", "ranked", "templates", *corpus.NEGATIVES, "foreign"),
         "public": ("", "groups", "ranked", "pairs", "ratings", "labels", *REPLACED)}  # fmt: skip
 KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
+# Columns of a file of one's own; in what was not prepared by us another, such as "topic", may mean anything.
+KEPT = {*chain(*FIELDS.values()), "margin", "weight", "rating", "group", "source", "id", "pun_word", "alternative_word"}
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -115,6 +118,10 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: give either a source or a file")
         if part.source and part.source not in corpus.OWN and find_source(part.source).tie == "none" and recipe.split == "train":
             raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
+        if part.weight > 1 and recipe.kind == "prompt":
+            raise UserError(f"{where}: prompts are taken once each, so weight must be at most 1")
+        if part.ids and (part.file or part.source in corpus.OWN):
+            raise UserError(f"{where}: ids is for public sources")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
         if part.source == "contrasts" and (recipe.kind, recipe.split) != ("preference", "train"):
@@ -185,9 +192,12 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
         statements.append(said)
     statement: Row = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
     if recipe.kind == "sft":
-        kept = without_repeats([texts_of(row)[0] for row in rows], recipe.repeats) if recipe.repeats else range(len(rows))
-        statement["repeats_dropped"] = len(rows) - len(kept)
-        rows = [rows[place] for place in kept]
+        unique = list({id(row): row for row in rows}.values())  # a weight repeats the very rows, which are no repeats
+        texts = [row["completion"] if "completion" in row else row["text"] for row in unique]
+        kept = without_repeats(texts, recipe.repeats) if recipe.repeats else range(len(unique))
+        stays = {id(unique[place]) for place in kept}
+        statement["repeats_dropped"] = len(unique) - len(stays)
+        rows = [row for row in rows if id(row) in stays]
     held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
     avoid = frozenset(topic_key(row["topic"]) for row in held_out)
     if recipe.kind in ("sft", "prompt"):
@@ -256,6 +266,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = read_rows(part.file, "judged" if recipe.kind == "preference" else recipe.kind, part.columns)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
+        rows = [{k: v for k, v in row.items() if k in KEPT or row.get("source") in SOURCES} for row in rows]
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
         return list(corpus.contrast_rows(part.use, part.half)), "MIT", True, False

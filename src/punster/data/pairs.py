@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations
@@ -71,7 +71,7 @@ def length_matched(rows: Sequence[Row], gap: float, cap: int, limit: int, prompt
         for size, row in better:
             if limit and len(pairs) >= limit:
                 return pairs
-            lower = bisect_right(ratings[size], row[by] - gap)
+            lower = min(bisect_right(ratings[size], row[by] - gap), bisect_left(ratings[size], row[by]))  # a tie is no judgement
             if used[row["id"]] >= cap or not lower:
                 continue
             for _attempt in range(4):

@@ -106,5 +106,9 @@ class Pool:
 
 @lru_cache(maxsize=1)
 def pool_of(folder: Path) -> Pool:
-    """The pool of a folder, kept: a run reads its training mixture and its held-out one from the same sources."""
-    return Pool(folder)
+    """The pool of a folder, kept: a run reads its training mixture and its held-out one from the same sources.
+
+    The folder of one source alone stands for its neighbours too, whose held-out texts must be known.
+    """
+    own = [name for name, source in SOURCES.items() if folder.name == name and all((folder / f).is_file() for f in source.files)]
+    return Pool(folder.parent, dict.fromkeys(own, folder)) if own else Pool(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from punster.data.fetch import fetch_source
 from punster.data.pool import TEXTS_OF_SPLIT, Pool
-from punster.data.schema import Row, kind_of
+from punster.data.schema import FIELDS, Row, kind_of
 from punster.data.sources import SOURCES, find_source, own_folder
 from punster.disk import cache_folder, write_lines
 from punster.errors import UserError
@@ -47,9 +47,9 @@ def prepare(name: str, out: Path, given: Path | None = None, say: Callable[[str]
     if not files:
         raise UserError(f"{folder}: no usable rows; skipped: {report['skipped']}, in neither part: {report['in_neither_part']}")
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob(f"{name}.*.jsonl"):
-        if stale.name not in files:
-            stale.unlink()
+    ours = {f"{name}.{kind}.{part}.jsonl" for kind in FIELDS for part in ("train", "val", "unguarded")}
+    for stale in ours - set(files):  # of an earlier preparation
+        (out / stale).unlink(missing_ok=True)
     for file, rows in files.items():
         write_lines(out / file, (json.dumps(row, ensure_ascii=False) for row in rows))
     write_lines(out / f"{name}.report.json", [json.dumps(report, indent=1, ensure_ascii=False)])

@@ -28,12 +28,13 @@ def kind_of(row: Any) -> str:
     """The schema that a row's fields suggest."""
     telling = {"chosen": "preference", "completions": "group", "label": "unpaired", "completion": "sft", "text": "text",
                "messages": "sft"}  # fmt: skip
-    return next((kind for field, kind in telling.items() if isinstance(row, dict) and field in row), "prompt")
+    return next((kind for field, kind in telling.items() if isinstance(row, dict) and row.get(field) is not None), "prompt")
 
 
 def texts_of(row: Row) -> list[str]:
     """The texts that a row offers as answers."""
-    return [row[name] for name in ("text", "completion", "chosen", "rejected") if name in row] + list(row.get("completions", ()))
+    single = [row[name] for name in ("text", "completion", "chosen", "rejected") if row.get(name) is not None]
+    return single + list(row.get("completions") or ())
 
 
 def explicit(row: Row, kind: str) -> Row:
@@ -88,7 +89,12 @@ def check_row(row: Any, kind: str, where: str) -> Row:
     for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
         if (value := row.get(name)) is not None and not (is_number(value) and (name != "weight" or value > 0)):
             raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")
-    if kind in ("preference", "group", "unpaired"):  # a further column with texts, or with scores of such, is none of this row's
+    if kind in (
+        "sft",
+        "preference",
+        "group",
+        "unpaired",
+    ):  # a further column with texts, or with scores of such, is none of this row's
         for name in ("text", "completion", "completions", "chosen", "rejected", "scores"):
             if name not in FIELDS[kind]:
                 checked.pop(name, None)
