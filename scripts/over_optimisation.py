@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 
-from punster.algorithms.bestofn import kl_bound, selection_weights
+from punster.algorithms.bestofn import kl_bound
 from punster.data import corpus
 from punster.disk import write_json
-from punster.evaluate.compare import by_prompt, exact_kl, shared_depths
+from punster.evaluate.compare import best_of_curve, by_prompt, exact_kl, shared_depths
 from punster.evaluate.metrics import spearman
 from punster.model.role import score_examples
 from punster.model.saved import load_role
@@ -71,15 +71,7 @@ def main() -> None:
         rows.append({"step": step, "kl": kl, "proxy": means[0], "gold": means[1], "length": length})
         print(json.dumps(rows[-1]), flush=True)
         if folder is None:
-            pairs = list(zip(*(by_prompt(values, count) for values in scores), strict=True))
-            sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= count]
-            best = {
-                "n": sizes,
-                "gold": [
-                    sum(w * g for p, q in pairs for w, g in zip(selection_weights(p, n), q, strict=True)) / len(pairs)
-                    for n in sizes
-                ],
-            }
+            best = best_of_curve(*(by_prompt(values, count) for values in scores))
     found = summary_of(rows, best)
     found["split_at"] = split_at([k**0.5 for k in found["kl"]], found["proxy"], found["gold"], 0.5)
     summary = json.loads((options.run / "summary.json").read_text()) if (options.run / "summary.json").is_file() else {}

@@ -105,6 +105,28 @@ def test_texts_of_a_file_stand_beside_the_models(runs: Path, tmp_path: Path, cap
     assert "fewer than 2 completions" in capsys.readouterr().err
 
 
+def test_a_prompt_that_is_given_twice_is_one_prompt(runs: Path, tmp_path: Path) -> None:
+    """The unit of resampling: rows of few prompts would else look like many."""
+    file = tmp_path / "prompts.jsonl"
+    asked = ["make a pun", "make a pun about bees", "make a pun"] * 4
+    file.write_text("".join(json.dumps({"prompt": prompt, "completion": f"text {i}"}) + "\n" for i, prompt in enumerate(asked)))
+    given = [
+        "evaluate",
+        "base",
+        str(runs / "sft"),
+        "--gold",
+        str(runs / "gold"),
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--quiet",
+    ]
+    assert main([*given, "--prompts", str(file), "--out", str(tmp_path / "e"), "--temperature", "0.7"]) == 0
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["prompts"] == 2 and summary["models"]["base"]["exposure_gap"] is None
+
+
 def test_the_plain_base_as_what_others_are_compared_with(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(runs / "sft"), "--reference", "base", "--gold", str(runs / "gold"), "--limit", "4", "--samples", "2"]
     assert main(["evaluate", *given, "--max-new-tokens", "8", "--quiet", "--out", str(tmp_path)]) == 0

@@ -11,6 +11,7 @@ import torch
 
 from punster.api import load
 from punster.evaluate import degeneration as d
+from punster.evaluate.metrics import copy_rate, words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,3 +107,9 @@ def test_decoders_come_out_in_the_order_of_holtzman() -> None:
         assert min(found[name][key] for name in stuck) > factor * max(found[name][key] for name in free), key
     assert max(found[name]["distinct_2"] for name in stuck) < min(found[name]["distinct_2"] for name in free) - 0.1
     assert min(found[name]["zipf"] for name in stuck) > max(found[name]["zipf"] for name in free)
+
+
+def test_words_are_of_any_script() -> None:
+    """A copy in another alphabet is a copy, and an accent ends no word."""
+    assert words("Crème brûlée isn't Пирог, 2x!") == ["crème", "brûlée", "isn't", "пирог", "2x"]
+    assert copy_rate(["Пирог с капустой вкусный"], ["пирог с капустой, вкусный!"]) == 1.0

@@ -69,6 +69,8 @@ def test_perplexity_is_of_the_corpus(tiny: tuple[Role, Tokenizer], monkeypatch: 
         count += len(ids) - 1
     assert found["perplexity_plain"] == pytest.approx(math.exp(-total / count), rel=1e-3)
     assert found["exposure_gap"] == pytest.approx(math.log(found["perplexity_puns"]) - 1.5, rel=1e-6)
+    cooler = extra.Extra.open(role, tokenizer, None, 1).of_model(role, [torch.tensor([-1.0, -2.0])], 0.7)
+    assert cooler == {**found, "exposure_gap": None}  # own samples of another distribution
 
 
 def test_the_figure_shows_both_rewards_and_where_to_stop() -> None:

@@ -167,6 +167,15 @@ def test_an_honest_judge_finds_the_planted_truth_and_swapping_the_sides_mirrors_
     assert (about["answers"], about["prompt_tokens"]) == (480, 48_000)
 
 
+@pytest.mark.parametrize("opening", ["<think>", ""])
+def test_thoughts_before_an_answer_are_not_the_answer(opening: str, tmp_path: Path) -> None:
+    """As servers leave them that do not split them off; some templates open them in the prompt. Longer than what is kept."""
+    texts, honest = planted(12, 0.7), by(quality)
+    with FakeJudge(lambda body: f"{opening}\nSay A or B?{' Hm.' * 2000}\n</think>\n\n{honest(body)}") as server:
+        results, about = run(server.url, tmp_path, texts)
+    assert results["ppo"]["wins"] == sum(quality(text) > 0 for text in texts["ppo"]) and about["unusable"] == 0.0
+
+
 def test_disagreement_of_the_wordings_and_all_pairs(tmp_path: Path) -> None:
     """A judge who likes quality when asked for puns, and the opposite when asked neutrally; three models, every two of them."""
 

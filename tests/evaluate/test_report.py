@@ -19,7 +19,7 @@ import yaml
 
 from punster.cli import main
 from punster.errors import UserError
-from punster.evaluate.card import blocks, md, write_card
+from punster.evaluate.card import blocks, md, sources_used, write_card
 from punster.evaluate.folder import compared, read_run, scrub
 from punster.evaluate.report import frontier_figure, opening, write_comparison, write_report
 from punster.evaluate.table import COLUMNS, show
@@ -661,3 +661,13 @@ def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
     ):
         assert f"{part} " in f"{line} ", line
     assert line.count("--best-of") == line.count("--samples") == line.count("--limit") == 1
+
+
+def test_data_of_ones_own_under_the_name_of_ours_are_not_ours(tmp_path: Path) -> None:
+    """A folder "puns", or somebody's data set of that name, is no sources of punster's."""
+    for place, (data, ours) in enumerate(
+        (("puns", True), ("corpora/puns", False), ("someone/embedded", False), ("embedded", True))
+    ):
+        stage(tmp_path / f"run{place}", "sft", [{"loss": 1.0}], data=[data])
+        found = sources_used(read_run(tmp_path / f"run{place}"))
+        assert list(found) == [data] and bool(found[data]) == ours

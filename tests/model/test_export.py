@@ -100,7 +100,9 @@ def test_texts_padded_by_the_exported_tokenizer_have_the_same_scores(trained: tu
     texts = ["a pun", "a pun about the sea and its tides", "no pun"]
     examples = [Example(tuple(tokenizer.prompt_ids("make a pun")), tuple(tokenizer.response_ids(text))) for text in texts]
     hf = AutoTokenizer.from_pretrained(out)
-    if set(tokenizer.hf.all_special_ids) == {tokenizer.eos_id}:  # GPT-2's one special token: nothing to pad with, which transformers says
+    if set(tokenizer.hf.all_special_ids) == {
+        tokenizer.eos_id
+    }:  # GPT-2's one special token: nothing to pad with, which transformers says
         assert hf.pad_token is None
         return
     assert tokenizer.hf.pad_token_id == tokenizer.eos_id != hf.pad_token_id in tokenizer.hf.all_special_ids

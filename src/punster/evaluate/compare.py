@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError("--gold RUN is needed: a reward model that no training used")
     reference, tokenizer = open_reference(reference_path, gold_path, config)
     gold = open_reward_model(gold_path, config, reference, tokenizer)
-    texts = load_prompts(config.prompts, "test", config.quiet)
+    texts = list({str(p): p for p in load_prompts(config.prompts, "test", config.quiet)}.values())  # the unit of resampling
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     paths, reference_label = {label_of(path): path for path in config.models}, label_of(reference_path)
@@ -102,7 +102,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         shown = picked(rollout, [i for i in range(len(rollout.examples)) if i % count < config.samples])
         sampled[label] = sample_of(label, shown, scores[0], tokenizer, config.samples)
         results[label] = describe(sampled[label], training, config) | {"exact_kl": kl}
-        results[label] |= extra.of_texts(sampled[label].texts) | (extra.of_model(role, rollout.log_probs) if role else {})
+        results[label] |= extra.of_texts(sampled[label].texts) | (
+            extra.of_model(role, rollout.log_probs, config.temperature) if role else {}
+        )
     for label in order:
         results[label] |= against_reference(sampled[label], sampled[reference_label], config)
     for label, rating in ratings(sampled, config).items():

@@ -321,8 +321,17 @@ def data_used(run: RunData) -> list[str]:
     found = []
     for each in settings:
         keys = ("data", "prompts", "pretrain", *(["sft_data"] if each.get("sft_coef") else []))
-        found += [Path(d).name for key in keys for d in listed(each.get(key))]
+        found += [_data_name(d) for key in keys for d in listed(each.get(key))]
     return list(dict.fromkeys([*found, *(f"{name} (a run that is not here)" for name in missing)]))
+
+
+def _data_name(given: str) -> str:
+    """The base name; with its folder where the name alone would be that of data that come with punster."""
+    from punster.data.corpus import OWN
+    from punster.data.mix import built_in
+
+    path = Path(given)
+    return "/".join(path.parts[-2:]) if path.name in ("puns", *OWN, *built_in()) else path.name
 
 
 def chain(run: RunData, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:

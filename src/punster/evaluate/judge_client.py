@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import sys
 import threading
@@ -32,6 +33,7 @@ OFFICIAL = "https://api.openai.com/v1"
 RETRIES = 6  # after 429, 5xx, time-outs and broken connections
 PAUSE = 0.5  # seconds before a reply that was cut off is asked for again; doubled every time
 LONGEST = 4000  # characters of an answer that are kept
+THOUGHTS = re.compile(r"\A.*?</think>\s*", re.DOTALL)  # some servers leave them before the answer
 REMINDER = "This was not in the form asked for. Answer again, with nothing but the answer in exactly that form."
 
 
@@ -172,7 +174,7 @@ class Client:
             try:
                 reply = self.openai.chat.completions.create(model=self.model, messages=request, **options)
                 message, usage = reply.choices[0].message, reply.usage
-                text = self.safe(message.content or message.refusal or "")
+                text = self.safe(THOUGHTS.sub("", message.content or message.refusal or ""))
                 counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
             except self.errors.BadRequestError as error:
                 if not self._adapt(str(error), options):

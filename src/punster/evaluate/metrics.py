@@ -10,7 +10,7 @@ import numpy as np
 
 from punster.data.leakage import Index
 
-_WORD = re.compile(r"[a-z0-9']+")
+_WORD = re.compile(r"(?:[^\W_]|')+")
 
 
 def words(text: str) -> list[str]:

@@ -26,7 +26,7 @@ from punster.data.split import Part
 from punster.disk import cache_folder
 from punster.errors import UserError
 from punster.evaluate.metrics import auc
-from punster.evaluate.winrate import Interval, bootstrap
+from punster.evaluate.winrate import Interval, bootstrap, logistic_fit
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start
@@ -101,15 +101,8 @@ def fit(x: Tensor, y: Tensor) -> Estimator:
     """Ridge logistic regression by Newton steps of y in [0, 1]. Its mean estimate is the mean of y; its errors are not known yet."""
     centre, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     z = torch.cat(((x - centre) / scale, x.new_ones(len(x), 1)), 1)
-    ridge = PENALTY * torch.eye(z.shape[1], dtype=z.dtype)
-    ridge[-1, -1] = 1e-6
-    weights = z.new_zeros(z.shape[1])
-    for _ in range(50):
-        p = (z @ weights).sigmoid()
-        step = torch.linalg.solve((z * (p * (1 - p))[:, None]).T @ z + ridge, z.T @ (p - y) + ridge @ weights)
-        weights = weights - step.clamp(-2, 2)
-        if float(step.abs().max()) < 1e-10:
-            break
+    ridge = torch.tensor([PENALTY] * x.shape[1] + [1e-6], dtype=z.dtype)
+    weights = logistic_fit(z, y, z.new_ones(1, len(z)), ridge)[0]
     return Estimator(weights.tolist(), centre.tolist(), scale.tolist(), {})
 
 

@@ -79,10 +79,10 @@ def kappa(a: Sequence[object], b: Sequence[object], seed: int = 1, resamples: in
     return percentiles(float(of(torch.arange(len(mine))[None])[0]), of(drawn))
 
 
-def logistic_fit(inputs: Tensor, shares: Tensor, weights: Tensor, ridge: float = 0.01) -> Tensor:
-    """(B, K) coefficients that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge / 2 |c|^2, p = sigmoid(inputs c).
+def logistic_fit(inputs: Tensor, shares: Tensor, weights: Tensor, ridge: float | Tensor = 0.01) -> Tensor:
+    """(B, K) coefficients that maximise sum w [y log p + (1 - y) log(1 - p)] - sum ridge c^2 / 2, p = sigmoid(inputs c).
 
-    inputs (N, K), shares (N,) in [0, 1], weights (B, N): one fit for each row of weights, by Newton's method. The small ridge
+    inputs (N, K), shares (N,) in [0, 1], weights (B, N): one fit for each row of weights, by Newton's method. ridge, one or (K,):
     keeps the coefficients finite where one side won everything.
     """
     width = inputs.shape[1]
