@@ -28,7 +28,7 @@ from punster.api import load
 from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.leakage import Index, words
-from punster.data.pool import Pool, data_folder
+from punster.data.pool import Pool, data_folder, pool_of
 from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, texts_of
 from punster.data.split import lemma
@@ -229,7 +229,7 @@ def main() -> None:
         parser.error(
             "--folds goes with neither --leave-out nor --share, nor with finished runs, which may have learned from its texts"
         )
-    pool = Pool(data_folder(options.sources))
+    pool = pool_of(data_folder(options.sources))
     found = measures(pool)
     named: dict[str, list[dict[Text, float]]] = {}
     if options.config:

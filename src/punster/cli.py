@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         code = dispatch(verb, rest)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
         return code
     except (UserError, Aborted) as error:
         print(f"punster {verb}: {plain(str(error))}", file=sys.stderr)

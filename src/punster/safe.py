@@ -17,7 +17,9 @@ _SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS
 _SECRETS = (
     # A run of letters and digits that no name has; what follows it belongs to the key.
     re.compile(r"\b(?:sk|pk|rk|hf|ghp|gho|ghs|github_pat)[-_][\w-]{0,40}?(?=[A-Za-z]{0,60}\d)[A-Za-z0-9]{16,}[\w-]*"),
-    re.compile(r"\b(?:glpat-[\w-]{20}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"),
+    re.compile(
+        r"\b(?:hf_[A-Za-z0-9]{34,}|sk-(?:ant|proj|svcacct|admin|or)-[\w-]{20,}|glpat-[\w.-]{20,}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"
+    ),
     re.compile(r"(?<=bearer )[^\s\"']{8,}", re.IGNORECASE),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"(?<=[?&])(?:api_?key|key|token|secret|password)=[^&\s\"']+", re.IGNORECASE),

@@ -109,7 +109,7 @@ def test_decoders_come_out_in_the_order_of_holtzman() -> None:
     assert min(found[name]["zipf"] for name in stuck) > max(found[name]["zipf"] for name in free)
 
 
-def test_words_are_of_any_script() -> None:
-    """A copy in another alphabet is a copy, and an accent ends no word."""
+def test_words_of_other_alphabets() -> None:
+    """A copy in another alphabet is a copy, and a letter with an accent ends no word."""
     assert words("Crème brûlée isn't Пирог, 2x!") == ["crème", "brûlée", "isn't", "пирог", "2x"]
     assert copy_rate(["Пирог с капустой вкусный"], ["пирог с капустой, вкусный!"]) == 1.0

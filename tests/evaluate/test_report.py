@@ -664,7 +664,7 @@ def test_the_commands_repeat_the_evaluation_as_it_was(tmp_path: Path) -> None:
 
 
 def test_data_of_ones_own_under_the_name_of_ours_are_not_ours(tmp_path: Path) -> None:
-    """A folder "puns", or somebody's data set of that name, is no sources of punster's."""
+    """A folder "puns" elsewhere, or somebody's data set of that name, is no source of punster's."""
     for place, (data, ours) in enumerate(
         (("puns", True), ("corpora/puns", False), ("someone/embedded", False), ("embedded", True))
     ):

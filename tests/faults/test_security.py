@@ -178,6 +178,9 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert redact(name) == name
     for key in (
+        "hf_" + "aBcDeFgHiJkLmNoPq" * 2,
+        "sk-ant-api03-" + "aB3_dE-" * 13,
+        "glpat-" + "a_1.-" * 6,
         "glpat-" + "a_1-" * 5,
         "xoxb-1234-5678-" + "aB3" * 4,
         "AKIA" + "A1B2" * 4,

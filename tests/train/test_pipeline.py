@@ -28,8 +28,8 @@ def count(stage: TrainConfig) -> tuple[int, int]:
 
 def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     train = len(corpus.part("train"))
-    assert count(SftConfig(data=[rows])) == (7, 3)
-    assert count(SftConfig(data=["embedded", rows])) == (train + 7, train + 3)
+    assert count(SftConfig(data=[rows])) == (7, 1)  # the completion; what is chosen or rejected is for other verbs
+    assert count(SftConfig(data=["embedded", rows])) == (train + 7, train + 1)
     assert count(DpoConfig(data=[rows])) == (7, 2)
     assert count(DpoConfig()) == (2 * train, len({text for row in given_pairs() for text in texts_of(row)}))
     assert count(DpoConfig(data=[rows], loss_type="kto"))[0] == 4  # two texts for a pair

@@ -283,8 +283,8 @@ def test_settings_that_name_no_data_or_change_nothing_do_not_stop_a_resumed_run(
     again(ppo(replace(config, name="new"), ["pun: sea", "pun: oak"], vowels), "old", 2, reader)
     file = tmp_path / "old" / "config.yaml"
     text = file.read_text().replace("kl_horizon: null", "kl_horizon: 10000")
-    text = text.replace("reward:\n- (given from Python)", "reward: []").replace("(given from Python)", "embedded")
-    assert "kl_horizon: 10000" in text and "prompts: embedded" in text and "reward: []" in text
+    text = text.replace("prompts: (given from Python)", "prompts: embedded")
+    assert "kl_horizon: 10000" in text and "prompts: embedded" in text
     file.write_text(text)
     resumed = ppo(replace(config, name="old", resume=True), ["pun: sea", "pun: oak"], vowels)
     assert reader.tensor_bytes(resumed) == reader.tensor_bytes(tmp_path / "new")
@@ -305,6 +305,9 @@ def test_a_reward_from_python_is_named_and_missed(
         ppo(replace(config, name="other", reward=["(given from Python)"]))
     resumed = ppo(replace(config, name="half", resume=True), None, vowels)
     assert reader.tensor_bytes(resumed) == reader.tensor_bytes(run)
+    again(ppo(replace(config, name="without")), "more", 2, reader)
+    with pytest.raises(UserError, match="reward"):  # nor silently by another objective
+        ppo(replace(config, name="more", resume=True), None, vowels)
 
 
 def test_a_run_of_another_type_of_weights_says_how_to_go_on(

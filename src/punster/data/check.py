@@ -12,7 +12,7 @@ from typing import Any
 from punster.data import corpus
 from punster.data.files import json_row, located_rows
 from punster.data.leakage import Index, words
-from punster.data.pool import Pool, data_folder
+from punster.data.pool import data_folder, pool_of
 from punster.data.schema import check_row, kind_of, texts_of
 from punster.data.sources.reading import lines
 from punster.errors import UserError
@@ -88,7 +88,7 @@ def held_out_texts() -> tuple[Index, str]:
     """The embedded evaluation texts and, where local copies are, SemEval's held-out ones; and a line that says so."""
     sets = [words(record["pun"]) for split in ("val", "test") for record in corpus.part(split)]
     try:
-        semeval = Pool(data_folder()).held_out_semeval.sets
+        semeval = pool_of(data_folder()).held_out_semeval.sets
         told = f"compared with {len(sets)} embedded and {len(semeval)} SemEval evaluation texts"
     except UserError:
         semeval, told = [], f"compared with {len(sets)} embedded evaluation texts only: no local copy of SemEval"

@@ -122,6 +122,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: prompts are taken once each, so weight must be at most 1")
         if part.ids and (part.file or part.source in corpus.OWN):
             raise UserError(f"{where}: ids is for public sources")
+        if (part.total or part.margin) and recipe.kind != "preference":
+            raise UserError(f"{where}: total and margin are for kind: preference")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
         if part.source == "contrasts" and (recipe.kind, recipe.split) != ("preference", "train"):
@@ -252,6 +254,7 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     statement["available"] = len(made)
     if part.limit and len(made) > part.limit:
         made = draw.sample(made, part.limit)
+    made = [dict(row) for row in made]  # rows of this part alone: another part may have them too
     made = made * int(part.weight) + draw.sample(made, round(part.weight % 1 * len(made)))
     if part.total:
         made = [{**row, "weight": part.total / len(made)} for row in made]
@@ -266,7 +269,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = read_rows(part.file, "judged" if recipe.kind == "preference" else recipe.kind, part.columns)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
-        rows = [{k: v for k, v in row.items() if k in KEPT or row.get("source") in SOURCES} for row in rows]
+        ours = lambda row, name: name in KEPT or row.get("source") in SOURCES
+        rows = [{name: value for name, value in row.items() if ours(row, name) and value is not None} for row in rows]
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
         return list(corpus.contrast_rows(part.use, part.half)), "MIT", True, False

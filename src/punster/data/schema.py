@@ -39,10 +39,10 @@ def texts_of(row: Row) -> list[str]:
 
 def explicit(row: Row, kind: str) -> Row:
     """Chat rows without a prompt of their own: `messages`, or two dialogues that share their beginning, get one."""
-    if kind == "sft" and "completion" not in row and _is_chat(row.get("messages")):
+    if kind == "sft" and row.get("completion") is None and _is_chat(row.get("messages")):
         return {**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if kind == "preference" and "prompt" not in row and _is_chat(chosen) and _is_chat(rejected):
+    if kind == "preference" and row.get("prompt") is None and _is_chat(chosen) and _is_chat(rejected):
         assert isinstance(chosen, list) and isinstance(rejected, list)
         turns = zip(chosen[:-1], rejected[:-1], strict=False)
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], turns)))

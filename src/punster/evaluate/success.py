@@ -181,7 +181,7 @@ def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
         except (ValueError, TypeError):
             path.unlink(missing_ok=True)
     try:
-        rows = labelled(Pool(data_folder()))
+        rows = labelled(pool_of(data_folder()))
     except UserError:
         return None
     from punster.disk import write_json

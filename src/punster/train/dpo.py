@@ -119,7 +119,7 @@ def dpo(
             else:  # all samples of each prompt are worth the same: nothing to learn from
                 metrics = {"grad_norm": 0.0, "skipped_steps": 0.0, "lr": rate}
             if config.online:
-                metrics |= {"pairs": len(units), "objective/scores": sum(scores) / len(scores)}
+                metrics |= {"objective/pairs": len(units), "objective/scores": sum(scores) / len(scores)}
             state.numbers["loss"] = metrics.get("loss", state.numbers["loss"])
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluated(step)

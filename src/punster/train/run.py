@@ -277,8 +277,6 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
     # What came from Python, and what distill samples, is known by its hash alone.
     unnamed: tuple[Any, ...] = ([], FROM_PYTHON, [FROM_PYTHON])
     now = config_dict(config)
-    if saved.get("reward") == [name for name in now.get("reward", ()) if name != FROM_PYTHON]:
-        ignored.add("reward")  # earlier versions did not say that there was a function from Python
     changed = {k: v for k, v in now.items() if k not in ignored and saved[k] != v
                and not (k in ("data", "prompts") and v in unnamed)}  # fmt: skip
     return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())

@@ -32,7 +32,7 @@ from punster.train.optim import (
 )
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import encode, encode_fitting, extend, load_rows, open_start
+from punster.train.setup import encode, encode_fitting, extend, load_prompts, load_rows, open_start
 
 
 def sft(
@@ -49,8 +49,9 @@ def sft(
         else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
         for i, r in enumerate(given, 1)
     ]
-    embedded = config.prompts == "embedded" if isinstance(config, DistillConfig) else rows is None and config.data == ["embedded"]
-    shown = first(corpus.prompts("val") if embedded else [row["prompt"] for row in given], config.eval_prompts)
+    ours = rows is None and config.data in (["embedded"], ["puns"])  # which have held-out prompts
+    named = config.prompts if isinstance(config, DistillConfig) else config.data[0] if ours else ""
+    shown = first(load_prompts(named, "val", quiet=True) if named else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     steps = total_steps(config, len(examples), config.epochs)
