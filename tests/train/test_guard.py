@@ -101,7 +101,7 @@ def test_a_run_resumed_with_bad_updates_goes_back_before_them(keep: int, config:
         ppo(config("wild", **settings), None, letters, callback=stop)
     wild = Path(calm).parent / "wild"
     assert reader.final(wild).name == f"step-{seen - 1}"
-    expected = rf"step {seen - 2}, its last good one" if keep > 1 else rf"step {seen - 1}, which its updates may have spoilt"
+    expected = rf"step {seen - 2}, its last good one" if keep > 1 else rf"step {seen - 1}, whose updates are to blame"
     with pytest.raises(Aborted, match=rf"STOPPED at step {seen} of 6: .* back at {expected}"):
         ppo(config("wild", **settings, resume=True), None, letters)
     back = reader.final(wild)

@@ -89,12 +89,7 @@ def check_row(row: Any, kind: str, where: str) -> Row:
     for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
         if (value := row.get(name)) is not None and not (is_number(value) and (name != "weight" or value > 0)):
             raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")
-    if kind in (
-        "sft",
-        "preference",
-        "group",
-        "unpaired",
-    ):  # a further column with texts, or with scores of such, is none of this row's
+    if kind not in ("prompt", "text"):  # a further column with texts, or with scores of such, is none of this row's
         for name in ("text", "completion", "completions", "chosen", "rejected", "scores"):
             if name not in FIELDS[kind]:
                 checked.pop(name, None)

@@ -38,8 +38,13 @@ class Guard:
         """kl, mask (B, R): exact KL of the rollout's tokens. Raises Aborted if a response has more than max_kl on average."""
         mean = float((kl * mask).sum(1).mean())
         if not mean <= self.max_kl:
-            known = self.good or self.earlier() or self.began
-            self.abort(*known, f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}")
+            known = self.good or self.earlier()
+            kept = (
+                "its last good one"
+                if known or not self.began[0]
+                else "whose updates are to blame: no checkpoint before them is left"
+            )
+            self.abort(*(known or self.began), f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}", kept)
         self.good = self.began
 
     def earlier(self) -> tuple[int, Packed] | None:
@@ -57,7 +62,7 @@ class Guard:
             if not math.isfinite(value):
                 self.abort(*self.began, f"{name} is {value}")
 
-    def abort(self, step: int, packed: Packed, reason: str) -> None:
+    def abort(self, step: int, packed: Packed, reason: str, kept: str = "its last good one") -> None:
         """Restore a state, make it the run's newest checkpoint and its result, and stop."""
         seen, run, (tensors, numbers, place) = self.began[0] + 1, self.run, packed
         self.state.unpack(tensors, numbers)
@@ -66,9 +71,7 @@ class Guard:
         for later in [n for n in steps_of(run.folder) if n > step]:
             remove(run.checkpoints / f"step-{later}")
         run.finish({"steps": step, "aborted": reason, "aborted_at": seen})
-        resumed_in_it = 0 < step == self.began[0] and "KL" in reason
-        good = "which its updates may have spoilt: no checkpoint before them is left" if resumed_in_it else "its last good one"
         raise Aborted(
-            f"STOPPED at step {seen} of {run.steps}: {reason}. {run.folder} is back at step {step}, {good}. "
+            f"STOPPED at step {seen} of {run.steps}: {reason}. {run.folder} is back at step {step}, {kept}. "
             "Lower --lr, or raise --beta, and start again under another name."
         )
