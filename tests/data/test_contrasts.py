@@ -16,6 +16,7 @@ from punster.data import corpus
 from punster.data.corpus import CONTRASTS, contrast_rows, records, replacements, spoken_words
 from punster.data.mix import build, load_mixture
 from punster.data.pool import Pool
+from punster.data.prompts import topic_key
 from punster.data.replace import Replacement, blank_of, chosen_pairs
 from punster.data.schema import check_row, texts_of
 from punster.data.split import lemma, part_of_lemma
@@ -274,13 +275,34 @@ def test_the_demo_trains_its_yardstick_on_other_words_and_kinds() -> None:
     assert len(own["reward"] & own["gold"]) < 20, "words evoked, such as dye"
 
 
+def test_a_policy_learns_to_write_their_puns() -> None:
+    rows, statement = build(load_mixture("own-puns"))
+    puns = {text for line in FILE.read_text().splitlines() for text, _ in json.loads(line)["puns"]}
+    assert {row["completion"] for row in rows} == puns and statement["not_open"] == []
+    held_out = {topic_key(record["topic"]) for split in ("val", "test") for record in corpus.part(split)}
+    asked = [row for row in rows if row["topic"]]
+    assert len(asked) > 0.95 * len(rows) and not {topic_key(row["topic"]) for row in asked} & held_out
+    assert all(
+        row["topic"] in row["completion"].lower().replace("-", "") and row["prompt"] == f"make a pun about {row['topic']}"
+        for row in asked
+    )
+    assert statement["pun_word_in_prompt"] < 0.03
+
+
+def test_the_demo_writes_what_its_yardstick_does_not_know() -> None:
+    texts = {row["completion"] for row in build(load_mixture("demo-puns"))[0]}
+    reward, gold = ({row["chosen"] for row in build(load_mixture(f"demo-{name}"))[0]} for name in ("reward", "yardstick"))
+    assert len(texts) > 4_000 and reward <= texts and not gold & texts
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "parts: [{source: contrasts, use: literal, half: 3}]",
         "parts: [{source: embedded, half: 1}]",
         "split: val\nparts: [{source: contrasts, use: weak}]",
-        "kind: sft\nparts: [{source: contrasts}]",
+        "kind: sft\nparts: [{source: contrasts, use: weak}]",
+        "kind: sft\nsplit: val\nparts: [{source: contrasts}]",
         "parts: [{source: contrasts, use: homophone}]",
         "parts: [{source: davidbau_puns, use: chosen}]",
         "split: val\nparts: [{source: puneval, use: chosen}]",
@@ -290,6 +312,6 @@ def test_what_contrasts_are_not_for(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text + "\n")
     with pytest.raises(
         UserError,
-        match=r"part 1: (contrasts are pairs for training|use of \w+ must be one of|words were chosen for|half must be 1 or 2)",
+        match=r"part 1: (contrasts are for training alone|use of \w+ must be one of|words were chosen for|half must be 1 or 2)",
     ):
         load_mixture(str(tmp_path / "r.yaml"))

@@ -4,8 +4,8 @@ Each record: id, topic, prompt, pun, pun_word, alternative_word, kind, literal (
 synonym_swap, plain (an ordinary sentence with the alternative word), weak (a clumsy attempt), split. The split is by pun
 word: train (SFT and the reward model that is trained against), gold (the yardstick reward model), val, test.
 
-Beside it, for reward models alone: contrasts, a few puns on a word with words that undo them, literal twins and failed attempts,
-and words that undo puns of the public sources, by id. Their pun words are none of the held-out ones.
+Beside it: contrasts, a few puns on a word with words that undo them, literal twins and failed attempts, for reward models (their
+puns also for fine-tuning); and words that undo puns of the public sources, by id. Their pun words are none of the held-out ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from punster.data.prompts import GENERIC_PROMPT
+from punster.data.prompts import GENERIC_PROMPT, topic_key
 from punster.data.replace import Replacement, blank_of
 from punster.data.schema import Row
 from punster.data.split import lemma
@@ -108,6 +108,23 @@ def contrast_rows(kind: str, half: int = 0) -> tuple[Row, ...]:
             rows += [{**shared, "chosen": text, "rejected": other, "id": f"contrast-{number}/{place}{turn}"}
                      for turn, other in enumerate(others)]  # fmt: skip
     return tuple(rows)
+
+
+@cache
+def contrast_puns(half: int = 0) -> tuple[Row, ...]:
+    """The puns of the contrasts as texts to learn to write; a mixture gives them their prompts."""
+    return tuple(
+        {"text": text, "pun_word": record["pun_word"], "alternative_word": record["alternative_word"], "source": "contrasts",
+         "licence": "MIT", "id": f"contrast-{number}/{place}", "is_pun": True}
+        for number, record in enumerate(_lines("contrasts.jsonl")) if half in (0, contrast_halves()[number])
+        for place, (text, _) in enumerate(record["puns"])
+    )  # fmt: skip
+
+
+@cache
+def held_out_topics() -> frozenset[str]:
+    """Of the records that are held out, as `topic_key` writes them."""
+    return frozenset(topic_key(record["topic"]) for split in ("val", "test") for record in part(split))
 
 
 def ends_with(text: str, word: str) -> bool:

@@ -126,8 +126,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: total and margin are for kind: preference")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
-        if part.source == "contrasts" and (recipe.kind, recipe.split) != ("preference", "train"):
-            raise UserError(f"{where}: contrasts are pairs for training: kind: preference, split: train")
+        if part.source == "contrasts" and recipe.split != "train":
+            raise UserError(f"{where}: contrasts are for training alone: split: train")
         origin = "file" if part.file else part.source if part.source in corpus.OWN else "public"
         allowed = USES[origin] if recipe.kind == "preference" else ("", "puns", "texts")
         if part.use not in allowed:
@@ -202,6 +202,8 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
         rows = [row for row in rows if id(row) in stays]
     held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
     avoid = frozenset(topic_key(row["topic"]) for row in held_out)
+    if recipe.kind != "preference" and any(part.source == "contrasts" for part in recipe.parts):
+        avoid |= corpus.held_out_topics()
     if recipe.kind in ("sft", "prompt"):
         written = [row for row in rows if "completion" in row or "text" in row]
         asked = [row for row in rows if "completion" not in row and "text" not in row]  # prompts of one's own
@@ -273,7 +275,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = [{name: value for name, value in row.items() if ours(row, name) and value is not None} for row in rows]
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
-        return list(corpus.contrast_rows(part.use, part.half)), "MIT", True, False
+        made = corpus.contrast_rows(part.use, part.half) if recipe.kind == "preference" else corpus.contrast_puns(part.half)
+        return list(made), "MIT", True, False
     if part.source == "embedded":
         if part.use == "templates":  # here rather than by --negatives: short templates are near to held-out puns on the same ones
             rows = list(corpus.template_rows("train" if recipe.split == "train" else "test"))

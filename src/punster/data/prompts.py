@@ -46,7 +46,9 @@ def topics_in(text: str, pun_word: str | None = None) -> list[str]:
 
 
 def _ordered(text: str) -> list[str]:
-    return ["".join(c for c in word if c.isalpha()) for word in text.lower().replace("'s", "").replace("’s", "").split()]
+    """The letters of each word; none of a contraction, as "won't" is no "wont"."""
+    bare = [word.strip("'\"“”‘.,;:!?()") for word in text.lower().replace("’", "'").replace("'s", "").split()]
+    return ["".join(c for c in word if c.isalpha() and "'" not in word) for word in bare]
 
 
 def same_word(word: str, pun_word: str | None) -> bool:

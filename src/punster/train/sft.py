@@ -49,8 +49,10 @@ def sft(
         else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
         for i, r in enumerate(given, 1)
     ]
-    ours = rows is None and config.data in (["embedded"], ["puns"])  # which have held-out prompts
-    named = config.prompts if isinstance(config, DistillConfig) else config.data[0] if ours else ""
+    held_out = (
+        [name for name in config.data if name in ("embedded", "puns")] if rows is None else []
+    )  # which have prompts of their own
+    named = config.prompts if isinstance(config, DistillConfig) else next(iter(held_out), "")
     shown = first(load_prompts(named, "val", quiet=True) if named else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
