@@ -29,10 +29,13 @@ class Model:
 
     def generate(
         self, prompt: Any, k: int = 1, *, best_of: int = 0, judge: Model | None = None, seed: int = 1, max_new_tokens: int = 48,
-        temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+        temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.05, repetition_penalty: float = 1.0,
         distinct: bool = True,
     ) -> list[str]:  # fmt: skip
-        """k texts; with best_of and a judge, each is the best of so many samples. `distinct` draws again for repeats."""
+        """k texts; with best_of and a judge, each is the best of so many samples. `distinct` draws again for repeats.
+
+        The defaults are for reading; temperature 1 and min_p 0 sample as training and evaluation do.
+        """
         from punster.rollout.sampler import Decoding, generate
         from punster.train.optim import seeded
         from punster.train.setup import check_prompts

@@ -129,10 +129,11 @@ def generate_verb(rest: list[str]) -> int:
     parser.add_argument("-k", "--count", type=int, default=1, help="how many texts")
     parser.add_argument("--best-of", type=int, default=0, help="each text is the best of so many samples (needs -c)")
     parser.add_argument("-c", "--reward-model", type=str | None, default=None, help="reward-model run that chooses")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    # Defaults for reading; at temperature 1 without truncation a model of this size mostly writes nonsense (docs/RESULTS.md).
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy, 1 with --min-p 0 what training samples")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass")
-    parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens of at least this share of the likeliest")
+    parser.add_argument("--min-p", type=float, default=0.05, help="keep tokens of at least this share of the likeliest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: discourage repeated tokens")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest text")
     parser.add_argument("--prompt-format", type=str, default="auto", help="for plain models: auto, chat, or a text with {prompt}")
