@@ -40,7 +40,8 @@ from punster.train.judged import (
     weighed,
 )
 from punster.train.optim import seeded
-from punster.train.reward import bag, fits, judged_rows, train_reward
+from punster.train.reward import bag, judged_rows, train_reward
+from punster.train.setup import fits
 
 Make = Callable[..., Any]
 PAIR = {"prompt": "pun: sea", "chosen": "the tide was tied!", "rejected": "a fact.", "margin": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -212,3 +213,27 @@ def test_own_rows_train_where_the_embedded_held_out_texts_do_not_fit(
     long = tuple({**record, "pun": "q" * 200} if record["split"] == "val" else record for record in corpus.records())
     monkeypatch.setattr(corpus, "records", lambda: long)
     assert sft(make(SftConfig, name="own", out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=4), ROWS)
+
+
+def test_long_contrasts_are_left_out_and_counted_and_other_rows_refused(
+    tiny_llama: Path, tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"out": str(tmp_path), "model": str(tiny_llama), "steps": 1, "batch_size": 4, "quiet": False}
+    rows = [*ROWS, {"prompt": "make a pun", "completion": "q" * 200, "source": "contrasts"}]
+    folder = sft(make(SftConfig, name="own", **settings), rows)
+    assert folder is not None and json.loads((folder / "summary.json").read_text())["rows"] == len(ROWS)
+    assert f"1 of {len(rows)} rows left out: contrasts longer" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"row {len(rows)}: .* the model's context is"):
+        sft(make(SftConfig, name="other", **settings), [*ROWS, {**rows[-1], "source": "mine"}])
+
+
+def test_a_run_on_embedded_puns_and_more_is_shown_held_out_prompts(
+    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    settings = {"out": str(tmp_path), "model": str(tiny_llama), "steps": 1, "batch_size": 4, "eval_prompts": 3}
+    folder = sft(make(SftConfig, name="both", data=["embedded", "demo-puns"], **settings))
+    assert folder is not None
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    from punster.data import corpus
+
+    assert {row["prompt"] for row in samples} <= set(corpus.prompts("val"))

@@ -17,7 +17,7 @@ import torch
 from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
-from punster.data.schema import Row, texts_of
+from punster.data.schema import Row
 from punster.errors import UserError, near_matches
 from punster.model import fused
 from punster.model.heads import ScalarHead
@@ -57,11 +57,13 @@ from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     extend,
+    fits,
     layer_count,
     load_rows,
     open_start,
     plain_base,
     speaker,
+    without_long_contrasts,
 )
 
 
@@ -178,19 +180,9 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
 def judged_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
-    """The rows that are named, negatives included that are sampled from the SFT model.
-
-    Contrasts that are longer than the context are left out and counted; any other row of that kind is refused when it is encoded.
-    """
+    """The rows that are named, negatives included that are sampled from the SFT model."""
     rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, config.quiet)
-    kept = [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, sampled_from.model)]
-    if len(kept) < len(rows):
-        speaker(config.quiet)(
-            f"  {len(rows) - len(kept)} of {len(rows)} rows left out: contrasts longer than the model's context"
-        )
-    if not kept:
-        raise UserError("no row is left: all are longer than the model's context")
-    return of_half(config, kept)
+    return of_half(config, without_long_contrasts(rows, tokenizer, sampled_from.model, config.quiet))
 
 
 def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
@@ -213,12 +205,6 @@ def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
         half, without = config.half and f" in half {config.half}", config.without and f" without {', '.join(config.without)}"
         raise UserError(f"no row is left{half or ''}{without or ''}")
     return kept
-
-
-def fits(row: Row, tokenizer: Tokenizer, model: Decoder) -> bool:
-    """Whether all texts of a row fit into the context behind its prompt."""
-    room = model.config.max_positions - len(tokenizer.prompt_ids(row["prompt"]))
-    return all(len(tokenizer.response_ids(text)) <= room for text in texts_of(row))
 
 
 def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:

@@ -18,7 +18,7 @@ from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.files import read_rows
 from punster.data.mix import is_mixture, mixture
-from punster.data.schema import Row, check_row
+from punster.data.schema import Row, check_row, texts_of
 from punster.errors import UserError
 from punster.model.load import load_model
 from punster.model.lora import Adapter
@@ -238,6 +238,22 @@ def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, w
     if not example.prompt:
         raise UserError(f"{where}: the prompt has no tokens in this prompt format")
     return example
+
+
+def fits(row: Row, tokenizer: Tokenizer, model: Decoder) -> bool:
+    """Whether all texts of a row fit into the context behind its prompt."""
+    room = model.config.max_positions - len(tokenizer.prompt_ids(row["prompt"]))
+    return all(len(tokenizer.response_ids(text)) <= room for text in texts_of(row))
+
+
+def without_long_contrasts(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder, quiet: bool) -> list[Row]:
+    """Contrasts that a short context has no room for are left out and counted; any other such row is refused when it is encoded."""
+    kept = [row for row in rows if row.get("source") != "contrasts" or fits(row, tokenizer, model)]
+    if len(kept) < len(rows):
+        speaker(quiet)(f"  {len(rows) - len(kept)} of {len(rows)} rows left out: contrasts longer than the model's context")
+    if not kept:
+        raise UserError("no row is left: all are longer than the model's context")
+    return kept
 
 
 def encode_fitting(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row]) -> list[Example]:

@@ -32,7 +32,7 @@ from punster.train.optim import (
 )
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import encode, encode_fitting, extend, load_prompts, load_rows, open_start
+from punster.train.setup import encode, encode_fitting, extend, load_prompts, load_rows, open_start, without_long_contrasts
 
 
 def sft(
@@ -43,16 +43,15 @@ def sft(
     started = check_name(config, verb) if started is None else started
     start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
+    given = without_long_contrasts(given, tokenizer, start.model, config.quiet)
     examples = [
         Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["_completion_ids"]))  # sampled: never tokenised again
         if "_completion_ids" in r
         else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {i}")
         for i, r in enumerate(given, 1)
     ]
-    held_out = (
-        [name for name in config.data if name in ("embedded", "puns")] if rows is None else []
-    )  # which have prompts of their own
-    named = config.prompts if isinstance(config, DistillConfig) else next(iter(held_out), "")
+    asked = [name for name in config.data if name in ("embedded", "puns")] if rows is None else []  # these have held-out prompts
+    named = config.prompts if isinstance(config, DistillConfig) else next(iter(asked), "")
     shown = first(load_prompts(named, "val", quiet=True) if named else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]
     validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
