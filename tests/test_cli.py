@@ -66,6 +66,21 @@ def test_generate_prints_k_different_lines(runs: Path, capsys: pytest.CaptureFix
     assert all(line.isprintable() for line in lines)
 
 
+def test_generate_samples_for_reading_by_default_on_the_command_line_and_from_python(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import punster
+    from punster.cli import plain
+
+    policy, prompt = punster.load(str(runs / "sft")), "make a pun about bakers"
+    told = {"temperature": 0.8, "min_p": 0.05, "max_new_tokens": 12, "k": 4, "seed": 3}
+    assert main(["generate", str(runs / "sft"), prompt, "-k", "4", "--max-new-tokens", "12", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [plain(text) for text in policy.generate(prompt, **told)]
+    assert printed == [plain(text) for text in policy.generate(prompt, k=4, max_new_tokens=12, seed=3)]
+    assert printed != [plain(text) for text in policy.generate(prompt, **{**told, "temperature": 1.0, "min_p": 0.0})]
+
+
 def test_generate_best_of_prefers_what_the_reward_model_prefers(runs: Path) -> None:
     import punster
 

@@ -279,7 +279,7 @@ def test_a_policy_learns_to_write_their_puns() -> None:
     rows, statement = build(load_mixture("own-puns"))
     puns = {text for line in FILE.read_text().splitlines() for text, _ in json.loads(line)["puns"]}
     assert {row["completion"] for row in rows} == puns and statement["not_open"] == []
-    held_out = {topic_key(record["topic"]) for split in ("val", "test") for record in corpus.part(split)}
+    held_out = {topic_key(word) for split in ("val", "test") for r in corpus.part(split) for word in r["topic"].split()}
     asked = [row for row in rows if row["topic"]]
     assert len(asked) > 0.95 * len(rows) and not {topic_key(row["topic"]) for row in asked} & held_out
     assert all(
@@ -290,9 +290,25 @@ def test_a_policy_learns_to_write_their_puns() -> None:
 
 
 def test_the_demo_writes_what_its_yardstick_does_not_know() -> None:
-    texts = {row["completion"] for row in build(load_mixture("demo-puns"))[0]}
-    reward, gold = ({row["chosen"] for row in build(load_mixture(f"demo-{name}"))[0]} for name in ("reward", "yardstick"))
-    assert len(texts) > 4_000 and reward <= texts and not gold & texts
+    from punster.train.pipeline import load_recipe, stage_config
+
+    written, known = (stage_config(load_recipe("demo"), stage) for stage in ("sft", "gold"))
+    assert "embedded" in written.data and "embedded" in known.data and known.split == "gold"
+    taught = [row for name in written.data if name != "embedded" for row in build(load_mixture(name))[0]]
+    judged = [row for name in known.data if name != "embedded" for row in build(load_mixture(name))[0]]
+    own = {split: corpus.part(split) for split in ("train", "gold")}
+    texts = {row["completion"] for row in taught} | {row["pun"] for row in own["train"]}
+    assert len(texts) > 5_000 and not texts & (
+        {text for row in judged for text in texts_of(row)} | {row["pun"] for row in own["gold"]}
+    )
+    words = [{word for row in rows for word in spoken_words(row)} for rows in (taught, [*judged, *own["gold"]])]
+    assert min(map(len, words)) > 1_000 and not words[0] & words[1]
+
+
+def test_their_puns_can_be_prompts(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("kind: prompt\nparts: [{source: contrasts, half: 2, limit: 30}]\n")
+    rows = build(load_mixture(str(tmp_path / "r.yaml")))[0]
+    assert 20 < len(rows) <= 30 and not any("completion" in row for row in rows)
 
 
 @pytest.mark.parametrize(

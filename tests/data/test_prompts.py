@@ -8,12 +8,14 @@ import pytest
 
 from punster.data.prompts import (
     held_out_prompts,
+    noun_rank,
     pun_word_share,
     request,
     same_word,
     topic_key,
     topic_of,
     topic_of_context,
+    topics_in,
     with_prompts,
 )
 
@@ -31,6 +33,18 @@ def test_the_topic_is_a_keyword_without_the_pun_word_else_a_noun() -> None:
         == "hockey players and terrible chess players"
     )
     assert topic_of_context(["quickly"], "x") is None
+
+
+def test_contractions_and_pronouns_are_no_topics() -> None:
+    for text in (
+        "My electrician won't explain it.",
+        "She’ll swim and he'll watch; we'll see.",
+        "Nobody can't.",
+        "It is five o'clock.",
+    ):
+        found = topics_in(text, None)
+        assert not {"wont", "shell", "hell", "well", "nobody", "cant", "oclock"} & set(found)
+    assert topics_in("The 'sailor' saw the dogs' sail's wind.", None) == sorted({"sailor", "dogs", "sail", "wind"}, key=noun_rank)
 
 
 def test_requests() -> None:

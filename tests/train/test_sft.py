@@ -236,4 +236,4 @@ def test_a_run_on_embedded_puns_and_more_is_shown_held_out_prompts(
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     from punster.data import corpus
 
-    assert {row["prompt"] for row in samples} <= set(corpus.prompts("val"))
+    assert len({row["prompt"] for row in samples}) == 3 and {row["prompt"] for row in samples} <= set(corpus.prompts("val"))

@@ -123,8 +123,9 @@ def contrast_puns(half: int = 0) -> tuple[Row, ...]:
 
 @cache
 def held_out_topics() -> frozenset[str]:
-    """Of the records that are held out, as `topic_key` writes them."""
-    return frozenset(topic_key(record["topic"]) for split in ("val", "test") for record in part(split))
+    """The words of the topics of held-out records, as `topic_key` writes them."""
+    topics = (record["topic"] for split in ("val", "test") for record in part(split))
+    return frozenset(topic_key(word) for topic in topics for word in topic.split())
 
 
 def ends_with(text: str, word: str) -> bool:

@@ -15,7 +15,8 @@ PUN_WORD_SHARE = 0.3  # at most this share of the prompts may contain the pun wo
 # Nouns that say nothing about a topic, or that stand for a person in a formula ("..., said Tom").
 _EMPTY = {"tom", "swifty", "pun", "puns", "joke", "jokes", "die", "thing", "things", "lot", "lots", "bit", "way", "ways", "kind", "sort", "guy", "guys", "today", "yesterday",
           "tomorrow", "night", "time", "times", "day", "days", "year", "years", "man", "men", "woman", "women", "people", "person",
-          "anything", "everything", "nothing", "something", "someone", "anyone", "everyone", "one", "ones", "two", "three", "can",
+          "anything", "everything", "nothing", "something", "someone", "anyone", "everyone", "anybody", "everybody", "nobody", "somebody",
+          "none", "one", "ones", "two", "three", "can",
           "may", "will", "might", "must", "dont", "don", "didn", "isn", "doesn", "couldn", "wasn", "never", "just", "said"}  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def topics_in(text: str, pun_word: str | None = None) -> list[str]:
 
 def _ordered(text: str) -> list[str]:
     """The letters of each word; none of a contraction, as "won't" is no "wont"."""
-    bare = [word.strip("'\"“”‘.,;:!?()") for word in text.lower().replace("’", "'").replace("'s", "").split()]
+    bare = [word.strip("'\"“”‘.,;:!?()").removesuffix("'s") for word in text.lower().replace("’", "'").split()]
     return ["".join(c for c in word if c.isalpha() and "'" not in word) for word in bare]
 
 

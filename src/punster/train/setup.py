@@ -256,6 +256,12 @@ def without_long_contrasts(rows: Sequence[Row], tokenizer: Tokenizer, model: Dec
     return kept
 
 
+def held_out_name(data: Sequence[str]) -> str:
+    """Whose held-out prompts show what a model learns from these data: "embedded" for our own puns, "puns", or "" for neither."""
+    ours = {"embedded", "own-puns", "demo-puns"}
+    return "embedded" if ours & set(data) else "puns" if "puns" in data else ""
+
+
 def encode_fitting(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row]) -> list[Example]:
     """Held-out rows of the embedded corpus as examples, without those that a short context has no room for."""
     examples = (Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(tokenizer.response_ids(r["completion"]))) for r in rows)
