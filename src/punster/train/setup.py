@@ -256,6 +256,19 @@ def without_long_contrasts(rows: Sequence[Row], tokenizer: Tokenizer, model: Dec
     return kept
 
 
+def encode_rows(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row], quiet: bool) -> tuple[list[Row], list[Example]]:
+    """Rows to learn to write, less contrasts that are too long, and their examples; an error names a row by its place as given."""
+    places = {id(row): place for place, row in enumerate(rows, 1)}
+    kept = without_long_contrasts(rows, tokenizer, model, quiet)
+    examples = [
+        Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(row["_completion_ids"]))  # sampled: never tokenised again
+        if "_completion_ids" in row
+        else encode(tokenizer, model, row["prompt"], row["completion"], f"row {places[id(row)]}")
+        for row in kept
+    ]
+    return kept, examples
+
+
 def held_out_name(data: Sequence[str]) -> str:
     """Whose held-out prompts show what a model learns from these data: "embedded" for our own puns, "puns", or "" for neither."""
     ours = {"embedded", "own-puns", "demo-puns"}

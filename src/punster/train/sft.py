@@ -33,14 +33,13 @@ from punster.train.optim import (
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
-    encode,
     encode_fitting,
+    encode_rows,
     extend,
     held_out_name,
     load_prompts,
     load_rows,
     open_start,
-    without_long_contrasts,
 )
 
 
@@ -52,14 +51,7 @@ def sft(
     started = check_name(config, verb) if started is None else started
     start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
-    places = {id(row): place for place, row in enumerate(given, 1)}
-    given = without_long_contrasts(given, tokenizer, start.model, config.quiet)
-    examples = [
-        Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(r["_completion_ids"]))  # sampled: never tokenised again
-        if "_completion_ids" in r
-        else encode(tokenizer, start.model, r["prompt"], r["completion"], f"row {places[id(r)]}")
-        for r in given
-    ]
+    given, examples = encode_rows(tokenizer, start.model, given, config.quiet)
     named = config.prompts if isinstance(config, DistillConfig) else held_out_name(config.data) if rows is None else ""
     shown = first(load_prompts(named, "val", quiet=True) if named else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]

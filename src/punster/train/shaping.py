@@ -14,7 +14,7 @@ from punster.model.role import Trunk
 from punster.rollout.sampler import generate
 from punster.train.experience import Setup
 from punster.train.optim import Cursor, seeded
-from punster.train.setup import encode, load_rows, without_long_contrasts
+from punster.train.setup import encode_rows, load_rows
 from punster.train.sft import accumulate_nll
 
 
@@ -59,12 +59,8 @@ class SftTerm:
     def __init__(self, config: PpoConfig, setup: Setup):
         self.config, self.policy, self.trunk = config, setup.policy, Trunk({})
         rows = load_rows(config.sft_data, "sft", corpus.sft_rows, quiet=config.quiet) if config.sft_coef else []
-        rows = without_long_contrasts(rows, setup.tokenizer, setup.policy.model, config.quiet) if rows else []
-        self.examples = [
-            encode(setup.tokenizer, setup.policy.model, row["prompt"], row["completion"], f"row {i}")
-            for i, row in enumerate(rows, 1)
-        ]
-        self.cursor = Cursor(max(1, len(rows)), seeded(config.seed, "sft"))
+        self.examples = encode_rows(setup.tokenizer, setup.policy.model, rows, config.quiet)[1] if rows else []
+        self.cursor = Cursor(max(1, len(self.examples)), seeded(config.seed, "sft"))
 
     def prepare(self, max_tokens: int) -> None:
         if self.config.memory == "trunk":
