@@ -17,10 +17,10 @@ def doctor() -> int:
 
     from punster.config.shared import DEFAULT_MODEL
     from punster.disk import cache_folder, sha256_of
-    from punster.model.kernels import compiled
+    from punster.model.kernels import compiled, in_halves
     from punster.model.load import BUILT_IN
     from punster.train.plan import measured_speed
-    from punster.train.setup import fast_bf16, pick_device, pick_dtype
+    from punster.train.setup import pick_device, pick_dtype
 
     print(f"punster {__version__}, Python {platform.python_version()} on {platform.platform()}")
     installed, found = versions(), machine()
@@ -34,13 +34,10 @@ def doctor() -> int:
     print(f"memory         {found['memory_gb']} GB, {free_memory / 1e9:.1f} GB available")
     here = shutil.disk_usage(Path.cwd()).free
     print(f"disk           {here / 1e9:.0f} GB free in {Path.cwd()}")
-    print(
-        f"device         {device}; fast bf16: {'yes' if fast_bf16(device) else 'no'}; frozen weights default to {str(dtype).removeprefix('torch.')}"
-    )
+    print(f"device         {device}; frozen weights default to {str(dtype).removeprefix('torch.')}")
     in_use = device == "cpu" and dtype == torch.bfloat16 and compiled() is not None
-    print(
-        f"C kernels      {'in use' if in_use else 'not used (they need AVX512_BF16 and AVX512_VNNI without AMX, bf16 weights and a C compiler)'}"
-    )
+    how = "in use" + ("" if in_halves() else " (bf16 products in 16-bit whole numbers, as this CPU has none for bf16)")
+    print(f"C kernels      {how if in_use else 'not used (they need AVX2 without AMX, bf16 weights and a C compiler)'}")
     speed = 2 * measured_speed(dtype, device, 5.0) / 1e9
     print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size (5 seconds)")
     cache = cache_folder()

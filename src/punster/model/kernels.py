@@ -1,7 +1,8 @@
 """The kernels of csrc: built once by the system's C compiler, kept in the cache folder, left out where something is missing.
 
-They serve CPUs with AVX512_BF16 and AVX512_VNNI (and without AMX, for which PyTorch's own products are better): bf16 weights, and in fp32
-the choice of tokens and the attention of scoring. Everything has a plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one. n rows, R ranks of all low-rank updates of a product together.
+They serve CPUs with AVX512_BF16 and AVX512_VNNI (and without AMX, for which PyTorch's own products are better), and with AVX2, where
+bf16 products run in 16-bit whole numbers: bf16 weights, and in fp32 the choice of tokens and the attention of scoring. Everything has a
+plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one, and PUNSTER_KERNELS=avx2 what AVX2 can. n rows, R ranks of all low-rank updates of a product together.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def compiled() -> c.CDLL | None:
     from punster.machine import cpu_features
 
     features, compiler = cpu_features(), shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
-    if not {"avx512_bf16", "avx512_vnni"} <= set(features) or "amx_bf16" in features or compiler is None:
+    if not {"avx2", "fma"} <= set(features) or "amx_bf16" in features or compiler is None:
         return None
     try:
         found = c.CDLL(str(build(compiler)))
@@ -116,6 +117,12 @@ def compiled() -> c.CDLL | None:
     return None
 
 
+def in_halves() -> bool:
+    """Whether the kernels multiply bf16 as such, and bytes at twice that speed; else (AVX2) in 16-bit whole numbers, and bytes no faster."""
+    found = compiled()
+    return found is not None and bool(found.punster_in_halves())
+
+
 def build(compiler: str) -> Path:
     """Compile once for this source, compiler and machine; linked with PyTorch's own OpenMP, so that one pool of threads serves both."""
     from punster.disk import cache_folder
@@ -124,7 +131,7 @@ def build(compiler: str) -> Path:
     text = "".join(path.read_text() for path in sorted(source.parent.glob("*.[ch]")))
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     command = [compiler, "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", str(source)]
-    command += [*map(str, openmp[:1]), "-lm"]
+    command += [*map(str, openmp[:1]), "-lm", *(["-DONLY_AVX2"] if os.environ.get("PUNSTER_KERNELS") == "avx2" else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
     name = hashlib.sha256("\0".join((text, *command, version, cpu)).encode()).hexdigest()[:20]
@@ -148,10 +155,18 @@ def keep_memory() -> None:
 
 def right(found: c.CDLL) -> bool:
     weight, x = torch.linspace(-1, 1, 50 * 32).view(50, 32).bfloat16(), torch.linspace(-1, 1, 9 * 32).view(9, 32).bfloat16()
-    packed, y = torch.zeros(2 * PANEL * 16, dtype=torch.int32), torch.empty(9, 50)
+    packed, y = torch.zeros(packed_size(50, 32), dtype=torch.int32), torch.empty(9, 50)
     found.punster_pack(at(weight), 50, 32, c.c_long(32), c.c_long(1), at(packed))
     found.punster_product(at(x), c.c_long(9), c.byref(CProduct(at(packed), None, 32, 50, NO_UPDATE)), None, None, at(y), STORE)
-    in_halves = torch.allclose(y, x.float() @ weight.float().T, atol=1e-4)
+    halves = bool(found.punster_in_halves())
+    of_products = torch.allclose(y, x.float() @ weight.float().T, atol=1e-4 if halves else 0.01)
+    ends, pairs, outer = torch.tensor([[0], [32]], dtype=torch.int32), torch.empty(5, dtype=torch.int32), torch.empty(1, 32)
+    low = torch.arange(9.0).view(9, 1)
+    found.punster_outer(at(low), at(x), c.c_long(9), 32, 1, at(ends[0]), at(ends[1]), at(pairs), at(outer))
+    return of_products and torch.allclose(outer, low.T @ x.float(), atol=1e-4) and (not halves or right_in_bytes(found))
+
+
+def right_in_bytes(found: c.CDLL) -> bool:
     whole, z = torch.arange(9 * 32).view(9, 32) * 7 % 255 - 127, torch.empty(9, PANEL)  # whole numbers of which none is lost
     whole[:, 0] = 127
     bytes_of, packed, shift = (
@@ -163,11 +178,12 @@ def right(found: c.CDLL) -> bool:
     rows, room, size, scale = whole.bfloat16(), torch.empty(9, 32, dtype=torch.uint8), torch.empty(9), torch.ones(PANEL)
     product = CQuantised(CProduct(at(packed), None, 32, PANEL, NO_UPDATE), at(scale), at(shift))
     found.punster_product_of_bytes(at(rows), c.c_long(9), c.byref(product), at(room), at(size), None, None, at(z), STORE)
-    in_bytes = torch.allclose(z, whole.float() @ bytes_of.float().T, rtol=1e-5)
-    ends, pairs, outer = torch.tensor([[0], [32]], dtype=torch.int32), torch.empty(5, dtype=torch.int32), torch.empty(1, 32)
-    low = torch.arange(9.0).view(9, 1)
-    found.punster_outer(at(low), at(x), c.c_long(9), 32, 1, at(ends[0]), at(ends[1]), at(pairs), at(outer))
-    return in_halves and in_bytes and torch.allclose(outer, low.T @ x.float(), atol=1e-4)
+    return torch.allclose(z, whole.float() @ bytes_of.float().T, rtol=1e-5)
+
+
+def packed_size(out: int, into: int) -> int:
+    """In units of 4 bytes: whole panels of pairs, and room for a scale of each column."""
+    return -(-out // PANEL) * PANEL * (into // 2 + 1)
 
 
 def at(tensor: Tensor | None) -> c.c_void_p | None:
@@ -200,7 +216,7 @@ class Packed:
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Packed:
         """(out, in) bf16, of any strides: a transposed view serves the product with the transpose."""
         out, into = weight.shape
-        packed = torch.empty(-(-out // PANEL) * PANEL * into // 2, dtype=torch.int32)
+        packed = torch.empty(packed_size(out, into), dtype=torch.int32)
         call("punster_pack", weight, out, into, c.c_long(weight.stride(0)), c.c_long(weight.stride(1)), packed)
         return cls(packed, None if bias is None else bias.detach().float().contiguous(), into, out)
 

@@ -16,10 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from punster.model.kernels import Packed, Quantised, suits
+from punster.model.kernels import Packed, Quantised, in_halves, suits
 
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has products of bf16 in hardware: AVX512_BF16 or AMX."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
 
 @cache
@@ -47,10 +54,13 @@ class Matrix:
     """One or several frozen linear layers that read the same input: x (n, in) -> x W^T + bias (n, out), without gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        # Where the kernels do not take bf16, it is reordered. In fp32 a block gains little, and plain products stay nearest to what
-        # other libraries compute.
+        # Where the kernels do not take bf16, it is reordered, or multiplied in fp32 where the CPU has no products of bf16 (which are
+        # then a tenth as fast). In fp32 a block gains little, and plain products stay nearest to what other libraries compute.
         self.weight, self.bias = weight, bias
         worth = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not suits(weight)
+        if worth and not multiplies_bf16():
+            self.weight, self.bias = weight.detach().float(), None if bias is None else bias.detach().float()
+            worth = False
         self._reordered = _reorder(weight) if worth and can_reorder(weight.dtype) else None
 
     @cached_property
@@ -64,12 +74,13 @@ class Matrix:
         return Packed.of(self.weight.detach().T)
 
     @cached_property
-    def quantised(self) -> Quantised:
-        return Quantised.of(self.weight.detach(), self.bias)
+    def quantised(self) -> Packed | Quantised:
+        """In 8 bits where that is faster."""
+        return Quantised.of(self.weight.detach(), self.bias) if in_halves() else self.packed
 
     @cached_property
-    def quantised_back(self) -> Quantised:
-        return Quantised.of(self.weight.detach().T)
+    def quantised_back(self) -> Packed | Quantised:
+        return Quantised.of(self.weight.detach().T) if in_halves() else self.packed_back
 
     def __call__(self, x: Tensor) -> Tensor:
         """In the type of the weights, or fp32."""

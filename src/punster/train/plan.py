@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from punster.config import DpoConfig, GrpoConfig, PolicyConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.model import fused
+from punster.model import fused, kernels
+from punster.model.kernels import suits
+from punster.model.product import Matrix
 from punster.model.role import Role
 from punster.model.transformer import Decoder
 from punster.train.setup import layer_count, top_layers
@@ -24,10 +27,12 @@ IN_BYTES = 0.8  # what is left of a step's time where frozen products are in 8 b
 def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
     """Multiply-adds per second of a matrix product of the size that training uses."""
     a, b = torch.randn(1024, 576, device=device).to(dtype), torch.randn(576, 1536, device=device).to(dtype)
-    a @ b
+    own = device == "cpu" and suits(b.T) and not kernels.in_halves()  # PyTorch's would not be those that run
+    multiply: Callable[[Tensor], Tensor] = Matrix(b.T) if own else lambda rows: rows @ b
+    multiply(a)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        a @ b
+        multiply(a)
         count += 1
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -72,7 +77,7 @@ def stage_work(
         texts += records + pairs
         # In families each text runs once a step, and about half of its tokens are a prefix of another.
         passed = 0.5 * texts if stage.families else 2 * (pairs + rows)
-        share = IN_BYTES if stage.int8 and fused.usable(base, trunk) else 1
+        share = IN_BYTES if stage.int8 and fused.quantises(base, trunk) else 1
         work = tokens * block * (texts * trunk + 2 * passed * stage.epochs * branch * share) * (0.5 if stage.half else 1)
         work += stage.normalise_samples * (sampled + tokens * block * depth) + drawn * sampled
         return work + stage.test_limit * 6 * tokens * block * depth
@@ -116,7 +121,7 @@ def announce(
     passes = passes or steps * config.batch_size / max(1, len(examples))
     speed = measured_speed(role.model.dtype, str(role.model.device))
     seconds = work / speed / 0.95 if work else training_cost(role, examples, passes) / speed / 0.6
-    if isinstance(config, RewardConfig) and config.int8 and fused.usable(role.model, role.frozen_depth):
+    if isinstance(config, RewardConfig) and config.int8 and fused.quantises(role.model, role.frozen_depth):
         seconds *= IN_BYTES
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())

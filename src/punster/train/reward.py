@@ -108,9 +108,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                     for part, places in (("first", units[0]), ("data", bags[number])) if places}  # fmt: skip
     generators = {name: cursor.generator for name, cursor in cursors.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
-    if config.int8 and not fused.usable(model.model, model.frozen_depth):
+    if config.int8 and not fused.quantises(model.model, model.frozen_depth):
         speaker(config.quiet)(
-            "  --int8 changes nothing: no frozen bf16 layer that the C kernels take is trained here (see punster doctor)"
+            "  --int8 changes nothing: no frozen bf16 layer that the C kernels take in 8 bits is trained here (see punster doctor)"
         )
 
     def as_kept() -> Role:

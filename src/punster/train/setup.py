@@ -20,8 +20,10 @@ from punster.data.files import read_rows
 from punster.data.mix import is_mixture, mixture
 from punster.data.schema import Row, check_row, texts_of
 from punster.errors import UserError
+from punster.model import kernels
 from punster.model.load import load_model
 from punster.model.lora import Adapter
+from punster.model.product import multiplies_bf16
 from punster.model.role import Role
 from punster.model.saved import load_role
 from punster.model.tokenizer import Tokenizer
@@ -45,13 +47,12 @@ def pick_device(name: str) -> str:
 
 
 def fast_bf16(device: str) -> bool:
-    """Whether bf16 matrix products are in hardware: on GPUs from Ampere on, on CPUs with AVX512_BF16 or AMX."""
+    """Whether bf16 weights are the faster ones: on GPUs from Ampere on, on CPUs with AVX512_BF16 or AMX, or where the C kernels run."""
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "mps":
         return False
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+    return multiplies_bf16() or kernels.compiled() is not None
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

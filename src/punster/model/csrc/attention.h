@@ -4,15 +4,6 @@
 
 typedef struct { const float *k, *v; const int64_t *path; long stride, count; } Keys; /* the i-th lies at path[i], or at i */
 INLINE long key_at(const Keys *s, long i) { return (s->path ? s->path[i] : i) * s->stride; }
-INLINE __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) { /* of the 16 numbers in each */
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)),
-                high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
 /* out[i] = scale x . (the i-th row of base); out has room for count + 3 */
 INLINE void dots(const float *x, const float *base, const Keys *s, const int size, float scale, float *out) {
   const long last = s->count - 1;

@@ -132,25 +132,20 @@ static void act_back_rows(const float *dh, const bf16 *y, long rows, int width, 
 static void beside_rows(const float *low, long rows, int ranks, uint32_t *pairs) {
 #pragma omp for schedule(static)
   for (long row = 0; row < rows; row += 2)
-    for (int r = 0; r < ranks; r++) {
-      const __m128 two = _mm_setr_ps(low[row * ranks + r], row + 1 < rows ? low[(row + 1) * ranks + r] : 0, 0, 0);
-      pairs[row / 2 * ranks + r] = _mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(two));
-    }
+    for (int r = 0; r < ranks; r++)
+      pairs[row / 2 * ranks + r] = pair_of_two(low[row * ranks + r], row + 1 < rows ? low[(row + 1) * ranks + r] : 0);
 }
 INLINE void outer_tile(const int many, const uint32_t *pairs, const bf16 *x, long rows, int columns, int ranks, float *y) {
-  const __m512i apart = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
-                                         34, 2, 33, 1, 32, 0), further = _mm512_add_epi16(apart, _mm512_set1_epi16(16));
   __m512 sum[8][2];
   for (int r = 0; r < many; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (long row = 0; row < rows; row += 2) {
-    const __m512i one = _mm512_loadu_si512(x + row * columns),
-                  two = row + 1 < rows ? _mm512_loadu_si512(x + (row + 1) * columns) : _mm512_setzero_si512();
-    const __m512bh x0 = (__m512bh)_mm512_permutex2var_epi16(one, apart, two), x1 = (__m512bh)_mm512_permutex2var_epi16(one, further, two);
+    __m512i both[2];
+    pairs_of(x + row * columns, row + 1 < rows ? x + (row + 1) * columns : 0, both);
 #pragma GCC unroll 8
     for (int r = 0; r < many; r++) {
-      const __m512bh v = (__m512bh)_mm512_set1_epi32(pairs[row / 2 * ranks + r]);
-      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, x0);
-      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, x1);
+      const __m512i v = _mm512_set1_epi32(pairs[row / 2 * ranks + r]);
+      sum[r][0] = dot(sum[r][0], v, both[0]);
+      sum[r][1] = dot(sum[r][1], v, both[1]);
     }
   }
   for (int r = 0; r < many; r++) {

@@ -37,9 +37,6 @@ INLINE void pair_columns(const bf16 *rows, int size, uint32_t *pairs) {
   for (int i = 0; i < SIDE; i++)
     for (int c = 0; c < size / 2; c++) memcpy(pairs + c * SIDE + i, rows + i * size + 2 * c, 4);
 }
-INLINE __m512i pair_of(__m256i low, __m256i high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
 /* pairs of rows: (64, h) -> (32, h, 2) */
 INLINE void pair_rows(const bf16 *rows, int size, uint32_t *pairs) {
   for (int i = 0; i < SIDE / 2; i++)
@@ -57,15 +54,15 @@ INLINE void strip(const int rows, const int lanes, const bf16 *a, long a_stride,
 #pragma GCC unroll 4
     for (int l = 0; l < lanes; l++) sum[r][l] = add ? _mm512_loadu_ps(y + r * y_stride + 16 * l) : _mm512_setzero_ps();
   for (int k = 0; k < pairs; k++) {
-    __m512bh w[4];
+    __m512i w[4];
 #pragma GCC unroll 4
-    for (int l = 0; l < lanes; l++) w[l] = (__m512bh)_mm512_loadu_si512(b + k * b_stride + 16 * l);
+    for (int l = 0; l < lanes; l++) w[l] = _mm512_loadu_si512(b + k * b_stride + 16 * l);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
       int pair;
       memcpy(&pair, a + r * a_stride + 2 * k, 4);
 #pragma GCC unroll 4
-      for (int l = 0; l < lanes; l++) sum[r][l] = _mm512_dpbf16_ps(sum[r][l], (__m512bh)_mm512_set1_epi32(pair), w[l]);
+      for (int l = 0; l < lanes; l++) sum[r][l] = dot(sum[r][l], _mm512_set1_epi32(pair), w[l]);
     }
   }
 #pragma GCC unroll 6
@@ -140,7 +137,7 @@ static void attend_block(const Runs *t, const float *qkv, bf16 *packed, long run
                      b = _mm512_sub_ps(_mm512_loadu_ps(s.score + (j + 1) * SIDE + 16 * l), top);
         const __m512 ea = _mm512_maskz_mov_ps(sees(p + j, query, l), vexp(a)), eb = _mm512_maskz_mov_ps(sees(p + j + 1, query, l), vexp(b));
         sum = _mm512_add_ps(sum, _mm512_add_ps(ea, eb));
-        _mm512_storeu_si512(s.pairs + j / 2 * SIDE + 16 * l, pair_of((__m256i)_mm512_cvtneps_pbh(ea), (__m256i)_mm512_cvtneps_pbh(eb)));
+        _mm512_storeu_si512(s.pairs + j / 2 * SIDE + 16 * l, pair_of(halves(ea), halves(eb)));
       }
       const __m512 shrink = vexp(_mm512_sub_ps(most[l], top));
       total[l] = _mm512_fmadd_ps(total[l], shrink, sum);
@@ -209,7 +206,7 @@ static void attend_block_back(const Runs *t, const float *qkv, bf16 *packed, con
         for (int o = 0; o < 2; o++) {
           const long at = (j + o) * SIDE + 16 * l;
           const __m512 e = _mm512_maskz_mov_ps(sees(p + j + o, query, l), vexp(_mm512_sub_ps(_mm512_loadu_ps(s.score + at), of)));
-          both[o] = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(e, _mm512_sub_ps(_mm512_loadu_ps(d.score + at), mean)));
+          both[o] = halves(_mm512_mul_ps(e, _mm512_sub_ps(_mm512_loadu_ps(d.score + at), mean)));
           store_bf16(share + at, e);
           _mm256_storeu_si256((__m256i *)(slope + at), both[o]);
         }

@@ -1,17 +1,22 @@
 /* Types, loads and stores, and functions of a register. */
 #pragma once
-#include <immintrin.h>
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && !defined(ONLY_AVX2)
+#define WIDE 1
+#include "wide.h"
+#else
+#define WIDE 0
+#include "lanes.h"
+#endif
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
+#include <stdlib.h>
 
 #define PANEL 48
-#define TALL 8     /* rows of a tile: 8 x 3 accumulators fill the registers */
+#define TALL (WIDE ? 8 : 6) /* rows of a tile: 8 x 3 accumulators of 32 registers, or 6 x 2 of 16 */
 #define CHUNK 256  /* rows that share a panel before the next one comes */
 #define BESIDE 4   /* rows whose low-rank images are formed together: `a` is read once for all */
 #define STRETCH 1024 /* pairs of inputs summed at a stretch */
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE LANE
 typedef uint16_t bf16;
 enum { STORE = 0, ADD = 1, STORE_BF16 = 2 };
 enum { SILU = 0, GELU_TANH = 1 };
@@ -26,10 +31,8 @@ INLINE int block_of(long rows, int ranks) { return ranks && rows >= BESIDE * omp
 INLINE int rows_from(long first, long rows, int block) { return first + block < rows ? block : rows - first; }
 INLINE float bf16_value(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
 INLINE __mmask16 inside_of(long left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
-INLINE __m512 load_bf16(const bf16 *x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
-}
-INLINE void store_bf16(bf16 *x, __m512 v) { _mm256_storeu_si256((__m256i *)x, (__m256i)_mm512_cvtneps_pbh(v)); }
+INLINE __m512 load_bf16(const bf16 *x) { return widened(_mm256_loadu_si256((const __m256i *)x)); }
+INLINE void store_bf16(bf16 *x, __m512 v) { _mm256_storeu_si256((__m256i *)x, halves(v)); }
 INLINE __m512 vexp(__m512 x) { /* 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; error about 1e-7 */
   x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.f)), _mm512_set1_ps(88.f));
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);

@@ -1,6 +1,11 @@
 /* One token for every row. */
 #pragma once
 #include "attention.h"
+#if WIDE
+#include "halves.h"
+#else
+#include "whole.h"
+#endif
 
 /* What the gradients need of a layer, a row a token that was fed; without an x nothing is kept */
 typedef struct {

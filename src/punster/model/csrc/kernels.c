@@ -1,52 +1,22 @@
-/* What a step of a Llama or GPT-2 block does on CPUs with AVX512_BF16: products of bf16 rows with packed bf16 weights, their
+/* What a step of a Llama or GPT-2 block does on CPUs with AVX512_BF16 or AVX2: products of bf16 rows with packed weights, their
    low-rank updates added in the same registers, and all that lies between the products in one pass each. Sums are fp32.
 
-   Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2].
+   Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2], bf16 or whole numbers.
    Low-rank updates: y += low b, low (rows, ranks) = x a^T; a (ranks, in), b (ranks, out). Rank r lives in the columns
    from[r] <= column < to[r] of the output and is zero elsewhere, as q, k and v have updates of their own.
    The functions named *_rows are worksharing: inside a parallel region every thread does its part, with a barrier behind. */
 #include "blocked.h"
 #include "decode.h"
-#include "quantised.h"
 #include "vocabulary.h"
+#if WIDE
+#include "quantised.h"
+#endif
+int punster_in_halves(void) { return WIDE; }
 
 /* What follows is a call each, for whole sequences and their gradients. */
-void punster_pack(const bf16 *w, int out, int in, long row_stride, long column_stride, uint32_t *packed) {
-#pragma omp parallel for schedule(static)
-  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
-    for (int k = 0; k < in / 2; k++)
-      for (int c = 0; c < PANEL; c++) {
-        const long column = (long)panel * PANEL + c;
-        const bf16 *at = w + column * row_stride + 2L * k * column_stride;
-        packed[((long)panel * (in / 2) + k) * PANEL + c] = column < out ? at[0] | (uint32_t)at[column_stride] << 16 : 0;
-      }
-}
 void punster_product(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
 #pragma omp parallel
   product_rows(x, rows, p, low, base, y, mode);
-}
-/* w (padded out, in) bytes -> panels, and the shifts of each block */
-void punster_pack_bytes(const int8_t *w, int out, int in, uint32_t *packed, int32_t *shift) {
-#pragma omp parallel for schedule(static)
-  for (int panel = 0; panel < out / PANEL; panel++) {
-    for (int k = 0; k < in / 4; k++)
-      for (int c = 0; c < PANEL; c++)
-        memcpy(packed + ((long)panel * (in / 4) + k) * PANEL + c, w + ((long)panel * PANEL + c) * in + 4L * k, 4);
-    for (int b = 0; b < blocks_of(in); b++)
-      for (long column = (long)panel * PANEL; column < (panel + 1L) * PANEL; column++) {
-        int32_t sum = 0;
-        for (int k = b * QUADS * 4; k < (b + 1) * QUADS * 4 && k < in; k++) sum += w[column * in + k];
-        shift[(long)b * out + column] = -128 * sum;
-      }
-  }
-}
-void punster_product_of_bytes(const bf16 *x, long rows, const Quantised *q, uint8_t *bytes, float *size, const float *low,
-                              const float *base, void *y, int mode) {
-#pragma omp parallel
-  {
-    quantise_rows(x, rows, q->p.in, bytes, size);
-    product_of_bytes_rows(bytes, size, rows, q, low, base, y, mode);
-  }
 }
 void punster_norm(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
 #pragma omp parallel

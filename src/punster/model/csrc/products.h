@@ -2,86 +2,36 @@
 #pragma once
 #include "common.h"
 
-/* What a tile's sums become: + low b + bias, then stored, or added to base. */
-INLINE void finish(const int rows, __m512 sum[TALL][3], const Product *p, const float *low, int panel, int biased, const float *base,
-                   void *y, int mode) {
-  const long out = p->out, first = (long)panel * PANEL;
+/* What a tile's sums become, 16 x wide columns from `first` on: + low b + bias, then stored, or added to base. */
+INLINE void finish(const int rows, const int wide, __m512 sum[TALL][3], const Product *p, const float *low, long first, int biased,
+                   const float *base, void *y, int mode) {
+  const long out = p->out;
   const Update *u = &p->update;
   __mmask16 inside[3];
-  for (int c = 0; c < 3; c++) inside[c] = inside_of(out - first - 16 * c);
+  for (int c = 0; c < wide; c++) inside[c] = inside_of(out - first - 16 * c);
   for (int r = 0; r < u->ranks && low; r++) {
-    if (u->to[r] <= first || u->from[r] >= first + PANEL) continue;
+    if (u->to[r] <= first || u->from[r] >= first + 16 * wide) continue;
     __m512 b[3];
-    for (int c = 0; c < 3; c++) b[c] = _mm512_maskz_loadu_ps(inside[c], u->b + r * out + first + 16 * c);
+    for (int c = 0; c < wide; c++) b[c] = _mm512_maskz_loadu_ps(inside[c], u->b + r * out + first + 16 * c);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
       const __m512 v = _mm512_set1_ps(low[i * u->ranks + r]);
-      for (int c = 0; c < 3; c++) sum[i][c] = _mm512_fmadd_ps(v, b[c], sum[i][c]);
+      for (int c = 0; c < wide; c++) sum[i][c] = _mm512_fmadd_ps(v, b[c], sum[i][c]);
     }
   }
 #pragma GCC unroll 3
-  for (int c = 0; c < 3; c++) {
+  for (int c = 0; c < wide; c++) {
     const long column = first + 16 * c;
     const __m512 bias = p->bias && biased ? _mm512_maskz_loadu_ps(inside[c], p->bias + column) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       __m512 v = _mm512_add_ps(sum[r][c], bias);
       if (mode == STORE_BF16) {
-        _mm256_mask_storeu_epi16((bf16 *)y + r * out + column, inside[c], (__m256i)_mm512_cvtneps_pbh(v));
+        store_halves((bf16 *)y + r * out + column, inside[c], halves(v));
         continue;
       }
       if (mode == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside[c], base + r * out + column));
       _mm512_mask_storeu_ps((float *)y + r * out + column, inside[c], v);
-    }
-  }
-}
-
-INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *low, int panel, long begin, long end,
-                 const float *base, void *y, int mode) {
-  const long in = p->in;
-  const uint32_t *w = p->w + ((long)panel * (in / 2) + begin) * PANEL;
-  __m512 sum[TALL][3];
-  for (int r = 0; r < rows; r++) for (int c = 0; c < 3; c++) sum[r][c] = _mm512_setzero_ps();
-  for (long k = begin; k < end; k++, w += PANEL) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 16),
-                   w2 = (__m512bh)_mm512_loadu_si512(w + 32);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-      int pair;
-      memcpy(&pair, x + r * in + 2 * k, 4);
-      const __m512bh v = (__m512bh)_mm512_set1_epi32(pair);
-      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, w0);
-      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, w1);
-      sum[r][2] = _mm512_dpbf16_ps(sum[r][2], v, w2);
-    }
-  }
-  finish(rows, sum, p, low, panel, !begin, base, y, mode);
-}
-
-/* y = the product, or base (which may be y) + the product */
-static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
-  const long panels = (p->out + PANEL - 1) / PANEL, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1;
-  const long size = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
-#pragma omp for schedule(static)
-  for (long job = 0; job < chunks * panels; job++) {
-    const long begin = job % chunks * size, end = begin + size < rows ? begin + size : rows;
-    const int panel = job / chunks;
-    /* long sums in blocks whose weights stay in the second-level cache; bf16 results are never split */
-    const long pairs = p->in / 2, step = mode == STORE_BF16 ? pairs : STRETCH;
-    for (long k = 0; k < pairs; k += step) {
-      const long stop = k + step < pairs ? k + step : pairs;
-      const int how = k ? ADD : mode;
-      for (long row = begin; row < end; row += TALL) {
-        const bf16 *at = x + row * p->in;
-        const float *beside = low && !k ? low + row * p->update.ranks : 0;
-        void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
-        const float *from = k ? to : base ? base + row * p->out : 0;
-        switch (end - row) {
-#define CASE(n) case n: tile(n, at, p, beside, panel, k, stop, from, to, how); break;
-          CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-          default: tile(8, at, p, beside, panel, k, stop, from, to, how);
-        }
-      }
     }
   }
 }

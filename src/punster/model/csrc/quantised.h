@@ -1,7 +1,7 @@
 /* Products in 8 bits: rows are rounded on the way in, blocks of inputs each by a scale of their own, weights column by column.
    AVX512_VNNI multiplies bytes without a sign by bytes with one: rows are shifted by 128, and what that adds is taken off a block. */
 #pragma once
-#include "products.h"
+#include "halves.h"
 
 #define QUADS 64 /* four inputs to a register's lane: blocks of 256 inputs, as in kernels.py, which makes room for their sizes */
 typedef struct { Product p; const float *scale; const int32_t *shift; } Quantised; /* shift (blocks, padded out): -128 sum of w */
@@ -49,7 +49,7 @@ INLINE void tile_of_bytes(const int rows, const uint8_t *x, const float *size, c
     const __m512 scale = _mm512_loadu_ps(q->scale + first + 16 * c);
     for (int r = 0; r < rows; r++) sum[r][c] = _mm512_mul_ps(_mm512_load_ps(part[r] + 16 * c), scale);
   }
-  finish(rows, sum, p, low, panel, 1, base, y, mode);
+  finish(rows, 3, sum, p, low, first, 1, base, y, mode);
 }
 
 /* x (rows, in) bf16 -> bytes from 1 to 255, and the size of a unit in each block */
@@ -94,5 +94,29 @@ static void product_of_bytes_rows(const uint8_t *x, const float *size, long rows
         default: tile_of_bytes(8, at, unit, q, beside, panel, from, to, mode);
       }
     }
+  }
+}
+
+/* w (padded out, in) bytes -> panels, and the shifts of each block */
+void punster_pack_bytes(const int8_t *w, int out, int in, uint32_t *packed, int32_t *shift) {
+#pragma omp parallel for schedule(static)
+  for (int panel = 0; panel < out / PANEL; panel++) {
+    for (int k = 0; k < in / 4; k++)
+      for (int c = 0; c < PANEL; c++)
+        memcpy(packed + ((long)panel * (in / 4) + k) * PANEL + c, w + ((long)panel * PANEL + c) * in + 4L * k, 4);
+    for (int b = 0; b < blocks_of(in); b++)
+      for (long column = (long)panel * PANEL; column < (panel + 1L) * PANEL; column++) {
+        int32_t sum = 0;
+        for (int k = b * QUADS * 4; k < (b + 1) * QUADS * 4 && k < in; k++) sum += w[column * in + k];
+        shift[(long)b * out + column] = -128 * sum;
+      }
+  }
+}
+void punster_product_of_bytes(const bf16 *x, long rows, const Quantised *q, uint8_t *bytes, float *size, const float *low,
+                              const float *base, void *y, int mode) {
+#pragma omp parallel
+  {
+    quantise_rows(x, rows, q->p.in, bytes, size);
+    product_of_bytes_rows(bytes, size, rows, q, low, base, y, mode);
   }
 }

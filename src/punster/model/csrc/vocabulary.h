@@ -33,7 +33,7 @@ void punster_log_probs(const float *logits, long rows, int size, float scale, co
       const __mmask16 inside = inside_of(size - c);
       const __m512 e = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(inside, x + c)), _mm512_set1_ps(p.most));
       const __m512 v = _mm512_mul_ps(vexp(e), _mm512_set1_ps(1 / p.total));
-      _mm256_mask_storeu_epi16(probs + row * stride + c, inside, (__m256i)_mm512_cvtneps_pbh(v));
+      store_halves(probs + row * stride + c, inside, halves(v));
     }
     if (probs) probs[row * stride + targets[row]] = 0;
   }
