@@ -66,7 +66,7 @@ def rollout(line: Line, batch: int, mode: str = "lora") -> None:
 
 def peak(line: Line) -> None:
     while True:
-        rate = matrix_peak(DATA["dtype"])
+        rate = matrix_peak(DATA["peer_dtype"])
         line.step(rate=rate)
 
 

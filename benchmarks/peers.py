@@ -24,7 +24,7 @@ from benchmarks.keys import ALPHA, BATCH, NEW, RANK, ROWS, Point, llama_config, 
 from benchmarks.line import BENCH, Line, serve, timed
 
 DATA = json.loads((BENCH / "data.json").read_text())
-MODEL, DTYPE = str(BENCH / "model"), getattr(torch, DATA["dtype"])
+MODEL, DTYPE = str(BENCH / "model"), getattr(torch, DATA["peer_dtype"])
 BF16 = DTYPE is torch.bfloat16
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -100,7 +100,10 @@ def model_and_data() -> None:
 def data(tokenizer: Any) -> dict[str, Any]:
     """Prompts, those of about PROMPT tokens first; pairs, and the order in which a punster run of seed 1 takes them."""
     from punster.data import corpus
+    from punster.model.product import multiplies_bf16
     from punster.train.optim import Cursor, seeded
+
+    dtype = json.loads((MODEL / "config.json").read_text())["torch_dtype"]
 
     def text(prompt: str) -> str:
         return str(tokenizer.hf.decode(tokenizer.prompt_ids(prompt)))
@@ -108,7 +111,8 @@ def data(tokenizer: Any) -> dict[str, Any]:
     prompts = sorted(set(corpus.prompts("train")), key=lambda prompt: (abs(len(tokenizer.prompt_ids(prompt)) - PROMPT), prompt))
     pairs = corpus.preference_rows(("literal",), "train")[:POOL]
     return {
-        "dtype": json.loads((MODEL / "config.json").read_text())["torch_dtype"],
+        "dtype": dtype,
+        "peer_dtype": dtype if multiplies_bf16() else "float32",  # the same values in the type that PyTorch multiplies fast here
         "prompts": [{"plain": prompt, "text": text(prompt), "ids": tokenizer.prompt_ids(prompt)} for prompt in prompts],
         "pairs": [
             {"plain": row["prompt"], "prompt": text(row["prompt"]), **{k: row[k] for k in ("chosen", "rejected")}}

@@ -36,7 +36,7 @@ def doctor() -> int:
     print(f"disk           {here / 1e9:.0f} GB free in {Path.cwd()}")
     print(f"device         {device}; frozen weights default to {str(dtype).removeprefix('torch.')}")
     in_use = device == "cpu" and dtype == torch.bfloat16 and compiled() is not None
-    how = "in use" + ("" if in_halves() else " (bf16 products in 16-bit whole numbers, as this CPU has none for bf16)")
+    how = f"in use, with products in {'bf16 and in 8 bits' if in_halves() else '16-bit whole numbers (AVX2), none in 8 bits'}"
     print(f"C kernels      {how if in_use else 'not used (they need AVX2 without AMX, bf16 weights and a C compiler)'}")
     speed = 2 * measured_speed(dtype, device, 5.0) / 1e9
     print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size (5 seconds)")

@@ -6,6 +6,7 @@ import ctypes as c
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +153,9 @@ def test_in_whole_numbers_nothing_overflows_and_nan_is_not_lost() -> None:
     x[3, 700], x[4, 1050], x[6, :] = torch.nan, torch.inf, 3e-39
     found = Packed.of(w)(x)
     assert bool(found[3:5].isnan().all()) and bool(found[[0, 1, 2, 5, 6, 7]].isfinite().all())
+    w[9, 5], w[50, 1055] = torch.nan, torch.inf
+    found = Packed.of(w)(x[:3])
+    assert bool(found[:, [9, 50]].isnan().all()) and int(found.isnan().sum()) == 6
     matrix = product.Matrix(w)
     assert matrix.quantised is matrix.packed and matrix.quantised_back is matrix.packed_back  # 8 bits would be no faster
 
@@ -195,13 +199,22 @@ def test_in_8_bits_an_outlier_costs_its_own_block_and_nan_is_not_lost() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("into", [64, 100, 1056])
 @torch.no_grad()
-def test_a_row_is_bit_identical_whatever_stands_beside_it() -> None:
-    w, x = torch.randn(200, 64).bfloat16(), torch.randn(70, 64).bfloat16()
-    packed = Packed.of(w)
-    whole = packed(x)
-    for first, last in ((0, 1), (3, 8), (8, 41), (69, 70)):
-        assert torch.equal(packed(x[first:last].contiguous()), whole[first:last])
+def test_a_row_is_bit_identical_whatever_stands_beside_it(into: int) -> None:
+    w, x, start = torch.randn(200, into).bfloat16(), torch.randn(70, into).bfloat16(), torch.randn(70, 200)
+    packed, low, b = Packed.of(w, torch.randn(200)), torch.randn(70, 3), torch.randn(3, 200)
+    ends = torch.tensor([[0, 0, 100], [200, 100, 200]], dtype=torch.int32)
+    update = CUpdate(None, at(b), 3, at(ends[0]), at(ends[1]))
+    ways: list[Callable[[slice], Tensor]] = [
+        lambda rows: packed(x[rows].contiguous()),
+        lambda rows: packed(x[rows].contiguous(), low[rows].contiguous(), update, half=True),
+        lambda rows: packed(x[rows].contiguous(), low[rows].contiguous(), update, start[rows].contiguous()),
+    ]
+    for way in ways:
+        whole = way(slice(0, 70))
+        for first, last in ((0, 1), (3, 8), (8, 41), (69, 70), (20, 22), (30, 33), (40, 44), (50, 56), (60, 67), (5, 5)):
+            assert torch.equal(way(slice(first, last)), whole[first:last])
 
 
 @needs_kernels
@@ -563,18 +576,19 @@ def test_where_the_cpu_has_no_bf16_its_matrices_are_multiplied_in_fp32(monkeypat
     matrix = product.Matrix(w, bias)
     assert torch.equal(matrix(x), torch.nn.functional.linear(x, w.float(), bias.float()))
     assert torch.equal(matrix.pull_back(matrix(x)), matrix(x) @ w.float())
+    head = product.LogitHead(w)
+    assert torch.equal(head.pull_back(matrix(x)), matrix(x) @ w.float())
 
 
 @needs_halves
 def test_what_avx2_can_does_as_well(tmp_path: Path) -> None:
     """This file once more, with the kernels that CPUs without AVX-512 have."""
+    ask = "from punster.model import kernels; print(kernels.compiled() is not None, kernels.in_halves())"
+    assert run(ask, PUNSTER_KERNELS="avx2").strip() == "True False"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, f"--basetemp={tmp_path / 'inner'}"]
     result = subprocess.run(command, env={**os.environ, "PUNSTER_KERNELS": "avx2"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout and " failed" not in result.stdout
-    assert "in_halves False" in run(
-        "from punster.model import kernels; print('in_halves', kernels.in_halves())", PUNSTER_KERNELS="avx2"
-    )
 
 
 @needs_kernels

@@ -56,6 +56,15 @@ def test_a_recipe_with_fewer_rows_takes_less_time(
     assert whole > 10 and minutes(rows) == pytest.approx(7 / len(corpus.part("train")) * whole, rel=0.05)
 
 
+def test_where_it_takes_long_a_scale_is_named() -> None:
+    from punster.train.pipeline import shorter
+
+    assert shorter(20, 1) == ""
+    assert shorter(42, 1) == " (--scale 0.4: about 17)"
+    assert shorter(30, 0.5) == " (--scale 0.2: about 12)"
+    assert shorter(60000, 1) == " (--scale 0.01: about 600)"
+
+
 def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:
     import yaml
 

@@ -75,7 +75,9 @@ class RunConfig:
     model: str = opt(DEFAULT_MODEL, "base model: built-in name, hub id, folder, or .gguf file")
     prompt_format: str = opt("auto", "auto (chat template, else '{prompt}\\n'), chat, or a text containing {prompt}")
     device: str = opt("auto", "auto, cpu, cuda, mps")
-    dtype: str = opt("auto", "type of the frozen weights: auto (bf16 where the CPU or GPU is fast at it), fp32, bf16")
+    dtype: str = opt(
+        "auto", "type of the frozen weights: auto (bf16 where it is faster: GPUs, C kernels, CPUs with bf16), fp32, bf16"
+    )
     seed: int = opt(1, "seed of all named generators (data, sampling, init), of all stages in a pipeline")
     resume: bool = opt(False, "go on with the run of this name: from its newest checkpoint, or with its first unfinished stage")
     dry_run: bool = opt(False, "print the plan with time and memory estimates, and stop")

@@ -67,7 +67,7 @@ class RewardConfig(TrainConfig):
     funniness_head: float = opt(0.2, "rated texts: weight of the auxiliary head 'how funny'", low=0)
     int8: bool = opt(
         False,
-        "a step multiplies by frozen bf16 matrices in 8 bits where the C kernels run (punster doctor); scoring is as without",
+        "a step multiplies by frozen bf16 matrices in 8 bits where punster doctor tells of them; scoring is as without",
     )
     members: int = opt(
         1, "ensemble: adapters and heads on the one base, each of own seed and four fifths of the data", low=1, high=16

@@ -2,7 +2,7 @@
 
 They serve CPUs with AVX512_BF16 and AVX512_VNNI (and without AMX, for which PyTorch's own products are better), and with AVX2, where
 bf16 products run in 16-bit whole numbers: bf16 weights, and in fp32 the choice of tokens and the attention of scoring. Everything has a
-plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one, and PUNSTER_KERNELS=avx2 what AVX2 can. n rows, R ranks of all low-rank updates of a product together.
+plain path in PyTorch beside it; PUNSTER_KERNELS=0 chooses that one, and =avx2 what AVX2 can. n rows, R ranks of all low-rank updates of a product together.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LONGEST = 192  # tokens of a path up to which every query is attended alone, as in decoding; in blocks beyond
 SIDE = 64  # queries, and keys, of a block
 BLOCK = 256  # inputs of a row that are rounded to 8 bits together; as in csrc/quantised.h
+RUN = 64  # the same, to 16-bit whole numbers; as in csrc/whole.h
 PANEL = 48  # columns of packed weights that lie together
 STORE, ADD, STORE_BF16 = 0, 1, 2
 SILU, GELU_TANH = 0, 1
@@ -74,7 +75,7 @@ class CDecode(c.Structure):
         *((name, c.c_int32) for name in ("d", "heads", "kv_heads", "size", "width", "act", "capacity")),
         ("rows", c.c_int64), ("length", c.c_int64), ("start", c.c_void_p), ("cos", c.c_void_p), ("sin", c.c_void_p),
         ("keys", c.c_void_p), ("values", c.c_void_p),
-        *((name, c.c_void_p) for name in ("x", "qkv", "out", "low", "narrow", "wide", "kept")), ("offset", c.c_int64),
+        *((name, c.c_void_p) for name in ("x", "qkv", "out", "low", "narrow", "wide", "room", "kept")), ("offset", c.c_int64),
     )  # fmt: skip
 
 
@@ -157,8 +158,9 @@ def right(found: c.CDLL) -> bool:
     weight, x = torch.linspace(-1, 1, 50 * 32).view(50, 32).bfloat16(), torch.linspace(-1, 1, 9 * 32).view(9, 32).bfloat16()
     packed, y = torch.zeros(packed_size(50, 32), dtype=torch.int32), torch.empty(9, 50)
     found.punster_pack(at(weight), 50, 32, c.c_long(32), c.c_long(1), at(packed))
-    found.punster_product(at(x), c.c_long(9), c.byref(CProduct(at(packed), None, 32, 50, NO_UPDATE)), None, None, at(y), STORE)
-    halves = bool(found.punster_in_halves())
+    halves, room = bool(found.punster_in_halves()), torch.empty(room_size(9, 32), dtype=torch.int16)
+    product = CProduct(at(packed), None, 32, 50, NO_UPDATE)
+    found.punster_product(at(x), c.c_long(9), c.byref(product), at(room), None, None, at(y), STORE)
     of_products = torch.allclose(y, x.float() @ weight.float().T, atol=1e-4 if halves else 0.01)
     ends, pairs, outer = torch.tensor([[0], [32]], dtype=torch.int32), torch.empty(5, dtype=torch.int32), torch.empty(1, 32)
     low = torch.arange(9.0).view(9, 1)
@@ -184,6 +186,16 @@ def right_in_bytes(found: c.CDLL) -> bool:
 def packed_size(out: int, into: int) -> int:
     """In units of 4 bytes: whole panels of pairs, and room for a scale of each column."""
     return -(-out // PANEL) * PANEL * (into // 2 + 1)
+
+
+def room_size(rows: int, into: int) -> int:
+    """In units of 2 bytes: a block of rows as whole numbers, and the size of a unit in every RUN inputs, as csrc/whole.h wants it."""
+    return rows * (into + 2 * -(-into // RUN))
+
+
+def room_for(rows: int, into: int) -> Tensor | None:
+    """What products in whole numbers work in; those of bf16 need none."""
+    return None if in_halves() else torch.empty(room_size(rows, into), dtype=torch.int16)
 
 
 def at(tensor: Tensor | None) -> c.c_void_p | None:
@@ -230,7 +242,7 @@ class Packed:
         assert base is None or not half
         y = torch.empty(len(x), self.out, dtype=torch.bfloat16 if half else torch.float32)
         mode = ADD if base is not None else STORE_BF16 if half else STORE
-        call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), low, base, y, mode)
+        call("punster_product", x, c.c_long(len(x)), c.byref(self.product(update)), room_for(*x.shape), low, base, y, mode)
         return y
 
 

@@ -29,6 +29,12 @@ def multiplies_bf16() -> bool:
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
 
+def type_of_products(weight: Tensor) -> torch.dtype:
+    """In which PyTorch multiplies by a matrix: its own, or fp32 where the CPU has no products of bf16 (a tenth as fast)."""
+    slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not multiplies_bf16()
+    return torch.float32 if slow else weight.dtype
+
+
 @cache
 def can_reorder(dtype: torch.dtype) -> bool:
     """Whether this PyTorch and CPU multiply by reordered weights, and get it right."""
@@ -54,13 +60,13 @@ class Matrix:
     """One or several frozen linear layers that read the same input: x (n, in) -> x W^T + bias (n, out), without gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        # Where the kernels do not take bf16, it is reordered, or multiplied in fp32 where the CPU has no products of bf16 (which are
-        # then a tenth as fast). In fp32 a block gains little, and plain products stay nearest to what other libraries compute.
+        # Where the kernels do not take bf16, it is reordered. In fp32 a block gains little, and plain products stay nearest to what
+        # other libraries compute.
+        if not suits(weight):
+            kind = type_of_products(weight)
+            weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
         self.weight, self.bias = weight, bias
         worth = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not suits(weight)
-        if worth and not multiplies_bf16():
-            self.weight, self.bias = weight.detach().float(), None if bias is None else bias.detach().float()
-            worth = False
         self._reordered = _reorder(weight) if worth and can_reorder(weight.dtype) else None
 
     @cached_property
@@ -95,7 +101,8 @@ class Matrix:
         """(n, out) -> (n, in): gradient W, in the type of the gradient."""
         if suits(self.weight) and self.weight.shape[0] % 2 == 0:
             return self.packed_back(gradient.to(self.weight.dtype))
-        return (gradient.to(self.weight.dtype) @ self.weight).to(gradient.dtype)
+        kind = type_of_products(self.weight)
+        return (gradient.to(kind) @ self.weight.to(kind)).to(gradient.dtype)
 
 
 class _Projection(torch.autograd.Function):
@@ -158,7 +165,7 @@ class LogitHead:
 
     @cached_property
     def packed(self) -> Packed | None:
-        """For the kernels, which sum bf16 products in fp32: the states' rounding is all that is lost (.006 of a log-prob)."""
+        """For the kernels: little more than the states' rounding is lost (.006 of a log-prob)."""
         return Packed.of(self.weight.detach()) if suits(self.weight) else None
 
     @cached_property
@@ -185,4 +192,5 @@ class LogitHead:
         """(n, V) -> (n, d) fp32: gradient W; for the kernels bf16, with one more column of zeros where V is odd."""
         if self.packed is not None and gradient.dtype == torch.bfloat16:
             return self.packed_back(gradient)
-        return (gradient.to(self.weight.dtype) @ self.weight.detach()).to(gradient.dtype)
+        kind = type_of_products(self.weight)
+        return (gradient.to(kind) @ self.weight.detach().to(kind)).to(gradient.dtype)

@@ -185,7 +185,7 @@ class Decoder:
         return LogitHead(self.embedding if self.config.tied else self.weights["lm_head.weight"])
 
     def matrix(self, sites: tuple[str, ...]) -> Matrix:
-        """Frozen linear layers that read the same input, as one; their weights become views of it, so nothing is held twice."""
+        """Frozen linear layers that read the same input, as one; their weights become views of it."""
         if sites not in self._matrices:
             fused = torch.cat([self.weights[site + ".weight"] for site in sites])
             biases = [self.weights[site + ".bias"] for site in sites if site + ".bias" in self.weights]

@@ -73,6 +73,7 @@ class Stepper:
             torch.empty(rows, heads * config.d_head), torch.empty(rows, inner), torch.empty(rows, max(1, self.ranks)),
             torch.empty(rows, max(config.d_model, config.d_ff, inner), dtype=torch.bfloat16),
             torch.empty(rows, wide, dtype=torch.bfloat16),
+            kernels.room_for(rows, max(config.d_model, config.d_ff, inner)),
         ]
         rope = (None, None) if turn is None else fused.rope_rows(*turn, x.shape)
         keys, values = ((c.c_void_p * len(side))(*(t.data_ptr() for t in side)) for side in (cache.keys, cache.values))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from punster.disk import flush, sha256_of, write_json
 from punster.errors import Aborted, UserError, near_matches
-from punster.model.kernels import compiled
+from punster.model.kernels import compiled, in_halves
 from punster.model.role import Role
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def remove(place: Path) -> None:
 def context() -> dict[str, Any]:
     """What may change the last bits of numbers between two machines or installations."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
-            "kernels": compiled() is not None}  # fmt: skip
+            "kernels": compiled() is not None, "halves": in_halves()}  # fmt: skip
 
 
 def log_sizes(folder: Path) -> dict[str, int]:

@@ -30,6 +30,7 @@ from punster.train.setup import open_base
 from punster.train.sft import sft
 
 Settings = TypeVar("Settings", TrainConfig, EvaluateConfig)
+PATIENCE = 15  # minutes
 STAGES: dict[str, tuple[type[TrainConfig], Callable[[Any], Path | None], str]] = {
     "sft": (SftConfig, sft, "supervised fine-tuning on puns"),
     "reward": (RewardConfig, train_reward, "reward model that is trained against"),
@@ -179,7 +180,8 @@ def run_stages(
             print(text, file=sys.stderr)
 
     if not config.quiet:
-        say(f"about {sum(left.values()) / 60:.0f} minutes to go on this machine")
+        minutes = sum(left.values()) / 60
+        say(f"about {minutes:.0f} minutes to go on this machine{shorter(minutes, config.scale)}")
     expected = took = 0.0  # seconds, of what has been done since
     again = config_dict(replace(config, resume=False))  # so that the file can be run anew under another name
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
@@ -272,4 +274,15 @@ def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: Eva
     base = open_base(stages["sft"])[0]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in base.weights.values())
     memory = (weights + 2.5e9 * base.config.d_model / 576) / 1e9  # as measured for the default model, larger ones in proportion
-    print(f"  {'in all':15s} about {sum(expected.values()) / 60:5.1f} minutes on this machine, about {memory:.0f} GB of memory")
+    minutes = sum(expected.values()) / 60
+    print(
+        f"  {'in all':15s} about {minutes:5.1f} minutes on this machine, about {memory:.0f} GB of memory{shorter(minutes, config.scale)}"
+    )
+
+
+def shorter(minutes: float, scale: float) -> str:
+    """How to wait less, where it is long."""
+    if minutes < 1.5 * PATIENCE:
+        return ""
+    less = max(0.01, float(f"{scale * PATIENCE / minutes:.1g}"))
+    return f" (--scale {less:g}: about {minutes * less / scale:.0f})"

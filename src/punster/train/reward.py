@@ -110,7 +110,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     state = State(model, optimizers, generators, cursors, given=examples)
     if config.int8 and not fused.quantises(model.model, model.frozen_depth):
         speaker(config.quiet)(
-            "  --int8 changes nothing: no frozen bf16 layer that the C kernels take in 8 bits is trained here (see punster doctor)"
+            "  --int8 changes nothing here: no frozen bf16 layer that the C kernels take in 8 bits (punster doctor)"
         )
 
     def as_kept() -> Role:

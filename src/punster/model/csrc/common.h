@@ -9,7 +9,6 @@
 #endif
 #include <math.h>
 #include <omp.h>
-#include <stdlib.h>
 
 #define PANEL 48
 #define TALL (WIDE ? 8 : 6) /* rows of a tile: 8 x 3 accumulators of 32 registers, or 6 x 2 of 16 */

@@ -20,6 +20,7 @@ typedef struct {
   float **keys, **values;
   float *x, *qkv, *out, *low;
   bf16 *narrow, *wide;
+  int16_t *room; /* see whole.h */
   const Kept *kept; /* of every layer, or null */
   int64_t offset;   /* rows that are kept already */
 } Decode;
@@ -73,13 +74,13 @@ void punster_decode(const Decode *s, const Layer *layers, int first, int last) {
     const Kept k = places(s, at, s->kept ? s->kept + l : 0);
     copy_rows(s->x, s->rows, s->d, k.x); /* nobody writes s->x before two more barriers */
     norm_rows(s->x, s->rows, s->d, &at->before, &at->attend.update, k.normed, k.low, k.stat);
-    product_rows(k.normed, s->rows, &at->attend, k.low, 0, k.qkv, STORE);
+    product_rows(k.normed, s->rows, &at->attend, s->room, k.low, 0, k.qkv, STORE);
     attend_rows(s, &k, s->keys[l], s->values[l], &at->output.update);
-    product_rows(k.found, s->rows, &at->output, k.low_found, s->x, s->x, ADD);
+    product_rows(k.found, s->rows, &at->output, s->room, k.low_found, s->x, s->x, ADD);
     copy_rows(s->x, s->rows, s->d, k.between);
     norm_rows(s->x, s->rows, s->d, &at->between, &at->up.update, k.normed_between, k.low_up, k.stat_between);
-    product_rows(k.normed_between, s->rows, &at->up, k.low_up, 0, k.wide, STORE_BF16);
+    product_rows(k.normed_between, s->rows, &at->up, s->room, k.low_up, 0, k.wide, STORE_BF16);
     act_rows(k.wide, s->rows, s->width, s->act, &at->down.update, k.act, k.low_down);
-    product_rows(k.act, s->rows, &at->down, k.low_down, s->x, s->x, ADD);
+    product_rows(k.act, s->rows, &at->down, s->room, k.low_down, s->x, s->x, ADD);
   }
 }

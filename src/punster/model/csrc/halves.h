@@ -23,8 +23,8 @@ INLINE void tile(const int rows, const bf16 *x, const Product *p, const float *l
   finish(rows, 3, sum, p, low, (long)panel * PANEL, !begin, base, y, mode);
 }
 
-/* y = the product, or base (which may be y) + the product */
-static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
+/* y = the product, or base (which may be y) + the product; no room is needed (whole.h) */
+static void product_rows(const bf16 *x, long rows, const Product *p, int16_t *room, const float *low, const float *base, void *y, int mode) {
   const long panels = (p->out + PANEL - 1) / PANEL, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1;
   const long size = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
 #pragma omp for schedule(static)

@@ -1,5 +1,5 @@
 /* What a step of a Llama or GPT-2 block does on CPUs with AVX512_BF16 or AVX2: products of bf16 rows with packed weights, their
-   low-rank updates added in the same registers, and all that lies between the products in one pass each. Sums are fp32.
+   low-rank updates added in the same registers, and all that lies between the products in one pass each. Sums are fp32 (whole.h: of exact sums).
 
    Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2], bf16 or whole numbers.
    Low-rank updates: y += low b, low (rows, ranks) = x a^T; a (ranks, in), b (ranks, out). Rank r lives in the columns
@@ -14,9 +14,9 @@
 int punster_in_halves(void) { return WIDE; }
 
 /* What follows is a call each, for whole sequences and their gradients. */
-void punster_product(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
+void punster_product(const bf16 *x, long rows, const Product *p, int16_t *room, const float *low, const float *base, void *y, int mode) {
 #pragma omp parallel
-  product_rows(x, rows, p, low, base, y, mode);
+  product_rows(x, rows, p, room, low, base, y, mode);
 }
 void punster_norm(const float *x, long rows, int d, const Norm *n, const Update *u, bf16 *y, float *low, float *stat) {
 #pragma omp parallel

@@ -19,12 +19,15 @@ void punster_pack(const bf16 *w, int out, int in, long row_stride, long column_s
     for (int c = 0; c < PANEL; c++) {
       const long column = panel * PANEL + c;
       const bf16 *at = w + column * row_stride;
-      float most = 0;
-      for (long k = 0; k < in && column < out; k++) most = fmaxf(most, fabsf(bf16_value(at[k * column_stride])));
-      scale[column] = most > 0 ? most / MOST_OF_WEIGHT : 1;
+      float most = 0, lost = 0; /* lost: 0, or NaN where there is one, which a maximum passes over */
+      for (long k = 0; k < in && column < out; k++) {
+        const float v = bf16_value(at[k * column_stride]);
+        most = fmaxf(most, fabsf(v)), lost += 0 * v;
+      }
+      scale[column] = (most > 0 ? most / MOST_OF_WEIGHT : 1) + lost;
       for (long k = 0; k < in / 2; k++) {
         int whole[2] = {0, 0};
-        for (int i = 0; i < 2 && column < out; i++) whole[i] = lrintf(bf16_value(at[(2 * k + i) * column_stride]) / scale[column]);
+        for (int i = 0; i < 2 && column < out && lost == 0; i++) whole[i] = lrintf(bf16_value(at[(2 * k + i) * column_stride]) / scale[column]);
         packed[(column / 16 * (in / 2) + k) * 16 + column % 16] = (uint16_t)whole[0] | (uint32_t)whole[1] << 16;
       }
     }
@@ -37,7 +40,7 @@ static void whole_rows(const bf16 *x, long rows, long in, int16_t *whole, float 
     const long row = job / runs_of(in), begin = job % runs_of(in) * RUN, end = begin + RUN < in ? begin + RUN : in;
     const bf16 *v = x + row * in;
     const long even = begin + (end - begin) / 16 * 16;
-    __m512 top = _mm512_set1_ps(1e-30f), none = _mm512_setzero_ps(); /* none: 0, or NaN where there is one, which a maximum passes over */
+    __m512 top = _mm512_set1_ps(1e-30f), none = _mm512_setzero_ps(); /* none: 0, or NaN as above */
     for (long c = begin; c < even; c += 16) {
       const __m512 t = load_bf16(v + c);
       top = _mm512_max_ps(top, _mm512_abs_ps(t));
@@ -99,21 +102,17 @@ INLINE void tile(const int rows, const int16_t *x, const float *unit, const Prod
   finish(rows, 1, sum, p, low, first, 1, base, y, mode);
 }
 
-/* y = the product, or base (which may be y) + the product */
-static void product_rows(const bf16 *x, long rows, const Product *p, const float *low, const float *base, void *y, int mode) {
+/* y = the product, or base (which may be y) + the product; room: rows x (in + 2 for each block) */
+static void product_rows(const bf16 *x, long rows, const Product *p, int16_t *room, const float *low, const float *base, void *y, int mode) {
   const long panels = (p->out + PANEL - 1) / PANEL, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1, in = p->in;
   const long share = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
-  char *room;
-#pragma omp single copyprivate(room)
-  room = malloc(rows * (in * sizeof(int16_t) + runs_of(in) * sizeof(float)) + 1);
-  int16_t *whole = (int16_t *)room;
-  float *unit = (float *)(whole + rows * in); /* `in` is even */
-  whole_rows(x, rows, in, whole, unit);
+  float *unit = (float *)(room + rows * in); /* `in` is even */
+  whole_rows(x, rows, in, room, unit);
 #pragma omp for schedule(static)
   for (long job = 0; job < chunks * panels * 3; job++) {
     const long begin = job % chunks * share, end = begin + share < rows ? begin + share : rows, first = job / chunks * 16;
     for (long row = begin; row < end && first < p->out; row += TALL) {
-      const int16_t *at = whole + row * in;
+      const int16_t *at = room + row * in;
       const float *size = unit + row * runs_of(in), *beside = low ? low + row * p->update.ranks : 0, *from = base ? base + row * p->out : 0;
       void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
       switch (end - row) {
@@ -123,6 +122,4 @@ static void product_rows(const bf16 *x, long rows, const Product *p, const float
       }
     }
   }
-#pragma omp single nowait
-  free(room);
 }
