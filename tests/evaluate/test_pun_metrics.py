@@ -147,16 +147,20 @@ def test_published_correlations_of_kao(punster_data: Path) -> None:
 
 @pytest.mark.slow
 def test_surprisal_tells_puns_from_other_sentences_as_published(punster_data: Path) -> None:
-    """He et al.'s Table 2 on their own file, pun + non-pun: S_ratio .46 there; by the default model .51, and S_global .61."""
+    """He et al.'s Table 2 on their own file, pun + non-pun: S_ratio .46 there; by the default model .51, and S_global .60.
+
+    In fp32: the ratio is -1 unless both surprisals are positive, and the .06 nats by which bf16 moves them can turn the sign of a
+    row: one of 96 moves the correlation by .035.
+    """
     script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "reproduce_pun_metrics.py"))
     rows = [row for row in script["he"](punster_data) if row[3] in ("pun", "retrieved_aw", "retrieved_pw")]
     assert len(rows) == 96
-    loaded = load()
+    loaded = load(dtype="fp32")
     placed = [(text, place, other) for text, word, other, *_ in rows if (place := find_word(text, word))]
     found = surprisals(loaded.role, loaded.tokenizer, placed)
     columns = {"ratio": [v.ratio for v in found], "near": [v.near for v in found], "far": [v.far for v in found]}
     correlations = {key: spearman(script["clipped"](values), [row[4] for row in rows]) for key, values in columns.items()}
-    assert correlations == pytest.approx({"ratio": 0.51, "near": 0.47, "far": 0.61}, abs=0.03)
+    assert correlations == pytest.approx({"ratio": 0.514, "near": 0.468, "far": 0.605}, abs=0.01)
 
 
 @pytest.mark.slow
