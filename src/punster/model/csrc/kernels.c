@@ -1,7 +1,8 @@
 /* What a step of a Llama or GPT-2 block does on CPUs with AVX512_BF16 or AVX2: products of bf16 rows with packed weights, their
    low-rank updates added in the same registers, and all that lies between the products in one pass each. Sums are fp32 (whole.h: of exact sums).
 
-   Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2], bf16 or whole numbers.
+   Packed weights: panels of 48 output columns, each K/2 pairs of inputs long: w[panel][k/2][column][k%2]; of 16
+   columns, in whole numbers and with their scales behind them, in whole.h.
    Low-rank updates: y += low b, low (rows, ranks) = x a^T; a (ranks, in), b (ranks, out). Rank r lives in the columns
    from[r] <= column < to[r] of the output and is zero elsewhere, as q, k and v have updates of their own.
    The functions named *_rows are worksharing: inside a parallel region every thread does its part, with a barrier behind. */

@@ -104,14 +104,14 @@ INLINE void tile(const int rows, const int16_t *x, const float *unit, const Prod
 
 /* y = the product, or base (which may be y) + the product; room: rows x (in + 2 for each block) */
 static void product_rows(const bf16 *x, long rows, const Product *p, int16_t *room, const float *low, const float *base, void *y, int mode) {
-  const long panels = (p->out + PANEL - 1) / PANEL, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1, in = p->in;
+  const long strips = (p->out + 15) / 16, chunks = rows ? (rows + CHUNK - 1) / CHUNK : 1, in = p->in;
   const long share = ((rows + chunks - 1) / chunks + TALL - 1) / TALL * TALL; /* even chunks, in whole tiles */
   float *unit = (float *)(room + rows * in); /* `in` is even */
   whole_rows(x, rows, in, room, unit);
 #pragma omp for schedule(static)
-  for (long job = 0; job < chunks * panels * 3; job++) {
+  for (long job = 0; job < chunks * strips; job++) {
     const long begin = job % chunks * share, end = begin + share < rows ? begin + share : rows, first = job / chunks * 16;
-    for (long row = begin; row < end && first < p->out; row += TALL) {
+    for (long row = begin; row < end; row += TALL) {
       const int16_t *at = room + row * in;
       const float *size = unit + row * runs_of(in), *beside = low ? low + row * p->update.ranks : 0, *from = base ? base + row * p->out : 0;
       void *to = (char *)y + row * p->out * (mode == STORE_BF16 ? 2 : 4);
