@@ -72,6 +72,11 @@ class PipelineConfig(RunConfig):
 
     quiet: bool = opt(False, "print nothing but errors")
     scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test", above=0, high=100)
+    minutes: float = opt(
+        0.0,
+        "where the whole would take longer than this on this machine, scale is lowered to fit (0: however long it takes)",
+        low=0,
+    )
     stages: list[str] = opt(["sft", "reward", "gold", "ppo", "grpo", "dpo"], "stages to run, in this order")
     sft: dict[str, Any] = opt({}, "settings of the SFT stage")
     reward: dict[str, Any] = opt({}, "settings of the reward model that is trained against")

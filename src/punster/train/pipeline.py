@@ -25,7 +25,7 @@ from punster.train.estimate import pipeline_seconds
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release
+from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release, saved_settings
 from punster.train.setup import open_base
 from punster.train.sft import sft
 
@@ -114,7 +114,6 @@ def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
             changed["minibatches"] = min(stage.minibatches, changed["batch_size"])
         changed["eval_prompts"] = max(2, round(stage.eval_prompts * fraction))
     if isinstance(stage, RewardConfig):
-        changed["rows_per_kind"] = max(8, round((stage.rows_per_kind or 540) * scale))
         changed["sampled_rows"] = max(8, round(stage.sampled_rows * scale))
         changed["normalise_samples"] = max(8, round(stage.normalise_samples * fraction))
         changed["test_limit"] = max(4, round(stage.test_limit * fraction))
@@ -126,15 +125,16 @@ def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
 def run_pipeline(config: PipelineConfig) -> None:
     """All stages, the evaluation, the report; prints the closing table."""
     folder = Path(config.out) / config.name
-    stages = {stage: stage_config(config, stage) for stage in config.stages}
-    evaluation = evaluation_config(config, folder)
+    if not config.dry_run:
+        if folder.exists() and not config.resume:
+            raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
+        if config.resume and not folder.exists():
+            raise UserError(f"--resume: there is no run {folder}")
+    config = fitted(config)
+    stages, evaluation = parts_of(config)
     if config.dry_run:
         plan(config, stages, evaluation)
         return
-    if folder.exists() and not config.resume:
-        raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
-    if config.resume and not folder.exists():
-        raise UserError(f"--resume: there is no run {folder}")
     begun = [stage for stage in stages if (folder / stage / "config.yaml").exists()]
     for stage in begun:
         if changed := changed_settings(folder / stage, stages[stage]):
@@ -167,6 +167,34 @@ def run_pipeline(config: PipelineConfig) -> None:
         raise
     finally:
         release(lock)
+
+
+def parts_of(config: PipelineConfig) -> tuple[dict[str, TrainConfig], EvaluateConfig]:
+    return {stage: stage_config(config, stage) for stage in config.stages}, evaluation_config(
+        config, Path(config.out) / config.name
+    )
+
+
+def fitted(config: PipelineConfig) -> PipelineConfig:
+    """The same with a scale at which all of it takes about --minutes on this machine; a run that goes on keeps the one it began with."""
+    folder = Path(config.out) / config.name
+    if not config.minutes:
+        return config
+    if config.resume and (folder / "config.yaml").exists():
+        known = saved_settings(folder)
+        return replace(config, scale=known["scale"]) if config.scale == 1 and known.get("minutes") == config.minutes else config
+    needed = sum(time_left(config, *parts_of(config)).values()) / 60
+    if needed <= 1.1 * config.minutes:
+        return config
+    scale = config.scale * config.minutes / needed
+    scale = max(0.01, round(scale, 1 if scale > 0.25 else 2))  # in steps, as the estimate varies from call to call
+    if not config.quiet:
+        print(
+            f"all of it would take about {needed:.0f} minutes on this machine: --scale {scale:g}, for about {config.minutes:g} "
+            "(--minutes 0: all of it)",
+            file=sys.stderr,
+        )
+    return replace(config, scale=scale)
 
 
 def run_stages(

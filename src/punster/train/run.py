@@ -260,13 +260,8 @@ def crash_report(folder: Path, error: BaseException, **known: Any) -> None:
 
 def changed_settings(folder: Path, config: TrainConfig) -> str:
     """How a run's saved settings differ from these, as text; what does not change the result is left aside."""
-    path = folder / "config.yaml"
-    try:
-        known = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged and cannot be read ({' '.join(str(error).split())})") from None
     defaults = {item.name: default_of(item) for item in dataclasses.fields(config)}
-    saved = defaults | known  # options newer than the file: as by default
+    saved = defaults | saved_settings(folder)  # options newer than the file: as by default
     ignored = {
         "resume", "quiet", "dry_run", "save_every", "keep", "keep_best", "eval_every", "out", "max_tokens", "reward_timeout",
     }  # fmt: skip
@@ -280,6 +275,15 @@ def changed_settings(folder: Path, config: TrainConfig) -> str:
     changed = {k: v for k, v in now.items() if k not in ignored and saved[k] != v
                and not (k in ("data", "prompts") and v in unnamed)}  # fmt: skip
     return ", ".join(f"{key}: {saved[key]!r} -> {value!r}" for key, value in changed.items())
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What a run's config.yaml holds."""
+    path = folder / "config.yaml"
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({' '.join(str(error).split())})") from None
 
 
 def marked(config: Config, **given: Any) -> Config:
