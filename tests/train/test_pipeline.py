@@ -75,21 +75,21 @@ def test_a_run_fits_into_its_minutes_and_keeps_the_scale_that_it_began_with(
     seconds = 3000.0
     monkeypatch.setattr(pipeline, "time_left", lambda *parts: {"sft": seconds})
     given = PipelineConfig(name="r", model=str(tiny_llama), minutes=20)
-    found = pipeline.fitted(given)
+    found = pipeline.fitted(given, {})
     assert found.scale == 0.4 and "about 50 minutes on this machine: --scale 0.4" in capsys.readouterr().err
-    assert pipeline.fitted(replace(given, minutes=0)).scale == 1
-    assert pipeline.fitted(replace(given, scale=0.5)).scale == 0.2  # 50 minutes at that scale
+    assert pipeline.fitted(replace(given, minutes=0), {}).scale == 1
+    assert pipeline.fitted(replace(given, scale=0.5), {}).scale == 0.2  # 50 minutes at that scale
     capsys.readouterr()
     seconds = 1300.0
-    assert pipeline.fitted(given) == given and not capsys.readouterr().err  # a little more is no matter
+    assert pipeline.fitted(given, {}) == given and not capsys.readouterr().err  # a little more is no matter
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("minutes: 20.0\nscale: 0.4\n")
-    assert pipeline.fitted(replace(given, resume=True)).scale == 0.4
+    (folder / "config.yaml").write_text("minutes: 0.0\nscale: 0.4\n")
+    assert pipeline.fitted(replace(given, resume=True), {}).scale == 0.4
     assert (
-        pipeline.fitted(replace(given, resume=True, scale=0.3)).scale == 0.3
+        pipeline.fitted(replace(given, resume=True, scale=0.3), {}).scale == 0.3
     )  # wanted: what was done otherwise is refused later
-    assert pipeline.fitted(replace(given, resume=True, minutes=0)).scale == 1
+    assert pipeline.fitted(replace(given, resume=True, minutes=0), {}).scale == 1
 
 
 def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:

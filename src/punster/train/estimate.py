@@ -22,14 +22,13 @@ Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts, by w
 
 
 def pipeline_seconds(
-    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, done: Sequence[str]
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, done: Sequence[str], counts: Counts
 ) -> dict[str, float]:
-    """Of each stage that is not done, and of the evaluation."""
+    """Of each stage that is not done, and of the evaluation. counts: of data read before, and now."""
     base = shared_base(config.model, config)
     speed = 0.95 * measured_speed(base.dtype, str(base.device))
     judge = layers_of(stages["reward"], base) if "reward" in stages else 0  # whose adapter the critic starts from
     left = {name: stage for name, stage in stages.items() if name not in done}
-    counts: Counts = {}
     result = {name: stage_work(stage, base, judge, *given(stage, counts)) / speed for name, stage in left.items()}
     policies = max(0, len(set(evaluation.models)) - 1)  # the reference draws a pool
     pool = max(evaluation.samples, evaluation.pool or 2 * evaluation.best_of)

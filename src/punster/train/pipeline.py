@@ -21,7 +21,7 @@ from punster.disk import write_json, write_text
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial
 from punster.train.dpo import dpo
-from punster.train.estimate import pipeline_seconds
+from punster.train.estimate import Counts, pipeline_seconds
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
@@ -130,10 +130,11 @@ def run_pipeline(config: PipelineConfig) -> None:
             raise UserError(f"run {folder} exists already: choose another name (-n), or go on with --resume")
         if config.resume and not folder.exists():
             raise UserError(f"--resume: there is no run {folder}")
-    config = fitted(config)
+    counts: Counts = {}
+    config = fitted(config, counts)
     stages, evaluation = parts_of(config)
     if config.dry_run:
-        plan(config, stages, evaluation)
+        plan(config, stages, time_left(config, stages, evaluation, counts))
         return
     begun = [stage for stage in stages if (folder / stage / "config.yaml").exists()]
     for stage in begun:
@@ -153,7 +154,7 @@ def run_pipeline(config: PipelineConfig) -> None:
         )
     # A model, or data to learn from, that cannot be had are found out before anything is written.
     open_base(stages["sft"])
-    left = time_left(config, stages, evaluation)
+    left = time_left(config, stages, evaluation, counts)
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder)
     try:
@@ -175,15 +176,14 @@ def parts_of(config: PipelineConfig) -> tuple[dict[str, TrainConfig], EvaluateCo
     )
 
 
-def fitted(config: PipelineConfig) -> PipelineConfig:
+def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
     """The same with a scale at which all of it takes about --minutes on this machine; a run that goes on keeps the one it began with."""
     folder = Path(config.out) / config.name
     if not config.minutes:
         return config
     if config.resume and (folder / "config.yaml").exists():
-        known = saved_settings(folder)
-        return replace(config, scale=known["scale"]) if config.scale == 1 and known.get("minutes") == config.minutes else config
-    needed = sum(time_left(config, *parts_of(config)).values()) / 60
+        return replace(config, scale=saved_settings(folder).get("scale", 1.0)) if config.scale == 1 else config
+    needed = sum(time_left(config, *parts_of(config), counts).values()) / 60
     if needed <= 1.1 * config.minutes:
         return config
     scale = config.scale * config.minutes / needed
@@ -211,7 +211,7 @@ def run_stages(
         minutes = sum(left.values()) / 60
         say(f"about {minutes:.0f} minutes to go on this machine{shorter(minutes, config.scale)}")
     expected = took = 0.0  # seconds, of what has been done since
-    again = config_dict(replace(config, resume=False))  # so that the file can be run anew under another name
+    again = config_dict(replace(config, resume=False, minutes=0.0))  # so that the file runs anew elsewhere, under another name
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
     started = time.monotonic()
     seconds: dict[str, Any] = {}
@@ -254,14 +254,16 @@ def run_stages(
         )
 
 
-def time_left(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> dict[str, float]:
+def time_left(
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, counts: Counts
+) -> dict[str, float]:  # fmt: skip
     """Estimated seconds of the stages that are not done, whose data are read for it, and of the evaluation; UserError if data are missing."""
     from punster.evaluate.success import labels_at_hand
 
     if evaluation.call_puns:
         labels_at_hand()
     done = [stage for stage in stages if stage_summary(Path(config.out) / config.name, stage)]
-    return pipeline_seconds(config, stages, evaluation, done)
+    return pipeline_seconds(config, stages, evaluation, done, counts)
 
 
 def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
@@ -293,9 +295,8 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def plan(config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig) -> None:
-    """--dry-run: the stages with their settings and an estimate of the time on this machine."""
-    expected = time_left(config, stages, evaluation)
+def plan(config: PipelineConfig, stages: dict[str, TrainConfig], expected: dict[str, float]) -> None:
+    """--dry-run: the stages and the estimated seconds that each takes on this machine."""
     print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
     for stage, seconds in expected.items():
         print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
