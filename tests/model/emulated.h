@@ -1,6 +1,6 @@
-/* AVX-512 (F, BW, DQ, BF16, VNNI) as far as csrc uses it, lane by lane in plain C, so that CPUs without it can test what is written
-   for it: cc -include emulated.h. Each function is named for the intrinsic that it stands for, and does what Intel's Intrinsics Guide
-   says of that one, but for the order in which dpbf16 rounds. Slow, and for tests alone. */
+/* AVX-512 (F, VL, BW, DQ, BF16, VNNI) as far as csrc uses it, lane by lane in plain C, so that CPUs without it can test what is written
+   for it: cc -include emulated.h. Each function does what Intel's Intrinsics Guide says of the intrinsic that it stands for below, but
+   that dpbf16 does not flush denormal numbers to zero. Slow, and for tests alone. */
 #pragma once
 #ifndef ONLY_AVX2
 #include <immintrin.h>
@@ -17,10 +17,11 @@ typedef short vs32 __attribute__((vector_size(64)));
 
 EM void e_aligned(const void *p) { if ((uintptr_t)p % 64) __builtin_trap(); }
 EM float e_wide(uint16_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
-EM uint16_t e_half(float f) { /* to the nearest, ties to even */
+EM uint16_t e_half(float f) { /* to the nearest, ties to even; denormal numbers are zero, a NaN becomes a quiet one */
   uint32_t u;
   memcpy(&u, &f, 4);
-  return f != f ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  if (f != f) return u >> 16 | 0x40;
+  return u & 0x7f800000 ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) & 0x8000;
 }
 
 /* fp32 */
@@ -42,7 +43,10 @@ EM __m512 e_abs(__m512 x) { __m512 r; EACH r[i] = fabsf(x[i]); return r; }
 EM __m512 e_round(__m512 x) { __m512 r; EACH r[i] = rintf(x[i]); return r; }
 EM __m512 e_scalef(__m512 x, __m512 n) { __m512 r; EACH r[i] = ldexpf(x[i], (int)floorf(n[i])); return r; }
 EM float e_sum(__m512 x) { for (int s = 8; s; s /= 2) for (int i = 0; i < s; i++) x[i] += x[i + s]; return x[0]; }
-EM float e_most(__m512 x) { float m = x[0]; EACH m = x[i] > m ? x[i] : m; return m; }
+EM float e_most(__m512 x) {
+  for (int s = 8; s; s /= 2) for (int i = 0; i < s; i++) x[i] = x[i] > x[i + s] ? x[i] : x[i + s];
+  return x[0];
+}
 EM __m512 e_choose(__m512 otherwise, __mmask16 k, __m512 x) { CHOSEN otherwise[i] = x[i]; return otherwise; }
 EM __m512 e_mask_load(__m512 otherwise, __mmask16 k, const float *p) { CHOSEN otherwise[i] = p[i]; return otherwise; }
 EM void e_mask_store(float *p, __mmask16 k, __m512 x) { CHOSEN p[i] = x[i]; }
@@ -94,7 +98,7 @@ EM __m512 e_dot(__m512 sum, __m512i x, __m512i w) {
   uint16_t a[32], b[32];
   memcpy(a, &x, 64);
   memcpy(b, &w, 64);
-  EACH sum[i] += e_wide(a[2 * i]) * e_wide(b[2 * i]) + e_wide(a[2 * i + 1]) * e_wide(b[2 * i + 1]);
+  EACH sum[i] = fmaf(e_wide(a[2 * i]), e_wide(b[2 * i]), fmaf(e_wide(a[2 * i + 1]), e_wide(b[2 * i + 1]), sum[i]));
   return sum;
 }
 EM __m512i e_dot_bytes(__m512i sum, __m512i x, __m512i w) {
@@ -122,7 +126,8 @@ EM __m512i e_dot_bytes(__m512i sum, __m512i x, __m512i w) {
 #define _mm512_fmadd_ps e_fmadd
 #define _mm512_fnmadd_ps e_fnmadd
 #define _mm512_abs_ps e_abs
-#define _mm512_roundscale_ps(x, how) e_round(x)
+#define e_only(constant, wanted) ((void)sizeof(char[(constant) == (wanted) ? 1 : -1]))
+#define _mm512_roundscale_ps(x, how) (e_only(how, 8), e_round(x))
 #define _mm512_scalef_ps e_scalef
 #define _mm512_reduce_add_ps e_sum
 #define _mm512_reduce_max_ps e_most
@@ -133,7 +138,7 @@ EM __m512i e_dot_bytes(__m512i sum, __m512i x, __m512i w) {
 #define _mm512_mask_add_ps(otherwise, k, x, y) e_choose(otherwise, k, e_add(x, y))
 #define _mm512_mask_max_ps(otherwise, k, x, y) e_choose(otherwise, k, e_max(x, y))
 #define _mm512_mask3_fmadd_ps(x, y, z, k) e_choose(z, k, e_fmadd(x, y, z))
-#define _mm512_mask_cmp_ps_mask(k, x, y, gt_oq) e_above(k, x, y)
+#define _mm512_mask_cmp_ps_mask(k, x, y, how) (e_only(how, _CMP_GT_OQ), e_above(k, x, y))
 #define _mm512_unpacklo_ps(a, b) e_interleave(a, b, 0)
 #define _mm512_unpackhi_ps(a, b) e_interleave(a, b, 2)
 #define _mm512_unpacklo_pd(a, b) e_interleave_d(a, b, 0)

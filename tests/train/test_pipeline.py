@@ -60,36 +60,77 @@ def test_a_recipe_with_fewer_rows_takes_less_time(
 def test_where_it_takes_long_a_scale_is_named() -> None:
     from punster.train.pipeline import shorter
 
-    assert shorter(20, 1) == ""
-    assert shorter(42, 1) == " (--scale 0.4: about 17)"
-    assert shorter(30, 0.5) == " (--scale 0.2: about 12)"
-    assert shorter(60000, 1) == " (--scale 0.01: about 600)"
+    whole = PipelineConfig()
+    assert shorter(20, whole) == ""
+    assert shorter(42, whole) == " (--scale 0.4: about 17)"
+    assert shorter(30, replace(whole, scale=0.5)) == " (--scale 0.2: about 12)"
+    assert shorter(60000, whole) == " (--scale 0.01: about 600)"
+    assert shorter(42, replace(whole, minutes=60)) == shorter(42, replace(whole, resume=True)) == ""
 
 
-def test_a_run_fits_into_its_minutes_and_keeps_the_scale_that_it_began_with(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which all of any recipe takes 50 minutes, and two at least."""
+    monkeypatch.setattr(
+        "punster.train.pipeline.pipeline_seconds", lambda config, *rest: {"sft": max(120.0, 3000.0 * config.scale)}
+    )
+
+
+def test_a_run_is_made_to_fit_into_its_minutes(slow: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.train.pipeline import SCALES, fitted
+
+    given = PipelineConfig(name="r", out=str(tmp_path), minutes=20)
+    assert fitted(given, {}).scale == 0.4
+    assert "about 50 minutes on this machine; --scale 0.4 takes about 20" in capsys.readouterr().err
+    assert fitted(replace(given, minutes=0), {}).scale == 1
+    assert fitted(replace(given, minutes=46), {}) == replace(given, minutes=46) and not capsys.readouterr().err  # a little more
+    assert fitted(replace(given, minutes=1), {}).scale == 0.01 and "takes about 2 " in capsys.readouterr().err
+    for scale in (3, 0.41, *SCALES[-10:], 0.005):
+        found = fitted(replace(given, scale=scale), {}).scale
+        assert found <= scale and (found == scale or 10 < 50 * found <= 21)
+
+
+def test_a_run_that_was_made_to_fit_goes_on_as_it_began(
+    slow: None, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import yaml
+
+    from punster.cli import main
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "name: r\nminutes: 1\nstages: [sft, gold]\nsft: {steps: 200, eval_prompts: 2}\n"
+        "gold: {data: [embedded], negatives: [weak], normalise_samples: 8}\nevaluate: {samples: 1, max_new_tokens: 4}\n"
+    )
+    command = ["run", str(recipe), "--model", str(tiny_llama), "--out", str(tmp_path / "runs"), "--scale", "0.5"]
+    folder = tmp_path / "runs" / "r"
+    assert main([*command, "--dry-run"]) == 0
+    assert "at scale 0.01" in capsys.readouterr().out and not folder.exists()
+
     from punster.train import pipeline
 
-    monkeypatch.chdir(tmp_path)
-    seconds = 3000.0
-    monkeypatch.setattr(pipeline, "time_left", lambda *parts: {"sft": seconds})
-    given = PipelineConfig(name="r", model=str(tiny_llama), minutes=20)
-    found = pipeline.fitted(given, {})
-    assert found.scale == 0.4 and "about 50 minutes on this machine: --scale 0.4" in capsys.readouterr().err
-    assert pipeline.fitted(replace(given, minutes=0), {}).scale == 1
-    assert pipeline.fitted(replace(given, scale=0.5), {}).scale == 0.2  # 50 minutes at that scale
-    capsys.readouterr()
-    seconds = 1300.0
-    assert pipeline.fitted(given, {}) == given and not capsys.readouterr().err  # a little more is no matter
-    folder = tmp_path / "runs" / "r"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("minutes: 0.0\nscale: 0.4\n")
-    assert pipeline.fitted(replace(given, resume=True), {}).scale == 0.4
-    assert (
-        pipeline.fitted(replace(given, resume=True, scale=0.3), {}).scale == 0.3
-    )  # wanted: what was done otherwise is refused later
-    assert pipeline.fitted(replace(given, resume=True, minutes=0), {}).scale == 1
+    def killed(config: RewardConfig) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.STAGES, "gold", (RewardConfig, killed, "killed"))
+        assert main(command) == 130
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["scale"], saved["minutes"]) == (0.01, 0.0)
+    monkeypatch.setattr(pipeline, "pipeline_seconds", lambda *rest: {"sft": 1.0})  # a faster one
+    assert main([*command, "--resume", "--quiet"]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["scale"] == 0.01 and "scale 0.01 of the recipe" in (folder / "report.html").read_text()
+    assert json.loads((folder / "sft" / "summary.json").read_text())["steps"] == 2
+    (folder / "config.yaml").write_text("scale: none of it\n")
+    assert main([*command, "--resume"]) == 2 and "scale must be a number above 0" in capsys.readouterr().err
+
+
+def test_scale_takes_fewer_passes_over_the_same_rows() -> None:
+    from punster.train.pipeline import scaled
+
+    reward = scaled(RewardConfig(epochs=2, rows_per_kind=100, sampled_rows=160), 0.5)
+    assert isinstance(reward, RewardConfig) and (reward.epochs, reward.rows_per_kind, reward.sampled_rows) == (1, 100, 80)
 
 
 def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:

@@ -71,10 +71,11 @@ class PipelineConfig(RunConfig):
     """punster run: sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report. Sections override a verb's defaults."""
 
     quiet: bool = opt(False, "print nothing but errors")
-    scale: float = opt(1.0, "multiplies data, steps and samples of every stage: .02 is a smoke test", above=0, high=100)
+    scale: float = opt(1.0, "multiplies passes, steps and samples of every stage: .02 is a smoke test", above=0, high=100)
     minutes: float = opt(
         0.0,
-        "where the whole would take longer than this on this machine, scale is lowered to fit (0: however long it takes)",
+        "where the whole would take longer on this machine, scale is lowered until it does not (0: however long it takes); a run "
+        "that goes on keeps its own",
         low=0,
     )
     stages: list[str] = opt(["sft", "reward", "gold", "ppo", "grpo", "dpo"], "stages to run, in this order")

@@ -108,7 +108,7 @@ def _body(run: RunData) -> list[str]:
     parts += ["## Data and what their licences allow", "\n".join(data), "## Limits", limits + copy, *_settings(run)]
     summary = run.summary
     facts = {**versions(run), **{k: v for k, v in as_dict(summary.get("machine")).items() if not isinstance(v, dict)}}
-    facts |= {k: summary.get(k) for k in ("commit", "seed")} | {"wall time": seconds_text(summary.get("wall_seconds"))}
+    facts |= {k: summary.get(k) for k in ("commit", "seed", "scale")} | {"wall time": seconds_text(summary.get("wall_seconds"))}
     facts |= {"SHA-256 of config.yaml": run.config_sha256}
     lines = [f"- {md(k)}: {md(v)}" for k, v in facts.items() if v not in (None, "")]
     return [*parts, "## Commands", "```sh\n" + "\n".join(commands(run)) + "\n```", "## Versions and machine", "\n".join(lines)]

@@ -25,6 +25,7 @@ def opening(run: RunData) -> str:
     size = ", ".join(f"{summary[key]} {what}" for key, what in folder_data.SIZES if key in summary)
     time = folder_data.seconds_text(summary.get("wall_seconds"))
     facts = [f"model {run.model}" if run.model else "", f"evaluated on {size}" if size else "", f"{time} in all" if time else "",
+             f"scale {scale:g} of the recipe" if (scale := number(summary.get("scale"))) not in (None, 1) else "",
              f"seed {seed}" if (seed := summary.get("seed", run.config.get("seed"))) is not None else ""]  # fmt: skip
     second = "; ".join(filter(None, facts))
     second = f" {second[0].upper()}{second[1:]}." if second else ""
@@ -78,7 +79,7 @@ def settings(run: RunData) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Decoding in the evaluation", flat(as_dict(summary.get("decoding")))),
         ("Time", times),
         ("Machine", flat(as_dict(summary.get("machine")))),
-        ("Versions", flat({**folder_data.versions(run), **{k: summary[k] for k in ("commit", "seed") if k in summary}})),
+        ("Versions", flat({**folder_data.versions(run), **{k: summary[k] for k in ("commit", "seed", "scale") if k in summary}})),
         ("Settings of the run", flat(run.config)),
         *((f"Settings of the stage {s.name}", flat(s.config)) for s in run.stages if run.pipeline),
     ]

@@ -16,6 +16,7 @@ import yaml
 from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.parsing import check_values, parse, parser_for, readable
 from punster.config.pipeline import NEEDS
+from punster.config.shared import require
 from punster.data.mix import recipe_folder
 from punster.disk import write_json, write_text
 from punster.errors import UserError, near_matches
@@ -31,6 +32,7 @@ from punster.train.sft import sft
 
 Settings = TypeVar("Settings", TrainConfig, EvaluateConfig)
 PATIENCE = 15  # minutes
+SCALES = (50, 20, 10, 5, 3, 2, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 STAGES: dict[str, tuple[type[TrainConfig], Callable[[Any], Path | None], str]] = {
     "sft": (SftConfig, sft, "supervised fine-tuning on puns"),
     "reward": (RewardConfig, train_reward, "reward model that is trained against"),
@@ -159,7 +161,7 @@ def run_pipeline(config: PipelineConfig) -> None:
     lock = claim(folder)
     try:
         clear_partial(folder)
-        note(folder, "started", arguments=sys.argv[1:], stages=config.stages)
+        note(folder, "started", arguments=sys.argv[1:], stages=config.stages, scale=config.scale)
         run_stages(config, stages, evaluation, folder, left)
     except BaseException as error:
         note(folder, "stopped", error=f"{type(error).__name__}: {error}")
@@ -179,18 +181,28 @@ def parts_of(config: PipelineConfig) -> tuple[dict[str, TrainConfig], EvaluateCo
 def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
     """The same with a scale at which all of it takes about --minutes on this machine; a run that goes on keeps the one it began with."""
     folder = Path(config.out) / config.name
-    if not config.minutes:
-        return config
     if config.resume and (folder / "config.yaml").exists():
-        return replace(config, scale=saved_settings(folder).get("scale", 1.0)) if config.scale == 1 else config
-    needed = sum(time_left(config, *parts_of(config), counts).values()) / 60
-    if needed <= 1.1 * config.minutes:
+        begun = saved_settings(folder).get("scale", 1.0)
+        good = isinstance(begun, int | float) and 0 < begun <= 100
+        require(
+            good, f"{folder / 'config.yaml'}: scale must be a number above 0, found {begun!r}; mend it, then go on with --resume"
+        )
+        return replace(config, scale=float(begun))
+
+    def needed(scale: float) -> float:
+        changed = replace(config, scale=scale)
+        return sum(time_left(changed, *parts_of(changed), counts, fresh=True).values()) / 60
+
+    if not config.minutes or (whole := needed(config.scale)) <= 1.1 * config.minutes:
         return config
-    scale = config.scale * config.minutes / needed
-    scale = max(0.01, round(scale, 1 if scale > 0.25 else 2))  # in steps, as the estimate varies from call to call
+    scale, takes = config.scale, whole
+    for lower in (step for step in SCALES if step < config.scale):
+        scale, takes = lower, needed(lower)
+        if takes <= 1.05 * config.minutes:
+            break
     if not config.quiet:
         print(
-            f"all of it would take about {needed:.0f} minutes on this machine: --scale {scale:g}, for about {config.minutes:g} "
+            f"all of it would take about {whole:.0f} minutes on this machine; --scale {scale:g} takes about {takes:.0f} "
             "(--minutes 0: all of it)",
             file=sys.stderr,
         )
@@ -209,7 +221,7 @@ def run_stages(
 
     if not config.quiet:
         minutes = sum(left.values()) / 60
-        say(f"about {minutes:.0f} minutes to go on this machine{shorter(minutes, config.scale)}")
+        say(f"about {minutes:.0f} minutes to go on this machine{shorter(minutes, config)}")
     expected = took = 0.0  # seconds, of what has been done since
     again = config_dict(replace(config, resume=False, minutes=0.0))  # so that the file runs anew elsewhere, under another name
     write_text(folder / "config.yaml", "# punster run\n" + yaml.safe_dump(again, sort_keys=False))
@@ -255,14 +267,17 @@ def run_stages(
 
 
 def time_left(
-    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, counts: Counts
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, counts: Counts, fresh: bool = False
 ) -> dict[str, float]:  # fmt: skip
-    """Estimated seconds of the stages that are not done, whose data are read for it, and of the evaluation; UserError if data are missing."""
+    """Estimated seconds of the stages that are not done (fresh: of all), whose data are read for it, and of the evaluation.
+
+    UserError if data are missing.
+    """
     from punster.evaluate.success import labels_at_hand
 
     if evaluation.call_puns:
         labels_at_hand()
-    done = [stage for stage in stages if stage_summary(Path(config.out) / config.name, stage)]
+    done = [] if fresh else [stage for stage in stages if stage_summary(Path(config.out) / config.name, stage)]
     return pipeline_seconds(config, stages, evaluation, done, counts)
 
 
@@ -297,7 +312,8 @@ def commit() -> str | None:
 
 def plan(config: PipelineConfig, stages: dict[str, TrainConfig], expected: dict[str, float]) -> None:
     """--dry-run: the stages and the estimated seconds that each takes on this machine."""
-    print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report")
+    at_scale = f" at scale {config.scale:g}" if config.scale != 1 else ""
+    print(f"{Path(config.out) / config.name}: {', '.join(stages)}, evaluation, report{at_scale}")
     for stage, seconds in expected.items():
         print(f"  {stage:15s} about {seconds / 60:5.1f} minutes")
     base = open_base(stages["sft"])[0]
@@ -305,13 +321,13 @@ def plan(config: PipelineConfig, stages: dict[str, TrainConfig], expected: dict[
     memory = (weights + 2.5e9 * base.config.d_model / 576) / 1e9  # as measured for the default model, larger ones in proportion
     minutes = sum(expected.values()) / 60
     print(
-        f"  {'in all':15s} about {minutes:5.1f} minutes on this machine, about {memory:.0f} GB of memory{shorter(minutes, config.scale)}"
+        f"  {'in all':15s} about {minutes:5.1f} minutes on this machine, about {memory:.0f} GB of memory{shorter(minutes, config)}"
     )
 
 
-def shorter(minutes: float, scale: float) -> str:
-    """How to wait less, where it is long."""
-    if minutes < 1.5 * PATIENCE:
+def shorter(minutes: float, config: PipelineConfig) -> str:
+    """How to wait less, where it is long and nothing else was asked for."""
+    if minutes < 1.5 * PATIENCE or config.minutes or config.resume:
         return ""
-    less = max(0.01, float(f"{scale * PATIENCE / minutes:.1g}"))
-    return f" (--scale {less:g}: about {minutes * less / scale:.0f})"
+    less = max(0.01, float(f"{config.scale * PATIENCE / minutes:.1g}"))
+    return f" (--scale {less:g}: about {minutes * less / config.scale:.0f})"

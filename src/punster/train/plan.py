@@ -1,10 +1,11 @@
-"""What a run will cost, before it starts: counted multiply-adds against a half-second speed check of this machine."""
+"""What a run will cost, before it starts: counted multiply-adds against a short speed check of this machine."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,19 +24,23 @@ PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default m
 IN_BYTES = 0.8  # what is left of a step's time where frozen products are in 8 bits (docs/PERFORMANCE.md)
 
 
-def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
-    """Multiply-adds per second of a matrix product of the size that training uses."""
+@cache
+def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.6) -> float:
+    """Multiply-adds per second of a matrix product of the size that training uses: the best of three thirds of the time."""
     a, b = torch.randn(1024, 576, device=device).to(dtype), torch.randn(576, 1536, device=device).to(dtype)
     own = device == "cpu" and dtype == torch.bfloat16 and not kernels.in_halves()  # else PyTorch's are as fast as those that run
     multiply: Callable[[Tensor], Tensor] = Matrix(b.T) if own else lambda rows: rows @ b
     multiply(a)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        multiply(a)
-        count += 1
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return count * 1024 * 576 * 1536 / (time.perf_counter() - start)
+    found = []
+    for _ in range(3):
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds / 3:
+            multiply(a)
+            count += 1
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        found.append(count * 1024 * 576 * 1536 / (time.perf_counter() - start))
+    return max(found)
 
 
 def block_size(model: Decoder) -> int:
