@@ -32,7 +32,7 @@ from punster.train.sft import sft
 
 Settings = TypeVar("Settings", TrainConfig, EvaluateConfig)
 PATIENCE = 15  # minutes
-SCALES = (50, 20, 10, 5, 3, 2, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
+SCALES = (50, 20, 10, 5, 3, 2, *(k / 20 for k in range(20, 1, -1)), 0.07, 0.05, 0.03, 0.02, 0.01)
 STAGES: dict[str, tuple[type[TrainConfig], Callable[[Any], Path | None], str]] = {
     "sft": (SftConfig, sft, "supervised fine-tuning on puns"),
     "reward": (RewardConfig, train_reward, "reward model that is trained against"),
@@ -288,7 +288,8 @@ def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
         "dtype": config.dtype, "out": str(folder), "quiet": config.quiet,
     }  # fmt: skip
     settings = typed(EvaluateConfig, "evaluate", shared, config.evaluate)
-    limit = max(4, round((settings.limit or 100) * config.scale)) if config.scale < 1 else settings.limit
+    # Down to half of the work the intervals stay as narrow as they are.
+    limit = max(4, round((settings.limit or 100) * 2 * config.scale)) if config.scale < 0.5 else settings.limit
     return replace(settings, limit=limit)
 
 
