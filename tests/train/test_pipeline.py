@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from punster.config import DpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.config import DpoConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from punster.data import corpus
 from punster.data.schema import texts_of
 from punster.errors import UserError
@@ -131,6 +131,19 @@ def test_scale_takes_fewer_passes_over_the_same_rows() -> None:
 
     reward = scaled(RewardConfig(epochs=2, rows_per_kind=100, sampled_rows=160), 0.5)
     assert isinstance(reward, RewardConfig) and (reward.epochs, reward.rows_per_kind, reward.sampled_rows) == (1, 100, 80)
+
+
+@pytest.mark.parametrize(
+    ("scale", "steps", "size"), [(2, 20, 64), (1, 10, 64), (0.65, 10, 40), (0.25, 10, 16), (0.1, 4, 16), (0.02, 1, 16)]
+)
+def test_scale_makes_as_many_updates_from_fewer_samples(scale: float, steps: int, size: int) -> None:
+    from punster.train.pipeline import scaled
+
+    for config in (PpoConfig(steps=10), GrpoConfig(steps=10), DpoConfig(steps=10, batch_size=64, online=True, reward_model="r")):
+        found = scaled(config, scale)
+        assert (found.steps, found.batch_size) == (steps, size)
+    given = scaled(DpoConfig(steps=10, batch_size=64), scale)  # of given pairs: fewer steps
+    assert (given.steps, given.batch_size) == (max(1, round(10 * scale)), 64)
 
 
 def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:

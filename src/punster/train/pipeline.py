@@ -13,7 +13,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-from punster.config import DpoConfig, EvaluateConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from punster.config import (
+    DpoConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    PipelineConfig,
+    PolicyConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)  # fmt: skip
 from punster.config.parsing import check_values, parse, parser_for, readable
 from punster.config.pipeline import NEEDS
 from punster.config.shared import require
@@ -100,21 +110,23 @@ def typed(kind: type[Settings], name: str, shared: dict[str, Any], section: dict
 
 
 def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
-    """The same stage at a fraction of its cost: fewer steps or passes, smaller rollouts, fewer samples."""
+    """The same stage at a fraction of its cost: fewer passes, fewer samples; of RL as many updates from fewer samples, down to a quarter."""
     changed: dict[str, Any] = {}
     fraction = min(1.0, scale)
+    samples = isinstance(stage, PolicyConfig) or (isinstance(stage, DpoConfig) and stage.online)
+    size = max(fraction, 0.25) if samples else 1.0  # of a step
     if stage.steps is not None:
-        changed["steps"] = max(1, round(stage.steps * scale))
+        changed["steps"] = max(1, round(stage.steps * scale / size))
     elif isinstance(stage, SftConfig | RewardConfig | DpoConfig):
-        changed["epochs"] = stage.epochs * scale
+        changed["epochs"] = stage.epochs * scale / size
+    if samples:
+        group = stage.samples if isinstance(stage, GrpoConfig) else 8 if isinstance(stage, PpoConfig) else 2
+        changed["batch_size"] = max(group, int(stage.batch_size * size) // group * group)
+    if isinstance(stage, PolicyConfig):
+        changed["minibatches"] = min(stage.minibatches, changed["batch_size"])
+        changed["eval_prompts"] = max(2, round(stage.eval_prompts * fraction))
     if isinstance(stage, PpoConfig):
         changed["critic_warmup"] = min(stage.critic_warmup, changed.get("steps", 1) - 1)
-    if isinstance(stage, PpoConfig | GrpoConfig):
-        group = stage.samples if isinstance(stage, GrpoConfig) else 8
-        if scale < 0.25:
-            changed["batch_size"] = max(group, int(stage.batch_size * scale * 4) // group * group)
-            changed["minibatches"] = min(stage.minibatches, changed["batch_size"])
-        changed["eval_prompts"] = max(2, round(stage.eval_prompts * fraction))
     if isinstance(stage, RewardConfig):
         changed["sampled_rows"] = max(8, round(stage.sampled_rows * scale))
         changed["normalise_samples"] = max(8, round(stage.normalise_samples * fraction))
