@@ -23,7 +23,7 @@ from punster.config import (
     RewardConfig,
     SftConfig,
     TrainConfig,
-)  # fmt: skip
+)
 from punster.config.parsing import check_values, parse, parser_for, readable
 from punster.config.pipeline import NEEDS
 from punster.config.shared import require
@@ -185,9 +185,9 @@ def run_pipeline(config: PipelineConfig) -> None:
 
 
 def parts_of(config: PipelineConfig) -> tuple[dict[str, TrainConfig], EvaluateConfig]:
-    return {stage: stage_config(config, stage) for stage in config.stages}, evaluation_config(
-        config, Path(config.out) / config.name
-    )
+    """The settings of the stages, in their order, and of the evaluation."""
+    stages = {stage: stage_config(config, stage) for stage in config.stages}
+    return stages, evaluation_config(config, Path(config.out) / config.name)
 
 
 def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
@@ -195,10 +195,8 @@ def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
     folder = Path(config.out) / config.name
     if config.resume and (folder / "config.yaml").exists():
         begun = saved_settings(folder).get("scale", 1.0)
-        good = isinstance(begun, int | float) and 0 < begun <= 100
-        require(
-            good, f"{folder / 'config.yaml'}: scale must be a number above 0, found {begun!r}; mend it, then go on with --resume"
-        )
+        wanted = f"{folder / 'config.yaml'}: scale must be a number above 0, found {begun!r}; mend it, then go on with --resume"
+        require(isinstance(begun, int | float) and 0 < begun <= 100, wanted)
         return replace(config, scale=float(begun))
 
     def needed(scale: float) -> float:
