@@ -205,9 +205,10 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: b
 
 
 def variant(config: RewardConfig, rows: Sequence[Row], label: str) -> str:
+    """Trains on these rows, with all passes whatever the machine, so that variants compare."""
     from punster.train.reward import train_reward
 
-    return str(train_reward(replace(config, name=f"{config.name or 'human'}-{label}", pretrain=[]), list(rows)))
+    return str(train_reward(replace(config, name=f"{config.name or 'human'}-{label}", pretrain=[], minutes=0.0), list(rows)))
 
 
 def main() -> None:

@@ -154,6 +154,9 @@ def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:
 
     recipe = load_recipe("human")
     settings = yaml.safe_load((recipe_folder() / "reward-human.yaml").read_text(encoding="utf-8"))
+    assert settings.pop("minutes") == 25  # a pipeline has minutes for all of its stages
+    with pytest.raises(UserError, match="section 'gold' of the recipe: a stage has no minutes of its own"):
+        stage_config(replace(recipe, gold={**recipe.gold, "minutes": 5}), "gold")
     for stage, half in (("reward", 1), ("gold", 2)):
         found = stage_config(recipe, stage)
         assert isinstance(found, RewardConfig) and found.half == half

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,10 @@ from punster.rollout.sampler import Decoding, generate
 from punster.train.checkpoint import load_run
 from punster.train.judged import balanced, encode_items, shuffled, swapped
 from punster.train.optim import seeded
-from punster.train.reward import train_reward
+from punster.train.plan import training_cost, training_seconds
+from punster.train.reward import train_reward, within_minutes
+from punster.train.run import saved_settings
+from punster.train.setup import extend, open_base
 
 Make = Callable[..., Any]
 PAIRS = [{"prompt": f"pun: {i}", "chosen": f"the tide {i}!", "rejected": f"a fact {i}."} for i in range(8)]
@@ -147,6 +151,81 @@ def test_steps_in_8_bits_are_near_to_others_and_resume(
     scores = score_examples(role, examples)
     with role.model.in_bytes():
         assert score_examples(role, examples) != scores
+
+
+def test_passes_and_batches_are_halved_until_they_fit_into_the_minutes(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    def found(minutes: float, fixed: float = 0.0, **settings: Any) -> RewardConfig:
+        given = {"epochs": 2.0, "batch_size": 27, "steps": None, "quiet": False, **settings}
+        # A smaller batch takes longer for a pass here, so that the plan which is estimated is the one that is taken.
+        return within_minutes(
+            make(RewardConfig, name="x", minutes=minutes, **given), lambda c: fixed + c.epochs * (45 + 27 / c.batch_size - 1)
+        )
+
+    def plan(minutes: float, **settings: Any) -> tuple[float, int]:
+        config = found(minutes, **settings)
+        assert config.minutes == 0
+        return config.epochs, config.batch_size
+
+    assert plan(0) == plan(76) == (2, 27) and not capsys.readouterr().err  # 90 are 76 and a fifth
+    assert found(74, families=True) == make(
+        RewardConfig, name="x", epochs=1.0, batch_size=13, steps=None, quiet=False, families=True
+    )
+    assert "2 would take about 90 minutes on this machine; 1, in steps of 13 families, about 46 (" in capsys.readouterr().err
+    assert plan(25) == (0.5, 7) and plan(10) == (0.25, 7) and plan(10, batch_size=3) == (0.125, 1) and plan(1.5) == (2 / 64, 7)
+    assert "in steps of 7 rows" in capsys.readouterr().err
+    assert plan(1, steps=10) == (2, 27), "steps that are given stay"
+    assert plan(25, quiet=True) == (0.5, 7) and not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--minutes 25: even 0\.03125 passes would take about 41 minutes"):
+        found(25, fixed=40)  # as --pretrain takes, which is always one pass
+
+
+def test_a_run_that_fits_into_its_minutes_goes_on_with_its_passes(
+    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(
+        RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), steps=None, epochs=4.0, batch_size=4, save_every=2, keep=9,
+        normalise_samples=0, eval_data=[],
+    )  # fmt: skip
+    half = train_reward(replace(config, name="half", epochs=2.0, batch_size=2), PAIRS)
+    monkeypatch.setattr("punster.train.reward.training_seconds", lambda config, model, texts, passes, check: 600 * passes)
+    short = train_reward(replace(config, minutes=22), PAIRS)  # 40 minutes for four passes
+    saved = saved_settings(short)
+    assert (saved["epochs"], saved["batch_size"], saved["minutes"]) == (2.0, 2, 0.0)
+    assert reader.tensor_bytes(short) == reader.tensor_bytes(half)
+    events = [json.loads(line) for line in (short / "run.log").read_text().splitlines()]
+    assert [(e["asked"], e["epochs"], e["batch_size"]) for e in events if e["event"] == "shortened"] == [(4.0, 2.0, 2)]
+    assert "shortened" not in (half / "run.log").read_text()
+    copy = reader.interrupted_copy(short, tmp_path / "copy", 4)
+    text = (copy / "config.yaml").read_text().replace("name: a", "name: copy")
+    (copy / "config.yaml").write_text(text)
+    monkeypatch.setattr("punster.train.reward.training_seconds", lambda *_, check: 0.0)  # resumed on a faster machine
+    again = replace(config, name="copy", minutes=22, resume=True)
+    resumed = train_reward(again, PAIRS)
+    assert reader.tensor_bytes(resumed) == reader.tensor_bytes(short)
+    for change, said in (({"epochs": 3.0}, "epochs: 2.0 -> 3.0"), ({"batch_size": 8}, "batch_size: 2 -> 8")):
+        with pytest.raises(UserError, match=f"other settings than the run was started with .*{said}"):
+            train_reward(replace(again, **change), PAIRS)
+    (copy / "config.yaml").write_text(text.replace("epochs: 2.0", "epochs: most"))
+    with pytest.raises(UserError, match=r"epochs: 'most' -> 4\.0"):
+        train_reward(again, PAIRS)
+
+
+def test_the_estimate_knows_of_8_bits_and_of_texts_that_are_never_used(
+    tiny_llama: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(RewardConfig, model=str(tiny_llama), int8=True)
+    base, tokenizer = open_base(config)
+    examples, _ = encode_items(PAIRS, tokenizer, base)
+    monkeypatch.setattr("punster.train.plan.measured_speed", lambda *_: 1e6)
+    seconds = []
+    for in_bytes in (False, True):
+        monkeypatch.setattr("punster.train.plan.fused.quantises", lambda *_, found=in_bytes: found)
+        seconds.append(training_seconds(config, Role(base), examples, 1.0))
+    assert seconds[1] / seconds[0] == pytest.approx(0.8 / 0.75 * 0.6)
+    frozen = extend(Role(base), replace(config, top_layers="1"), "reward", 0)
+    assert frozen.frozen_depth > 0
+    assert training_cost(frozen, examples, 0.5) == pytest.approx(training_cost(frozen, examples, 1.0) / 2)
+    assert training_cost(frozen, examples, 2.0) < 2 * training_cost(frozen, examples, 1.0)
 
 
 def test_swapped_pairs_take_their_ids_along(reward_run: str) -> None:

@@ -55,6 +55,12 @@ class RewardConfig(TrainConfig):
     depth: float = opt(0.667, "layers that run before the head reads: a number, a share below 1, or 0 for all", low=0)
     pooling: Literal["last", "mean"] = opt("last", "read at the last token, or average over the response")
     epochs: float = opt(1.0, "passes over the pairs", above=0)
+    minutes: float = opt(
+        0.0,
+        "where training is estimated at more than a fifth longer on this machine, passes are halved until it fits, and the batch with "
+        "them, down to a quarter (0: all passes; left aside with --steps); a resumed run keeps its passes and batch",
+        low=0,
+    )
     lr: float = opt(2e-4, "learning rate; linear to 0 after warm-up", above=0)
     neutral: float = opt(0.0, "share of the prompts replaced by 'make a pun', so that the score hangs on the text", low=0, high=1)
     families: bool = opt(

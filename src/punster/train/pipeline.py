@@ -89,6 +89,8 @@ def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
     if stage == "gold":
         shared["seed"] = config.seed + 1
     settings = typed(STAGES[stage][0], stage, shared, getattr(config, stage))
+    alone = isinstance(settings, RewardConfig) and settings.minutes
+    require(not alone, f"section {stage!r} of the recipe: a stage has no minutes of its own; --minutes is for all of them")
     return settings if config.scale == 1 else scaled(settings, config.scale)
 
 

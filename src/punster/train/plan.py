@@ -22,6 +22,8 @@ from punster.train.setup import layer_count, top_layers
 
 PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default model's tokenizer
 IN_BYTES = 0.8  # what is left of a step's time where frozen products are in 8 bits (docs/PERFORMANCE.md)
+# Of the products' speed, what training reaches from end to end; the second where the kernels multiply in 8 bits.
+REACHED, REACHED_IN_BYTES = 0.6, 0.75
 
 
 @cache
@@ -49,14 +51,15 @@ def block_size(model: Decoder) -> int:
 
 
 def training_cost(role: Role, examples: Sequence[Example], passes: float) -> float:
-    """Multiply-adds: the trunk once, and forward, input gradients and recomputed head for each pass (LoRA: no weight gradients)."""
+    """Multiply-adds: the trunk once for a text that is used, and forward, input gradients and recomputed head for each pass (LoRA:
+    no weight gradients)."""
     tokens = sum(example.length for example in examples)
     responses = sum(len(example.response) for example in examples)
     block, head = block_size(role.model), role.model.head.weight.numel()
     branch = role.last_layer - role.frozen_depth
     use_head = 0 if role.head is not None else 3 * head * responses
     weights = 1 if role.model.trained_from is not None else 0
-    return tokens * block * (role.frozen_depth + (2 + weights) * branch * passes) + use_head * passes
+    return tokens * block * (role.frozen_depth * min(1.0, passes) + (2 + weights) * branch * passes) + use_head * passes
 
 
 def stage_work(
@@ -112,6 +115,13 @@ def layers_of(stage: TrainConfig, base: Decoder) -> int:
     return len(top_layers(stage, base, depth))
 
 
+def training_seconds(config: TrainConfig, role: Role, examples: Sequence[Example], passes: float, check: float = 0.6) -> float:
+    """About how long so many passes over the examples take on this machine, by a speed check of so many seconds."""
+    speed = measured_speed(role.model.dtype, str(role.model.device), check)
+    in_bytes = isinstance(config, RewardConfig) and config.int8 and fused.quantises(role.model, role.frozen_depth)
+    return training_cost(role, examples, passes) / speed * (IN_BYTES / REACHED_IN_BYTES if in_bytes else 1 / REACHED)
+
+
 def announce(
     config: TrainConfig, verb: str, role: Role, steps: int, examples: Sequence[Example], passes: float = 0.0, work: float = 0.0
 ) -> bool:
@@ -124,9 +134,7 @@ def announce(
         return False
     passes = passes or steps * config.batch_size / max(1, len(examples))
     speed = measured_speed(role.model.dtype, str(role.model.device))
-    seconds = work / speed / 0.95 if work else training_cost(role, examples, passes) / speed / 0.6
-    if isinstance(config, RewardConfig) and config.int8 and fused.quantises(role.model, role.frozen_depth):
-        seconds *= IN_BYTES
+    seconds = work / speed / 0.95 if work else training_seconds(config, role, examples, passes)
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
     stored = sum(example.length for example in examples) * role.model.config.d_model * 4 if role.frozen_depth else 0

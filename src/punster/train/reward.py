@@ -6,7 +6,7 @@ punster reward -n NAME -b 16 -p runs/SFT, or punster reward -n NAME --config rec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,8 @@ from punster.train.optim import (
     total_steps,
     within_memory,
 )
-from punster.train.plan import announce
-from punster.train.run import Run, check_name, marked
+from punster.train.plan import announce, training_seconds
+from punster.train.run import Run, check_name, marked, saved_settings
 from punster.train.setup import (
     extend,
     fits,
@@ -87,17 +87,27 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     # What a step draws, of the first rows and of the rest: families, or single rows.
     units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
     units[1] = [[len(first) + place for place in unit] for unit in units[1]]
-    first_steps = math.ceil(len(units[0]) / config.batch_size)
     bags = [bag(len(units[1]), config, number) for number in range(config.members)]
-    steps = config.steps or first_steps + total_steps(config, len(bags[0]), config.epochs)
-    if steps <= first_steps:
-        raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
-    passes = steps * config.batch_size * config.members / sum(map(len, units))
     # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
     texts, share = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
-    if announce(config, "reward", model, steps, texts, share * passes):
+
+    def counted(wanted: RewardConfig) -> tuple[int, int, float]:
+        """Steps of --pretrain, of the whole, and passes over the texts."""
+        first_steps = math.ceil(len(units[0]) / wanted.batch_size)
+        steps = wanted.steps or first_steps + total_steps(wanted, len(bags[0]), wanted.epochs)
+        return first_steps, steps, share * steps * wanted.batch_size * wanted.members / sum(map(len, units))
+
+    def needed(wanted: RewardConfig) -> float:
+        """Minutes, by a speed check that is long enough to see beyond a busy moment."""
+        return training_seconds(wanted, model, texts, counted(wanted)[2], check=3.0) / 60
+
+    asked, config = config.epochs, within_minutes(config, needed)
+    first_steps, steps, passes = counted(config)
+    if steps <= first_steps:
+        raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
+    if announce(config, "reward", model, steps, texts, passes):
         return None
     optimizers: dict[str, torch.optim.Optimizer] = {}
     cursors: dict[str, Cursor] = {}
@@ -121,6 +131,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 
     with Run(marked(config, data=rows), "reward", steps, started) as run:
         restore(run, state)
+        if config.epochs != asked:
+            run.note("shortened", asked=asked, epochs=config.epochs, batch_size=config.batch_size)
         seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest: all, unless the run is short
         for number, places in enumerate(bags):
             for place in rows_used(len(places), config.seed + number, (steps - first_steps) * config.batch_size):
@@ -160,6 +172,39 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         right = pair_gaps(final, validation, known) if model.others else gaps
         run.finish({**summary, "calibration": calibration(gaps), "reliability": reliability(held_out, right)})
         return run.folder
+
+
+def within_minutes(config: RewardConfig, needed: Callable[[RewardConfig], float]) -> RewardConfig:
+    """The same with passes halved until they take about --minutes (`needed`); a run that goes on keeps its own.
+
+    Batches are halved with them, down to a quarter, so that fewer passes make as many steps (docs/REWARD.md has what that is
+    worth). Halves, and a fifth of slack, since estimates differ by more than that from call to call.
+    """
+    choices = [replace(config, minutes=0.0)]  # so that the saved settings give the run that was made
+    if not config.minutes or config.steps:
+        return choices[0]
+    for _ in range(6):
+        size = max(1, math.ceil(config.batch_size / 4), choices[-1].batch_size // 2)
+        choices.append(replace(choices[-1], epochs=choices[-1].epochs / 2, batch_size=size))
+    if config.resume:
+        saved = saved_settings(Path(config.out) / config.name)
+        begun = [
+            choice for choice in choices if (choice.epochs, choice.batch_size) == (saved.get("epochs"), saved.get("batch_size"))
+        ]
+        return begun[0] if begun else choices[0]  # which is refused as any other change is
+    found = next((choice for choice in choices if needed(choice) <= 1.2 * config.minutes), None)
+    if found is None:
+        raise UserError(
+            f"--minutes {config.minutes:g}: even {choices[-1].epochs:g} passes would take about {needed(choices[-1]):.0f} minutes on this "
+            "machine; give it more of them, or less data"
+        )
+    if found is not choices[0]:
+        rows = "families" if config.families else "rows"
+        speaker(config.quiet)(
+            f"  passes: {config.epochs:g} would take about {needed(choices[0]):.0f} minutes on this machine; {found.epochs:g}, in steps of "
+            f"{found.batch_size} {rows}, about {needed(found):.0f} (--minutes 0: all of them)"
+        )
+    return found
 
 
 def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[Item]) -> Role:
