@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from punster.errors import UserError
-from punster.model.load import load_model, random_model, read_gguf
+from punster.model.load import gguf_reader, load_model, random_model, read_gguf
 from punster.model.transformer import Decoder
 
 LLAMA = {
@@ -180,6 +180,30 @@ def test_a_stored_type_that_gguf_cannot_dequantise(tiny_llama: Path, tmp_path: P
     raw = {"blk.0.attn_v.weight": (np.zeros((array.shape[0], gguf.GGML_QUANT_SIZES[Kind.Q8_1][1]), np.uint8), Kind.Q8_1)}
     with pytest.raises(UserError, match=r"attn_v\.weight is stored as Q8_1"):
         load_model(str(write(tmp_path / "m.gguf", model, raw=raw)))
+
+
+@pytest.mark.parametrize("order", list(gguf.GGUFEndian))
+def test_the_faster_reader_reads_what_the_package_reads(order: gguf.GGUFEndian, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=order)
+    words = ["", "a", "Ġpun", "猫", "x" * 999] + [f"word {i}" for i in range(300)]
+    writer.add_token_list(words)
+    writer.add_token_types(list(range(len(words))))
+    writer.add_rope_freq_base(10_000.5)
+    writer.add_string("note", "pün")
+    writer.add_bool("yes", True)
+    writer.add_tensor("token_embd.weight", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = gguf_reader(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
+    assert ours.fields.keys() == theirs.fields.keys()
+    contents = {name: field.contents() for name, field in ours.fields.items()}
+    assert contents == {name: field.contents() for name, field in theirs.fields.items()}
+    assert contents["tokenizer.ggml.tokens"] == words
+    assert contents["tokenizer.ggml.token_type"] == list(range(len(words)))
+    assert ours.tensors[0].data.dtype == theirs.tensors[0].data.dtype
+    assert np.array_equal(ours.tensors[0].data, theirs.tensors[0].data)
 
 
 def refused(path: Path, match: str) -> None:

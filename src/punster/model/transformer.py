@@ -191,7 +191,7 @@ class Decoder:
             biases = [self.weights[site + ".bias"] for site in sites if site + ".bias" in self.weights]
             for site, part in zip(sites, fused.split([self.weights[site + ".weight"].shape[0] for site in sites]), strict=True):
                 self.weights[site + ".weight"] = part
-            self._matrices[sites] = Matrix(fused, torch.cat(biases) if biases else None)
+            self._matrices[sites] = Matrix(fused, torch.cat(biases) if biases else None, self.scoring)
         return self._matrices[sites]
 
     @contextmanager
