@@ -90,6 +90,12 @@ def test_a_part_can_be_asked_for_generically(mini: Path) -> None:
     assert prompts["own"] == {"make a pun"} and "make a pun" not in prompts["puneval"]
 
 
+def test_a_pass_may_draw_a_share_of_a_part(mini: Path) -> None:
+    parts = [Ingredient("embedded", use="literal", pass_share=0.25), Ingredient("puneval", use="groups", gap=0.5)]
+    rows, _ = build(Recipe("preference", guard=False, parts=parts), mini)
+    assert {(row.get("source"), row.get("pass_share")) for row in rows} == {(None, 0.25), ("puneval", None)}
+
+
 def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: Path) -> None:
     cases = {
         "kind: preference\nparts: [{source: kao_puns}]": "part 1: kao_puns is for the validation of metrics only",
@@ -108,6 +114,9 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         "kind: sft\nrepeats: 2\nparts: [{source: embedded}]": "repeats must lie in [0, 1]",
         "kind: preference\nparts: [{source: rjokes, use: ratings, cap: 0}]": "cap must be at least 1",
         "kind: sft\nparts: [{source: embedded, generic: true}]": "part 1: generic is for kind: preference",
+        "kind: preference\nparts: [{source: embedded, pass_share: 0}]": "part 1: pass_share must be above 0 and at most 1",
+        "kind: preference\nparts: [{source: embedded, pass_share: 3}]": "part 1: pass_share must be above 0 and at most 1",
+        "kind: sft\nparts: [{source: embedded, pass_share: .5}]": "pass_share must be above 0 and at most 1, and is for kind: preference",
         "kind: sft\nparts: [3]": "part 1: expected a mapping",
         "kind: sft\nparts: [": "line 2: not YAML",
         "- a": "expected a mapping",

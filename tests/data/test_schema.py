@@ -143,6 +143,8 @@ def test_missing_field(kind: str, tmp_path: Path) -> None:
         ("preference", {"chosen": ""}, "field 'chosen' is empty"),
         ("preference", {"margin": "wide"}, "margin must be a number, found 'wide'"),
         ("preference", {"weight": 0}, "weight must be a number above 0, found 0"),
+        ("preference", {"pass_share": 0}, "pass_share must be a number above 0 and at most 1, found 0"),
+        ("preference", {"pass_share": "half"}, "pass_share must be a number above 0 and at most 1, found 'half'"),
         ("preference", {"weight": "2"}, "weight must be a number above 0, found '2'"),
         ("unpaired", {"label": 1}, "label must be true or false, found 1"),
         ("unpaired", {"label": "true"}, "label must be true or false, found 'true'"),

@@ -134,6 +134,37 @@ def test_rows_about_one_text_or_group_are_a_family() -> None:
     assert families(rows) == [[0, 2, 3], [1], [4, 5], [6]]
 
 
+def test_families_that_are_drawn_less_often_count_more_when_they_are(
+    tiny_llama: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In expectation a pass has the same loss: weights divided by the share, and the rows that a step stands for with all of them."""
+    plain = [{"prompt": "p", "chosen": f"pun {i}", "rejected": f"fact {i}"} for i in range(20)]
+    rare = [
+        {"prompt": "p", "chosen": f"own {i}", "rejected": f"fact {i} {k}", "pass_share": 0.25}
+        for i in range(40)
+        for k in range(2)
+    ]
+    both = [{"prompt": "p", "chosen": "own 0", "rejected": "another fact"}]  # so that this family is in every pass
+    steps: list[tuple[list[Item], float]] = []
+
+    def step(
+        config: Any, member: Any, trunk: Any, examples: Any, batch: list[Item], each: float, max_tokens: int
+    ) -> dict[str, float]:
+        steps.append((list(batch), each))
+        return {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+
+    monkeypatch.setattr("punster.train.reward.train_step", step)
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), families=True, steps=None, epochs=30.0, batch_size=5,
+                  eval_data=[], normalise_samples=0, test_limit=1)  # fmt: skip
+    train_reward(config, plain + rare + both)
+    expected = 20 + 1 + 39 * 0.25  # families in a pass
+    assert len(steps) == math.ceil(30 * expected / 5)
+    assert all(each == pytest.approx(5 * 101 / expected) for _, each in steps)
+    weights = [item.weight for batch, _ in steps for item in batch]
+    assert set(weights) == {1.0, 4.0}
+    assert sum(weights) / sum(each for _, each in steps) == pytest.approx(1, abs=0.04)  # deviation .012
+
+
 def test_weights_are_relative() -> None:
     weights = [row["weight"] for row in weighed([{"weight": 3.0}, {"weight": 1.0}, {}, {}])]
     assert weights == pytest.approx([2.0, 2 / 3, 2 / 3, 2 / 3])

@@ -214,6 +214,21 @@ def test_the_cursor_visits_every_row_once_a_pass() -> None:
         Cursor(0, seeded(1, "data"))
 
 
+def test_a_pass_draws_the_share_of_each_row_that_was_asked_for() -> None:
+    shares = [1.0] * 100 + [0.25] * 400
+    cursor = Cursor(500, seeded(1, "data"), shares)
+    passes: list[list[int]] = []
+    while len(passes) < 60:
+        first = cursor.next(1)
+        passes.append(first + cursor.next(len(cursor.order)))
+    assert all(len(set(one)) == len(one) and set(range(100)) <= set(one) for one in passes)
+    counts = torch.bincount(torch.tensor([row for one in passes for row in one]), minlength=500)
+    assert counts[100:].float().mean().item() / 60 == pytest.approx(0.25, abs=0.01)  # deviation of the mean: .003
+    assert counts[100:].min() > 4 and counts[100:].max() < 29, "drawn afresh each pass"  # 15 with a deviation of 3.4
+    again = Cursor(500, seeded(1, "data"), shares)
+    assert again.next(300) == [row for one in passes for row in one][:300]
+
+
 def test_total_steps_rounds_up(make: Make) -> None:
     assert total_steps(make(SftConfig, batch_size=4), 10, 1.0) == 3
     assert total_steps(make(SftConfig, batch_size=4), 10, 2.0) == 5

@@ -37,6 +37,7 @@ class Index:
         for place, members in enumerate(self.sets):
             for word in members:
                 postings.setdefault(word, []).append(place)
+        self._known: dict[str, bool] = {}  # what `has_near` has found: a text is in many rows
         self.postings = {word: np.array(places, dtype=np.int64) for word, places in postings.items()}
 
     def near(self, members: Words) -> list[int]:
@@ -52,7 +53,9 @@ class Index:
         return near
 
     def has_near(self, text: str) -> bool:
-        return bool(self.near(words(text)))
+        if text not in self._known:
+            self._known[text] = bool(self.near(words(text)))
+        return self._known[text]
 
     def pairs(self) -> Iterator[tuple[int, int]]:
         """All pairs of near sets, each once, as places, the lower first."""

@@ -44,6 +44,7 @@ class Ingredient:
     half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
+    pass_share: float = 1.0  # preference: the share of families of such rows that a pass draws, each counting more for it
     limit: int = 0  # at most so many rows, drawn (0: all)
     cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
@@ -72,7 +73,8 @@ USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus
         "public": ("", "groups", "ranked", "pairs", "ratings", "labels", *REPLACED)}  # fmt: skip
 KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
 # Columns of a file of one's own; in what was not prepared by us another, such as "topic", may mean anything.
-KEPT = {*chain(*FIELDS.values()), "margin", "weight", "rating", "group", "source", "id", "pun_word", "alternative_word"}
+KEPT = {*chain(*FIELDS.values()), "margin", "weight", "pass_share", "rating", "group", "source", "id",
+        "pun_word", "alternative_word"}  # fmt: skip
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -124,6 +126,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: ids is for public sources")
         if (part.total or part.margin) and recipe.kind != "preference":
             raise UserError(f"{where}: total and margin are for kind: preference")
+        if not 0 < part.pass_share <= 1 or (part.pass_share < 1 and recipe.kind != "preference"):
+            raise UserError(f"{where}: pass_share must be above 0 and at most 1, and is for kind: preference")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
         if part.source == "contrasts" and recipe.split != "train":
@@ -260,6 +264,8 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     made = made * int(part.weight) + draw.sample(made, round(part.weight % 1 * len(made)))
     if part.total:
         made = [{**row, "weight": part.total / len(made)} for row in made]
+    if part.pass_share < 1:
+        made = [{**row, "pass_share": part.pass_share} for row in made]
     if part.margin:
         made = [{**row, "margin": round(part.margin * row["gap"], 4)} if "gap" in row else row for row in made]
     return made, {**statement, "dropped": dict(dropped), "weight": part.weight, "taken": len(made)}

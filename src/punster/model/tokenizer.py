@@ -10,6 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class Tokenizer:
         self.prompt_format = prompt_format
         self._default_system = ""
         self._cache: dict[str, list[int]] = {}
+        # A pun is in many pairs.
+        self._text_ids = lru_cache(maxsize=1 << 17)(lambda text: tuple(self._encode(text, special=False)))
         eos = hf.eos_token_id
         if prompt_format == "chat":
             self._default_system, closing = self._inspect_template()
@@ -86,7 +89,7 @@ class Tokenizer:
 
     def text_ids(self, text: str) -> list[int]:
         """What a person or model wrote; never yields a special token."""
-        return self._encode(text, special=False)
+        return list(self._text_ids(text))
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """A prompt (or chat messages) up to where the response starts."""

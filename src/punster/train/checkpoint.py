@@ -114,7 +114,7 @@ class State:
                 found = {k.removeprefix(prefix): t.clone() for k, t in tensors.items() if k.startswith(prefix)}
                 optimizer.state.pop(parameter, None)
                 if found:
-                    optimizer.state[parameter] = {k: t.to(parameter.device) if k != "step" else t for k, t in found.items()}
+                    optimizer.state[parameter] = {k: t.to(parameter.device) for k, t in found.items()}
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator|{name}"])
         for name, cursor in self.cursors.items():

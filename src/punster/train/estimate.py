@@ -64,5 +64,9 @@ def counted(
     key = (*names, kind, *columns)
     if key not in counts:
         rows = load_rows(names, kind, embedded, columns, quiet=True)
-        counts[key] = len(rows), len({text for row in rows for text in texts_of(row)})
+        shares: dict[str, float] = {}  # of the passes, in which a text is drawn
+        for row in rows:
+            for text in texts_of(row):
+                shares[text] = max(shares.get(text, 0.0), row.get("pass_share") or 1.0)
+        counts[key] = len(rows), round(sum(shares.values()))
     return counts[key]

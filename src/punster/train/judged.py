@@ -60,7 +60,8 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
 def weighed(rows: Sequence[Row]) -> list[Row]:
     """The rows with weights whose mean is 1; a row without one counts 1 before that."""
     weights = [row.get("weight") or 1.0 for row in rows]
-    return [{**row, "weight": weight * len(rows) / sum(weights)} for row, weight in zip(rows, weights, strict=True)]
+    total = sum(weights)
+    return [{**row, "weight": weight * len(rows) / total} for row, weight in zip(rows, weights, strict=True)]
 
 
 def family(row: Row) -> str:
@@ -79,6 +80,11 @@ def families(rows: Sequence[Row]) -> list[list[int]]:
     for place, row in enumerate(rows):
         found.setdefault(family(row), []).append(place)
     return list(found.values())
+
+
+def pass_shares(rows: Sequence[Row], units: Sequence[Sequence[int]]) -> list[float]:
+    """The share of the passes in which each unit is drawn: the largest of its rows'; a row without one is in every pass."""
+    return [max(float(rows[place].get("pass_share") or 1.0) for place in unit) for unit in units]
 
 
 def item_batches(examples: Sequence[Example], items: Sequence[Item], max_tokens: int) -> list[list[int]]:

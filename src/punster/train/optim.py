@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -25,12 +25,15 @@ MEMORY_ERRORS = ("can't allocate memory", "out of memory", "bad_alloc", "could n
 
 
 class Cursor:
-    """Seeded passes over n rows: a fresh permutation each epoch, and a place in it that can be saved."""
+    """Seeded passes over n rows: a fresh permutation each epoch, and a place in it that can be saved.
 
-    def __init__(self, rows: int, generator: torch.Generator):
+    shares (n,): with which probability a pass has a row, drawn afresh each pass; without, every pass has all of them.
+    """
+
+    def __init__(self, rows: int, generator: torch.Generator, shares: Sequence[float] = ()):
         if rows < 1:
             raise UserError("there is no data to train on")
-        self.rows, self.generator = rows, generator
+        self.rows, self.generator, self.shares = rows, generator, shares
         self.order: list[int] = []
 
     def next(self, count: int) -> list[int]:
@@ -39,20 +42,26 @@ class Cursor:
         while len(taken) < count:
             if not self.order:
                 self.order = epoch_order(self.rows, self.generator)
+                if self.shares:
+                    luck = torch.rand(self.rows, generator=self.generator).tolist()
+                    self.order = [row for row in self.order if luck[row] < self.shares[row]]
             need = count - len(taken)
             taken += self.order[:need]
             self.order = self.order[need:]
         return taken
 
 
-def rows_used(rows: int, seed: int, count: int) -> set[int]:
+def rows_used(rows: int, seed: int, count: int, shares: Sequence[float] = ()) -> set[int]:
     """The rows that a fresh cursor of this seed hands out in its first `count`: all of them, unless the run is short."""
-    return set(Cursor(rows, seeded(seed, "data")).next(count))
+    return set(Cursor(rows, seeded(seed, "data"), shares).next(count))
 
 
 def make_optimizer(role: Role, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW with eps 1e-5 (Huang et al. 2022, detail 3) over a role's trainable parameters, whose names it keeps."""
-    return torch.optim.AdamW(role.named_parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=weight_decay)
+    """AdamW with eps 1e-5 (Huang et al. 2022, detail 3) over a role's trainable parameters, whose names it keeps.
+
+    Fused: over hundreds of small factors, PyTorch's loop takes four times as long (a tenth of a short step).
+    """
+    return torch.optim.AdamW(role.named_parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float) -> float:
@@ -82,7 +91,7 @@ def seeded(seed: int, stream: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def total_steps(config: TrainConfig, rows: int, epochs: float) -> int:
+def total_steps(config: TrainConfig, rows: float, epochs: float) -> int:
     return config.steps or max(1, math.ceil(rows * epochs / config.batch_size))
 
 

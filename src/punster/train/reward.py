@@ -6,6 +6,7 @@ punster reward -n NAME -b 16 -p runs/SFT, or punster reward -n NAME --config rec
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ from punster.train.judged import (
     item_batches,
     item_loss,
     neutral,
+    pass_shares,
     reliability,
     share_right,
     shuffled,
@@ -87,17 +89,24 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     # What a step draws, of the first rows and of the rest: families, or single rows.
     units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
     units[1] = [[len(first) + place for place in unit] for unit in units[1]]
+    shares = pass_shares(first + given, units[1])
+    for unit, share in zip(units[1], shares, strict=True):
+        for row in unit:  # what is drawn less often counts more when it is
+            items[row] = replace(items[row], weight=items[row].weight / share)
     bags = [bag(len(units[1]), config, number) for number in range(config.members)]
+    bag_shares = [[shares[place] for place in places] if min(shares) < 1 else () for places in bags]
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
-    texts, share = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
+    texts, work = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
+    lengths = [sum(len(examples[text].response) for row in unit for text in items[row].texts) for unit in units[1]]
+    work *= sum(map(operator.mul, lengths, shares)) / sum(lengths)  # of all tokens, in a pass
 
     def counted(wanted: RewardConfig) -> tuple[int, int, float]:
         """Steps of --pretrain, of the whole, and passes over the texts."""
         first_steps = math.ceil(len(units[0]) / wanted.batch_size)
-        steps = wanted.steps or first_steps + total_steps(wanted, len(bags[0]), wanted.epochs)
-        return first_steps, steps, share * steps * wanted.batch_size * wanted.members / sum(map(len, units))
+        steps = wanted.steps or first_steps + total_steps(wanted, sum(shares[place] for place in bags[0]), wanted.epochs)
+        return first_steps, steps, work * steps * wanted.batch_size * wanted.members / (len(units[0]) + sum(shares))
 
     def needed(wanted: RewardConfig) -> float:
         """Minutes, by a speed check that is long enough to see beyond a busy moment."""
@@ -114,8 +123,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     for number, member in enumerate(members):
         label = f"reward{number + 1 if number else ''}"
         optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
-        cursors |= {f"{label}|{part}": Cursor(len(places), seeded(config.seed + number, "data"))
-                    for part, places in (("first", units[0]), ("data", bags[number])) if places}  # fmt: skip
+        if units[0]:
+            cursors[f"{label}|first"] = Cursor(len(units[0]), seeded(config.seed + number, "data"))
+        cursors[f"{label}|data"] = Cursor(len(bags[number]), seeded(config.seed + number, "data"), bag_shares[number])
     generators = {name: cursor.generator for name, cursor in cursors.items()}
     state = State(model, optimizers, generators, cursors, given=examples)
     if config.int8 and not fused.quantises(model.model, model.frozen_depth):
@@ -135,7 +145,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             run.note("shortened", asked=asked, epochs=config.epochs, batch_size=config.batch_size)
         seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest: all, unless the run is short
         for number, places in enumerate(bags):
-            for place in rows_used(len(places), config.seed + number, (steps - first_steps) * config.batch_size):
+            drawn = (steps - first_steps) * config.batch_size
+            for place in rows_used(len(places), config.seed + number, drawn, bag_shares[number]):
                 seen.update(units[1][places[place]])
         used = {text for row in seen for text in items[row].texts}
         depths = [model.frozen_depth]
@@ -148,11 +159,12 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             skipped = 0.0
             for number, (member, (label, optimizer)) in enumerate(zip(members, optimizers.items(), strict=True)):
                 if step <= first_steps:
-                    drawn, part = cursors[f"{label}|first"].next(config.batch_size), units[0]
+                    places, part, count = cursors[f"{label}|first"].next(config.batch_size), units[0], float(len(units[0]))
                 else:
-                    drawn, part = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)], units[1]
-                batch = [items[row] for place in drawn for row in part[place]]
-                each = len(drawn) * sum(map(len, part)) / len(part)  # rows that so many units have on average
+                    places = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)]
+                    part, count = units[1], sum(shares)
+                batch = [items[row] for place in places for row in part[place]]
+                each = len(places) * sum(map(len, part)) / count  # rows for which so many units stand on average
                 found = within_memory(state, partial(train_step, config, member, trunk, examples, batch, each))
                 found |= optimizer_step(optimizer, rate, config.max_grad_norm)
                 sums = {name: total + found[name] / len(members) for name, total in sums.items()}
