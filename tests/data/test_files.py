@@ -50,6 +50,17 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
         assert message in str(raised.value)
 
 
+def test_numbers_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected,margin,weight,pass_share\np,a,b,.5,2,.25\np,c,d,,,\n")
+    full, empty = read_rows(str(path), "preference", [])
+    assert (full["margin"], full["weight"], full["pass_share"]) == (0.5, 2.0, 0.25)
+    assert {empty[name] for name in ("margin", "weight", "pass_share")} == {None}
+    path.write_text("prompt,chosen,rejected,pass_share\np,a,b,most\n")
+    with pytest.raises(UserError, match=r"pairs\.csv, line 2: pass_share must be a number from \.01 to 1, found 'most'"):
+        read_rows(str(path), "preference", [])
+
+
 def test_columns_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from punster.config.parsing import parse
 

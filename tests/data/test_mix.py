@@ -12,7 +12,7 @@ from mini import PUNS, make
 
 from punster.data import corpus
 from punster.data.leakage import jaccard, words
-from punster.data.mix import Ingredient, Recipe, build, load_mixture, mixture
+from punster.data.mix import Ingredient, Recipe, build, load_mixture, mixture, told
 from punster.data.pool import Pool, embedded_evaluation
 from punster.data.prompts import pun_word_share, topic_key
 from punster.data.schema import check_row, texts_of
@@ -92,7 +92,9 @@ def test_a_part_can_be_asked_for_generically(mini: Path) -> None:
 
 def test_a_pass_may_draw_a_share_of_a_part(mini: Path) -> None:
     parts = [Ingredient("embedded", use="literal", pass_share=0.25), Ingredient("puneval", use="groups", gap=0.5)]
-    rows, _ = build(Recipe("preference", guard=False, parts=parts), mini)
+    rows, statement = build(Recipe("preference", guard=False, parts=parts), mini)
+    told_of = [line for line in told(statement) if "a pass draws 25% of their families" in line]
+    assert len(told_of) == 1 and "embedded literal" in told_of[0]
     assert {(row.get("source"), row.get("pass_share")) for row in rows} == {(None, 0.25), ("puneval", None)}
 
 
@@ -114,9 +116,9 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         "kind: sft\nrepeats: 2\nparts: [{source: embedded}]": "repeats must lie in [0, 1]",
         "kind: preference\nparts: [{source: rjokes, use: ratings, cap: 0}]": "cap must be at least 1",
         "kind: sft\nparts: [{source: embedded, generic: true}]": "part 1: generic is for kind: preference",
-        "kind: preference\nparts: [{source: embedded, pass_share: 0}]": "part 1: pass_share must be above 0 and at most 1",
-        "kind: preference\nparts: [{source: embedded, pass_share: 3}]": "part 1: pass_share must be above 0 and at most 1",
-        "kind: sft\nparts: [{source: embedded, pass_share: .5}]": "pass_share must be above 0 and at most 1, and is for kind: preference",
+        "kind: preference\nparts: [{source: embedded, pass_share: 0}]": "part 1: pass_share must lie in [.01, 1]",
+        "kind: preference\nparts: [{source: embedded, pass_share: 3}]": "part 1: pass_share must lie in [.01, 1]",
+        "kind: sft\nparts: [{source: embedded, pass_share: .5}]": "pass_share must lie in [.01, 1], and is for kind: preference",
         "kind: sft\nparts: [3]": "part 1: expected a mapping",
         "kind: sft\nparts: [": "line 2: not YAML",
         "- a": "expected a mapping",

@@ -201,6 +201,8 @@ def test_the_faster_reader_reads_what_the_package_reads(order: gguf.GGUFEndian, 
     contents = {name: field.contents() for name, field in ours.fields.items()}
     assert contents == {name: field.contents() for name, field in theirs.fields.items()}
     assert contents["tokenizer.ggml.tokens"] == words
+    part = "tokenizer.ggml.tokens"
+    assert type(ours.fields[part].parts[-1]) is np.ndarray and isinstance(theirs.fields[part].parts[-1], np.memmap)
     assert contents["tokenizer.ggml.token_type"] == list(range(len(words)))
     assert ours.tensors[0].data.dtype == theirs.tensors[0].data.dtype
     assert np.array_equal(ours.tensors[0].data, theirs.tensors[0].data)

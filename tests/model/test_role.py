@@ -15,6 +15,7 @@ from punster.errors import UserError
 from punster.model.heads import ScalarHead
 from punster.model.load import load_model
 from punster.model.lora import Adapter
+from punster.model.product import can_reorder
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.saved import load_role, save_role
 from punster.model.tokenizer import Tokenizer
@@ -109,6 +110,8 @@ def test_a_merged_role_scores_the_same_and_leaves_the_base_alone(model: Decoder,
     merged = role.merged()
     assert not merged.adapters and merged.model is not model
     assert score_examples(merged, some) == pytest.approx(score_examples(role, some), abs=2e-6)
+    orders = [{matrix._reordered is not None for matrix in one.model._matrices.values()} for one in (merged, role)]
+    assert orders == [{can_reorder(torch.float32)}, {False}]
     assert score_examples(replace(role, adapters=()), some) != pytest.approx(score_examples(role, some), abs=1e-3)
     model._fingerprint = None
     assert model.fingerprint() == before

@@ -30,6 +30,11 @@ Make = Callable[..., Any]
 Train = Callable[[Any], Any]
 
 
+# Several passes in five steps, of which each draws eight families and about six of the other twelve.
+DRAWN = [{"prompt": f"pun: {i}", "chosen": f"the tide {i}!", "rejected": f"a fact {i}.", **({"pass_share": 0.5} if i % 5 > 1 else {})}
+         for i in range(20)]  # fmt: skip
+
+
 def vowels(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
 
@@ -44,6 +49,8 @@ def jobs(out: str, model: str, sft_run: str, reward_run: str, make: Make) -> dic
         "reward": (make(RewardConfig, **shared, batch_size=5, pretrained=sft_run, normalise_samples=8), train_reward),
         "reward-families": (make(RewardConfig, **shared, batch_size=5, negatives=["literal", "weak"], families=True, members=2,
                                  normalise_samples=0), train_reward),
+        "reward-shares": (make(RewardConfig, **shared, batch_size=5, families=True, members=2, normalise_samples=0, eval_data=[]),
+                          lambda config: train_reward(config, DRAWN)),
         "ppo": (
             make(PpoConfig, **policy, batch_size=6, reward_model=reward_run, epochs=2, minibatches=2, target_kl=0.5, kl_horizon=50),
             lambda config: ppo(config, None, vowels),
@@ -56,7 +63,7 @@ def jobs(out: str, model: str, sft_run: str, reward_run: str, make: Make) -> dic
     }  # fmt: skip
 
 
-NAMES = ("sft", "sft-none", "reward", "reward-families", "ppo", "ppo-none", "grpo", "dpo", "dpo-online")
+NAMES = ("sft", "sft-none", "reward", "reward-families", "reward-shares", "ppo", "ppo-none", "grpo", "dpo", "dpo-online")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,6 +87,20 @@ def test_resumed_equals_uninterrupted(
     assert {**ours, "wall_seconds": 0} == {**theirs, "wall_seconds": 0}
     state = [json.loads((reader.final(run) / "state.json").read_text()) for run in (resumed, whole)]
     assert state[0] == state[1]
+
+
+def test_a_reward_model_does_not_go_on_with_other_shares(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["reward-shares"]
+    train(replace(config, name="a", steps=2))
+    again = replace(config, name="a", steps=2, resume=True)
+    for share in ({}, {"pass_share": 0.4}):
+        rows = [{**row, **share} if "pass_share" in row else row for row in DRAWN]
+        rows = rows if share else [{k: v for k, v in row.items() if k != "pass_share"} for row in rows]
+        with pytest.raises(UserError, match="data"):
+            train_reward(again, rows)
+    assert train(again)
 
 
 @pytest.mark.parametrize("name", NAMES)

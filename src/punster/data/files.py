@@ -84,10 +84,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _cell(name: str, value: str) -> Any:
-    """CSV knows texts only: a label is read as true or false, a margin, weight or rating as a number, nothing as missing."""
+    """CSV knows texts only: a label is read as true or false, margin, weight, pass_share and rating as numbers, nothing as missing."""
     if name == "label" and value.strip().lower() in ("true", "false", "1", "0"):
         return value.strip().lower() in ("true", "1")
-    if name in ("margin", "weight", "rating"):
+    if name in ("margin", "weight", "pass_share", "rating"):
         try:
             return float(value) if value.strip() else None
         except ValueError:

@@ -32,12 +32,12 @@ class Index:
     def __init__(self, sets: Iterable[Words], threshold: float = NEAR) -> None:
         self.threshold = threshold
         self.sets = list(sets)
+        self._known: dict[str, bool] = {}  # what `has_near` has found: a text is in many rows
         self.sizes = np.array([len(members) for members in self.sets], dtype=np.int64)
         postings: dict[str, list[int]] = {}
         for place, members in enumerate(self.sets):
             for word in members:
                 postings.setdefault(word, []).append(place)
-        self._known: dict[str, bool] = {}  # what `has_near` has found: a text is in many rows
         self.postings = {word: np.array(places, dtype=np.int64) for word, places in postings.items()}
 
     def near(self, members: Words) -> list[int]:

@@ -44,7 +44,7 @@ class Ingredient:
     half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
-    pass_share: float = 1.0  # preference: the share of families of such rows that a pass draws, each counting more for it
+    pass_share: float = 1.0  # preference: the share of the families (or rows) that a pass draws, each counting more for it
     limit: int = 0  # at most so many rows, drawn (0: all)
     cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
@@ -126,8 +126,8 @@ def load_mixture(name: str) -> Recipe:
             raise UserError(f"{where}: ids is for public sources")
         if (part.total or part.margin) and recipe.kind != "preference":
             raise UserError(f"{where}: total and margin are for kind: preference")
-        if not 0 < part.pass_share <= 1 or (part.pass_share < 1 and recipe.kind != "preference"):
-            raise UserError(f"{where}: pass_share must be above 0 and at most 1, and is for kind: preference")
+        if not 0.01 <= part.pass_share <= 1 or (part.pass_share < 1 and recipe.kind != "preference"):
+            raise UserError(f"{where}: pass_share must lie in [.01, 1], and is for kind: preference")
         if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
             raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
         if part.source == "contrasts" and recipe.split != "train":
@@ -268,7 +268,8 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
         made = [{**row, "pass_share": part.pass_share} for row in made]
     if part.margin:
         made = [{**row, "margin": round(part.margin * row["gap"], 4)} if "gap" in row else row for row in made]
-    return made, {**statement, "dropped": dict(dropped), "weight": part.weight, "taken": len(made)}
+    drawn = {"pass_share": part.pass_share} if part.pass_share < 1 else {}
+    return made, {**statement, "dropped": dict(dropped), "weight": part.weight, **drawn, "taken": len(made)}
 
 
 def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[list[Row], str, bool, bool]:
@@ -336,6 +337,7 @@ def told(statement: Row) -> list[str]:
         dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items() if count)
         origin = f"{part['taken']} taken of {part['available']} made of {part['read']} read, weight {part['weight']:g}"
         dropped = f"; dropped: {dropped}" if dropped else ""
+        origin += f", a pass draws {part['pass_share']:.0%} of their families" if "pass_share" in part else ""
         found.append(f"  {' '.join(filter(None, (part['part'], part['use'])))}: {origin}{dropped} [{part['licence']}]")
     if statement.get("repeats_dropped"):
         found.append(f"  repeats dropped: {statement['repeats_dropped']}")

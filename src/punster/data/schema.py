@@ -86,8 +86,8 @@ def check_row(row: Any, kind: str, where: str) -> Row:
             checked[name] = _text(value, f"{where}, field {name!r}")
             if not checked[name].strip():
                 raise UserError(f"{where}: field {name!r} is empty")
-    if (share := row.get("pass_share")) is not None and not (is_number(share) and 0 < share <= 1):
-        raise UserError(f"{where}: pass_share must be a number above 0 and at most 1, found {share!r}")
+    if (share := row.get("pass_share")) is not None and not (is_number(share) and 0.01 <= share <= 1):
+        raise UserError(f"{where}: pass_share must be a number from .01 to 1, found {share!r}")
     for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
         if (value := row.get(name)) is not None and not (is_number(value) and (name != "weight" or value > 0)):
             raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")

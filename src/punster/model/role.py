@@ -80,7 +80,7 @@ class Role:
     def merged(self) -> Role:
         """The same function with the adapters added into a copy of the weights: for many passes in fp32 that train nothing.
 
-        Ensembles stay as they are, as their members share the base, and so do bf16 weights, in which updates would be rounded off.
+        The copy holds its matrices twice, as they are and reordered (`product.Matrix`). Ensembles stay as they are, as their members share the base, and so do bf16 weights, in which updates would be rounded off.
         """
         if not self.adapters or self.others or self.model.dtype != torch.float32:
             return self

@@ -18,7 +18,7 @@ from punster.data.schema import Row, texts_of
 from punster.train.plan import PROMPT, RESPONSE, block_size, layers_of, measured_speed, stage_work
 from punster.train.setup import load_rows, shared_base
 
-Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts, by what was read
+Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts of a pass, by what was read
 
 
 def pipeline_seconds(
@@ -39,7 +39,7 @@ def pipeline_seconds(
 
 
 def given(stage: TrainConfig, counts: Counts) -> tuple[int, int]:
-    """Rows and distinct texts that a stage is given: of sft, of dpo (pairs), and of reward those beside the embedded corpus.
+    """Rows and distinct texts of a pass of what a stage is given: of sft, of dpo (pairs), and of reward those beside the embedded corpus.
 
     (0, 0) where pairs are sampled; --pretrain is not counted. counts: of data read before.
     """
@@ -68,5 +68,5 @@ def counted(
         for row in rows:
             for text in texts_of(row):
                 shares[text] = max(shares.get(text, 0.0), row.get("pass_share") or 1.0)
-        counts[key] = len(rows), round(sum(shares.values()))
+        counts[key] = round(sum(row.get("pass_share") or 1.0 for row in rows)), round(sum(shares.values()))
     return counts[key]

@@ -52,7 +52,7 @@ class Cursor:
 
 
 def rows_used(rows: int, seed: int, count: int, shares: Sequence[float] = ()) -> set[int]:
-    """The rows that a fresh cursor of this seed hands out in its first `count`: all of them, unless the run is short."""
+    """The rows that a fresh cursor of this seed hands out in its first `count`: all, unless the run is short or has shares."""
     return set(Cursor(rows, seeded(seed, "data"), shares).next(count))
 
 

@@ -67,7 +67,7 @@ def stage_work(
 ) -> float:  # fmt: skip
     """Multiply-adds of a stage on the embedded corpus, or, of sft and dpo, on so many rows, pairs or prompts (`rows`).
 
-    rows, texts: of reward, those that come beside the embedded corpus, and how many distinct texts they have.
+    rows, texts: of reward, those that come beside the embedded corpus, and how many distinct texts a pass has of them.
     judge: layers of the reward model's branch, with whose adapter the critic starts; prompt, response: mean lengths in tokens.
     """
     block, head, layers = block_size(base), base.head.weight.numel(), base.config.n_layer

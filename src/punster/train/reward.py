@@ -6,10 +6,10 @@ punster reward -n NAME -b 16 -p runs/SFT, or punster reward -n NAME --config rec
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,30 +83,36 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 
     first = judged(config.pretrain) if config.pretrain else []
     given = judged(rows if rows is not None else config.data)
+    if not given:
+        raise UserError("there is no data to train on")
     examples, items = encode_items(first + given, tokenizer, start.model)
     held_out = judged_pairs(config, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
     # What a step draws, of the first rows and of the rest: families, or single rows.
     units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
     units[1] = [[len(first) + place for place in unit] for unit in units[1]]
-    shares = pass_shares(first + given, units[1])
+    shares = pass_shares(first + given, units[1])  # --pretrain is passed whole
     for unit, share in zip(units[1], shares, strict=True):
         for row in unit:  # what is drawn less often counts more when it is
             items[row] = replace(items[row], weight=items[row].weight / share)
+    # Rows for which a drawn unit stands, on average; bags are alike in that.
+    rows_a_unit = len(first) / max(1, len(units[0])), len(given) / sum(shares)
     bags = [bag(len(units[1]), config, number) for number in range(config.members)]
-    bag_shares = [[shares[place] for place in places] if min(shares) < 1 else () for places in bags]
+    uneven = min(shares) < 1
+    bag_shares = [[shares[place] for place in places] if uneven else [] for places in bags]
     members = [new_member(start, config, number, items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
     # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
-    texts, work = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
-    lengths = [sum(len(examples[text].response) for row in unit for text in items[row].texts) for unit in units[1]]
-    work *= sum(map(operator.mul, lengths, shares)) / sum(lengths)  # of all tokens, in a pass
+    texts, per_pass = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
+    lengths = [sum(e.length for e in {examples[text] for row in unit for text in items[row].texts}) for unit in chain(*units)]
+    drawn_in = [1.0] * len(units[0]) + shares
+    per_pass *= sum(length * share for length, share in zip(lengths, drawn_in, strict=True)) / sum(lengths)
 
     def counted(wanted: RewardConfig) -> tuple[int, int, float]:
-        """Steps of --pretrain, of the whole, and passes over the texts."""
+        """Steps of --pretrain, of the whole, and passes over all tokens."""
         first_steps = math.ceil(len(units[0]) / wanted.batch_size)
-        steps = wanted.steps or first_steps + total_steps(wanted, sum(shares[place] for place in bags[0]), wanted.epochs)
-        return first_steps, steps, work * steps * wanted.batch_size * wanted.members / (len(units[0]) + sum(shares))
+        steps = wanted.steps or first_steps + total_steps(wanted, sum(shares) * len(bags[0]) / len(shares), wanted.epochs)
+        return first_steps, steps, per_pass * steps * wanted.batch_size * wanted.members / sum(drawn_in)
 
     def needed(wanted: RewardConfig) -> float:
         """Minutes, by a speed check that is long enough to see beyond a busy moment."""
@@ -127,7 +133,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             cursors[f"{label}|first"] = Cursor(len(units[0]), seeded(config.seed + number, "data"))
         cursors[f"{label}|data"] = Cursor(len(bags[number]), seeded(config.seed + number, "data"), bag_shares[number])
     generators = {name: cursor.generator for name, cursor in cursors.items()}
-    state = State(model, optimizers, generators, cursors, given=examples)
+    state = State(model, optimizers, generators, cursors, given=[*examples, *([shares] if uneven else [])])
     if config.int8 and not fused.quantises(model.model, model.frozen_depth):
         speaker(config.quiet)(
             "  --int8 changes nothing here: no frozen bf16 layer that the C kernels take in 8 bits (punster doctor)"
@@ -143,10 +149,10 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         restore(run, state)
         if config.epochs != asked:
             run.note("shortened", asked=asked, epochs=config.epochs, batch_size=config.batch_size)
-        seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest: all, unless the run is short
+        seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest
         for number, places in enumerate(bags):
-            drawn = (steps - first_steps) * config.batch_size
-            for place in rows_used(len(places), config.seed + number, drawn, bag_shares[number]):
+            count = (steps - first_steps) * config.batch_size
+            for place in rows_used(len(places), config.seed + number, count, bag_shares[number]):
                 seen.update(units[1][places[place]])
         used = {text for row in seen for text in items[row].texts}
         depths = [model.frozen_depth]
@@ -159,12 +165,11 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             skipped = 0.0
             for number, (member, (label, optimizer)) in enumerate(zip(members, optimizers.items(), strict=True)):
                 if step <= first_steps:
-                    places, part, count = cursors[f"{label}|first"].next(config.batch_size), units[0], float(len(units[0]))
+                    drawn, part = cursors[f"{label}|first"].next(config.batch_size), 0
                 else:
-                    places = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)]
-                    part, count = units[1], sum(shares)
-                batch = [items[row] for place in places for row in part[place]]
-                each = len(places) * sum(map(len, part)) / count  # rows for which so many units stand on average
+                    drawn, part = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)], 1
+                batch = [items[row] for place in drawn for row in units[part][place]]
+                each = len(drawn) * rows_a_unit[part]
                 found = within_memory(state, partial(train_step, config, member, trunk, examples, batch, each))
                 found |= optimizer_step(optimizer, rate, config.max_grad_norm)
                 sums = {name: total + found[name] / len(members) for name, total in sums.items()}
