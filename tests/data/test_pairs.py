@@ -29,6 +29,8 @@ def test_pairs_of_a_group_respect_gap_cap_and_order() -> None:
     assert len({row["id"] for row in rows}) == len(rows)
     assert len(from_group(group([5.0, 4.6, 4.5, 1.0]), 0.5, 2, random.Random(1))) == 2
     assert from_group(group([1.0, 1.0]), 0.0, 0, random.Random(1)) == []  # ties are no judgement
+    (pair,) = from_group(group([2.0, 1.0], pass_share=0.5), 0.0, 0, random.Random(1))
+    assert pair["pass_share"] == 0.5
 
 
 def test_a_recited_text_is_never_the_better_one() -> None:
