@@ -62,7 +62,7 @@ class Matrix:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scoring: bool = False):
         # Where the kernels do not take bf16, it is reordered. In fp32 plain products stay nearest to what other libraries compute, so
-        # only models for scoring are (a seventh faster on AMD's CPUs; scores differ by some 1e-6).
+        # only models for scoring are (a seventh faster on a Zen 3; scores differ by some 1e-6).
         if not suits(weight):
             kind = type_of_products(weight)
             weight, bias = weight.to(kind), None if bias is None else bias.to(kind)

@@ -59,7 +59,7 @@ def rows_used(rows: int, seed: int, count: int, shares: Sequence[float] = ()) ->
 def make_optimizer(role: Role, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """AdamW with eps 1e-5 (Huang et al. 2022, detail 3) over a role's trainable parameters, whose names it keeps.
 
-    Fused: over hundreds of small factors, PyTorch's loop takes four times as long (a tenth of a short step).
+    Fused: over hundreds of small factors, PyTorch's loop takes four times as long.
     """
     return torch.optim.AdamW(role.named_parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=weight_decay, fused=True)
 
