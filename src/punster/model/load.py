@@ -243,17 +243,13 @@ def gguf_reader(path: Path) -> Any:
     import numpy
     from gguf import GGUFReader
 
-    class Reader(GGUFReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(path)
+    def plain_slice(self: Any, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> Any:
+        kind, start = numpy.dtype(dtype), int(offset)
+        found = self.data.view(numpy.ndarray)[start : start + kind.itemsize * int(count)].view(kind)
+        order = override_order or self.byte_order
+        return found if order == "I" else found.view(kind.newbyteorder(order))
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> Any:
-            kind, start = numpy.dtype(dtype), int(offset)
-            found = self.data.view(numpy.ndarray)[start : start + kind.itemsize * int(count)].view(kind)
-            order = override_order or self.byte_order
-            return found if order == "I" else found.view(kind.newbyteorder(order))
-
-    return Reader()
+    return type("PlainReader", (GGUFReader,), {"_get": plain_slice})(path)
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
