@@ -48,7 +48,7 @@ def test_hf_has_the_same_logits(trained: tuple[Role, Tokenizer], tmp_path: Path)
         plain = role.model.forward(IDS)
     assert (ours - plain).abs().max() > 1e-2  # the adapters did something
     assert AutoTokenizer.from_pretrained(out)("hello").input_ids == tokenizer.hf("hello").input_ids
-    assert not list(tmp_path.glob("*.part"))
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_peft_has_the_same_logits(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
@@ -137,3 +137,24 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: tuple[Ro
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="not an empty folder"):
         export(role, tokenizer, "hf", tmp_path / "full")
+
+
+def test_exports_are_ordinary_folders_and_their_neighbours_are_left_alone(
+    trained: tuple[Role, Tokenizer], tmp_path: Path
+) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "file").touch()
+    out = export(*trained, "peft", tmp_path / "new" / "out")
+    assert out.stat().st_mode == (tmp_path / "out.part").stat().st_mode
+    export(*trained, "peft", tmp_path / "out")
+    assert (tmp_path / "out.part" / "file").exists()
+
+
+def test_a_policy_pads_with_a_special_token(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:
+    """transformers fills the rows that ended with it, and GPT-2's one special token is EOS."""
+    role, tokenizer = trained
+    out = export(role, tokenizer, "hf", tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        pad = json.loads((out / name).read_text())["pad_token_id"]
+        assert pad in tokenizer.hf.all_special_ids
+        assert (pad == tokenizer.eos_id) == (role.model.config.family == "gpt2")

@@ -113,7 +113,7 @@ def test_a_merged_role_scores_the_same_and_leaves_the_base_alone(model: Decoder,
     orders = [{matrix._reordered is not None for matrix in one.model._matrices.values()} for one in (merged, role)]
     assert orders == [{can_reorder(torch.float32)}, {False}]
     assert score_examples(replace(role, adapters=()), some) != pytest.approx(score_examples(role, some), abs=1e-3)
-    model._fingerprint = None
+    model._fingerprints.clear()
     assert model.fingerprint() == before
     half = load_model(str(tiny_llama), torch.bfloat16)
     for left in (replace(role, others=(role,)), role_on(half, adapter(half)), role_on(model)):
@@ -341,4 +341,19 @@ def test_a_role_is_refused_on_other_weights_of_the_same_name(
     other = load_model(str(make_model(model.config.family, seed=99)))
     other.name = model.name  # the folder was filled with another model since
     with pytest.raises(UserError, match="base"):
+        load_role(tmp_path, base=other)
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_other_weights_are_refused_across_types(
+    types: tuple[torch.dtype, torch.dtype], tiny_llama: Path, tmp_path: Path, make_model: object
+) -> None:
+    """Trained in bf16 and exported in fp32, as it is done by default; and the other way round."""
+    then, now = types
+    trained = load_model(str(tiny_llama), then)
+    save_role(tmp_path, role_on(trained, adapter(trained)), Tokenizer.load(str(tiny_llama)))
+    assert load_role(tmp_path, dtype=now)[0].model.dtype == now
+    other = load_model(str(make_model("llama", seed=99)), now)
+    other.name = trained.name
+    with pytest.raises(UserError, match="other base weights"):
         load_role(tmp_path, base=other)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
 from punster.model.tokenizer import Tokenizer
+from tests.conftest import tiny_tokenizer
 
 # As SmolLM2-Instruct and Qwen ship it: a system turn appears if the first message is not one.
 WITH_SYSTEM = (
@@ -93,6 +95,14 @@ def test_plain_format(tiny_gpt2: Path) -> None:
     own = Tokenizer.load(str(tiny_gpt2), "Q: {prompt} <|endoftext|>A:")
     assert own.hf.decode(own.prompt_ids(PROMPT)) == f"Q: {PROMPT} <|endoftext|>A:"
     assert own.prompt_ids(PROMPT).count(own.eos_id) == 1  # specials of the format are meant
+
+
+def test_a_line_end_may_be_written_as_two_characters(tiny_gpt2: Path) -> None:
+    """As help and errors show it, and as single quotes leave it."""
+    quoted, plain = (Tokenizer.load(str(tiny_gpt2), text) for text in (r"Q:\n{prompt}\n", "Q:\n{prompt}\n"))
+    assert quoted.prompt_format == plain.prompt_format == "Q:\n{prompt}\n"
+    assert quoted.prompt_ids(PROMPT) == plain.prompt_ids(PROMPT)
+    assert quoted.prompt_ids(r"a\nb") == plain.prompt_ids(r"a\nb") != plain.prompt_ids("a\nb"), "prompts stay as they are"
 
 
 def test_impossible_formats(tiny_gpt2: Path) -> None:
@@ -181,3 +191,42 @@ def test_exported_tokenizers_write_prompts_as_ours_do(prompt_format: str, tmp_pa
         assert text == ours.hf.decode(ours.prompt_ids(messages))
     again = Tokenizer(theirs)
     assert again.prompt_ids("a pun") == ours.prompt_ids("a pun") and again.eos_id == ours.eos_id
+
+
+def test_added_tokens_that_steer_become_special(make_model: Any, tmp_path: Path) -> None:
+    """A ChatML fine-tune of a plain model, whose tokenizer got its tokens as words; other added words stay as they are."""
+    hf = tiny_tokenizer(None)
+    hf.add_tokens([AddedToken(text, special=False) for text in ("<|im_start|>", "<|im_end|>", "<wug>", "assistant")])
+    hf.chat_template = WITH_SYSTEM
+    start, end, wug, word = (hf.convert_tokens_to_ids(text) for text in ("<|im_start|>", "<|im_end|>", "<wug>", "assistant"))
+    assert hf("<|im_end|>", split_special_tokens=True).input_ids == [end]
+    tokenizer = Tokenizer(hf)
+    assert tokenizer.eos_id == end
+    for text in HOSTILE:
+        assert not {start, end} & set(tokenizer.text_ids(text))
+        assert tokenizer.hf.decode(tokenizer.text_ids(text)) == text
+    assert wug in tokenizer.text_ids("a <wug>") and word in tokenizer.text_ids("my assistant")
+    assert tokenizer.prompt_ids(MESSAGES) == template_ids(tokenizer, MESSAGES)
+    assert tokenizer.decode(tokenizer.response_ids("two tired, my assistant")) == "two tired, my assistant"
+    tokenizer.for_transformers().save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.decode(tokenizer.response_ids("two tired"), skip_special_tokens=True) == "two tired"
+
+
+def test_an_end_of_sequence_that_is_a_plain_word_becomes_special() -> None:
+    hf = tiny_tokenizer(None)
+    hf.add_tokens([AddedToken("<end>", special=False)])
+    hf.chat_template = "{% for m in messages %}{{ '<' ~ m['role'] ~ '>' ~ m['content'] ~ '<' ~ 'end>' }}{% endfor %}"
+    tokenizer = Tokenizer(hf)
+    assert tokenizer.eos_id == hf.convert_tokens_to_ids("<end>") not in tokenizer.text_ids("<end>")
+    assert tokenizer.decode(tokenizer.response_ids("two tired")) == "two tired"
+
+
+def test_a_template_that_refuses_a_dialogue_says_so(make_model: Any) -> None:
+    strict = WITH_SYSTEM.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('No system turns') }}{% endif %}",
+    )
+    tokenizer = Tokenizer.load(str(make_model("llama", chat_template=strict)))
+    with pytest.raises(UserError, match="refuses a dialogue of system, user, assistant, user: No system turns"):
+        tokenizer.prompt_ids(MESSAGES)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from punster.errors import UserError
 from punster.model.load import load_model, random_model
-from punster.model.transformer import Decoder, KeyValueCache, ModelConfig, causal_mask
+from punster.model.transformer import ACTIVATIONS, Decoder, KeyValueCache, ModelConfig, activate, causal_mask
 
 FAMILIES = ("tiny_llama", "tiny_gpt2")
 
@@ -167,7 +168,7 @@ def test_fingerprint_and_trunk_key_tell_models_apart(make_model: object) -> None
     assert one.trunk_key(2) == same.trunk_key(2) != one.trunk_key(1)
     assert one.trunk_key(2) != other.trunk_key(2)
     half = Decoder(one.config, {key: tensor.bfloat16() for key, tensor in one.weights.items()})
-    assert half.fingerprint() != one.fingerprint()
+    assert half.fingerprint() == one.fingerprint(torch.bfloat16) != one.fingerprint()
     # A copy trained from layer 2 on shares the trunk below it, and only that.
     copy = one.trainable_copy(2)
     assert [copy.trunk_key(depth) == one.trunk_key(depth) for depth in (1, 2, 3)] == [True, True, False]
@@ -187,3 +188,22 @@ def test_config_defaults_follow_transformers() -> None:
         "intermediate_size": 4,
     })  # fmt: skip
     assert (llama.n_kv_head, llama.d_head, llama.tied, llama.rope_theta, llama.norm_eps) == (2, 4, False, 10_000.0, 1e-6)
+
+
+def test_activations_are_those_of_transformers_or_refused_at_once() -> None:
+    from transformers.activations import ACT2FN
+
+    llama = {
+        "model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 4,
+    }  # fmt: skip
+    x = torch.linspace(-6, 6, 500)
+    for name in ACTIVATIONS:
+        config = ModelConfig.from_hf({**llama, "hidden_act": name})
+        assert config.raw["hidden_act"] == name  # an export says what it was
+        torch.testing.assert_close(activate(x, config.activation), ACT2FN[name](x), rtol=0, atol=1e-6)
+    assert (ModelConfig.from_hf({**llama, "hidden_act": "swish"}).activation, "relu" in ACTIVATIONS) == ("silu", False)
+    gpt2 = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "activation_function": "relu"}
+    for config in (gpt2, {**llama, "hidden_act": "relu"}):
+        with pytest.raises(UserError, match=r"activation 'relu' is not implemented \(silu, .*gelu_fast"):
+            ModelConfig.from_hf(config)

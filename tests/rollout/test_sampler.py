@@ -13,9 +13,11 @@ from torch import Tensor
 
 from punster.data.batch import Example, collate
 from punster.errors import UserError
+from punster.model.kernels import compiled
 from punster.model.load import load_model
 from punster.model.lora import Adapter
 from punster.model.role import Role, Trunk
+from punster.rollout import sampler
 from punster.rollout.decode import Stepper
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, Rollout, _generate, choose, generate, inverse_cdf, truncate
@@ -171,6 +173,52 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not(role: Role) -
     assert ids_of(first) == ids_of(again)
     assert all(torch.equal(a, b) for a, b in zip(first.log_probs, again.log_probs, strict=True))
     assert ids_of(first) != ids_of(other)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_cap_on_rows_holds_within_one_prompt(adapted: Role, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    plain = sampler.prefill
+    monkeypatch.setattr(sampler, "choose", lambda logits, *rest: rows.append(len(logits)) or choose(logits, *rest))
+    monkeypatch.setattr(sampler, "prefill", lambda *rest: rows.append(len(rest[1])) or plain(*rest))
+    decoding = Decoding(12, temperature)
+    whole = generate(adapted, PROMPTS, decoding, EOS, seeded(5), samples=11, max_rows=128, keep=(1,))
+    assert max(rows) == 66
+    rows.clear()
+    cut = generate(adapted, PROMPTS, decoding, EOS, seeded(5), samples=11, max_rows=4, keep=(1,))
+    assert max(rows) == 4
+    assert cut.examples == whole.examples and cut.finished == whole.finished
+    for a, b in zip(whole.log_probs, cut.log_probs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert whole.trunk is not None and cut.trunk is not None
+    for key, states in whole.trunk.rows.items():
+        for a, b in zip(states, cut.trunk.rows[key], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(compiled() is None, reason="no AVX2 (or AMX), or no C compiler: nothing is recorded by plain PyTorch")
+def test_only_a_rollout_in_one_piece_is_recorded(make_model: Callable[..., Path]) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    model = load_model(str(make_model("llama", **wide)), torch.bfloat16)
+    mine = Adapter.create("policy", model.config, rank=4, alpha=8.0, layers=range(2, 4), generator=seeded(1)).trainable()
+    policy = Role(model, (mine,), trained=("policy",))
+    for prompts, samples, max_rows, recorded in (
+        (PROMPTS[:1], 8, 8, True), (PROMPTS[:1], 8, 7, False), (PROMPTS[:2], 4, 8, True), (PROMPTS[:2], 4, 7, False),
+    ):  # fmt: skip
+        rollout = generate(policy, prompts, Decoding(4), EOS, seeded(1), samples, max_rows, record=True)
+        assert (rollout.record is not None) == recorded
+
+
+def test_uniforms_lie_below_1(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is nearest to 1 in fp64 would round to it; nothing else is changed."""
+    drawn: list[Tensor] = []
+    values = torch.tensor([[0.0, 0.5, 1 - 2**-24, 1 - 2**-53]], dtype=torch.float64)
+    monkeypatch.setattr(
+        sampler, "choose", lambda logits, how, uniform, seen: drawn.append(uniform) or choose(logits, how, uniform)
+    )
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: values.clone())
+    generate(role, PROMPTS[:1], Decoding(4), -1, seeded(1))
+    assert torch.cat(drawn).tolist() == [0.0, 0.5, 1 - 2**-24, 1 - 2**-24]
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------

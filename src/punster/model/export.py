@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
     out = out.resolve()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder")
-    temporary = out.with_name(out.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as private:
+        temporary = Path(private) / "part"  # a folder like any other: the one around it is for its owner's eyes only
+        temporary.mkdir()
         if format == "hf":
             _export_hf(role, tokenizer, temporary)
         else:
@@ -36,12 +36,9 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
             pad = distinct_pad(tokenizer)
             hf.pad_token = hf.convert_ids_to_tokens(pad) if pad in hf.all_special_ids else None
         hf.save_pretrained(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
     return out
 
 
@@ -73,11 +70,14 @@ def _export_hf(role: Role, tokenizer: Tokenizer, folder: Path) -> None:
         weights["score.weight"] = role.head.weight.detach().cpu()[None] * gain
         # transformers' score head has no bias: the constant is recorded, and does not change any comparison.
         config["punster_score_bias"] = float(role.head.bias) * gain + offset
-    config["pad_token_id"] = distinct_pad(tokenizer)
+    pad = distinct_pad(tokenizer)
+    if role.head is None and pad not in tokenizer.hf.all_special_ids:  # generated rows are filled with it, and shown
+        pad = tokenizer.eos_id
+    config["pad_token_id"] = pad
     config["eos_token_id"] = tokenizer.eos_id
     save_file(transposed(weights, model.config.family), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": config["pad_token_id"], "do_sample": True}
+    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": pad, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

@@ -24,6 +24,7 @@ FORMAT = 1
 def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, Any] | None = None) -> None:
     """Write a role so that it can be loaded beside other roles on the same base."""
     config = role.model.config
+    base = None if role.model.trained_from == 0 else role.model.trunk_of or role.model
     for adapter in role.adapters:
         adapter.save(folder / "adapters" / adapter.name, role.model.name, config)
     if role.head is not None:
@@ -33,7 +34,8 @@ def save_role(folder: Path, role: Role, tokenizer: Tokenizer, extra: dict[str, A
         own = {n: role.model.weights[n].detach().cpu().contiguous() for n in sorted(role.model.own)}
         save_file(own, folder / "base.safetensors")
     described = {
-        "format": FORMAT, "model": role.model.name, "base_sha256": (role.model.trunk_of or role.model).fingerprint() if role.model.trained_from != 0 else None,
+        "format": FORMAT, "model": role.model.name, "base_sha256": None if base is None else base.fingerprint(),
+        "base_sha256_bf16": None if base is None or base.dtype != torch.float32 else base.fingerprint(torch.bfloat16),
         "dtype": str(role.model.dtype).removeprefix("torch."), "prompt_format": tokenizer.prompt_format,
         "adapters": [adapter.name for adapter in role.adapters], "has_head": role.head is not None, "depth": role.depth,
         "pooling": role.pooling, "normalisation": list(role.normalisation), "trained_from": role.model.trained_from,
@@ -57,8 +59,14 @@ def load_role(
         )
     plain = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
     model = plain
-    same_type = described["dtype"] == str(model.dtype).removeprefix("torch.")
-    if described["base_sha256"] and same_type and described["base_sha256"] != model.fingerprint():
+    types = (described["dtype"], str(model.dtype).removeprefix("torch."))
+    wanted = described["base_sha256"] if types[0] == types[1] else None
+    cast: torch.dtype | None = None
+    if types == ("bfloat16", "float32"):  # the same weights if they are the same once they are rounded
+        wanted, cast = described["base_sha256"], torch.bfloat16
+    elif types == ("float32", "bfloat16"):
+        wanted = described.get("base_sha256_bf16")
+    if wanted and wanted != model.fingerprint(cast):
         raise UserError(f"{folder}: was trained on other base weights than {described['model']} has now (their SHA-256 differs)")
     if tokenizer is None or tokenizer.prompt_format != described["prompt_format"] or model is not base:
         tokenizer = Tokenizer.load(described["model"], described["prompt_format"]).check_fits(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,21 @@ PLAIN_FORMAT = "{prompt}\n"
 _SENTINEL = re.compile(r"%%punster-(\d+)%%")
 
 
+def as_meant(prompt_format: str) -> str:
+    """The format with line ends for the two characters \\n, which a shell's single quotes and help texts leave as they are."""
+    return prompt_format.replace("\\n", "\n")
+
+
 class Tokenizer:
     """A tokenizer together with a prompt format.
 
     prompt_format: "auto" (the chat template if the tokenizer has one, else "{prompt}\\n"), "chat", or a text that
-    contains "{prompt}".
+    contains "{prompt}", in which the two characters \\n are a line end.
     """
 
     def __init__(self, hf: Any, prompt_format: str = "auto"):
         self.hf = hf
+        prompt_format = as_meant(prompt_format)
         if prompt_format == "auto":
             prompt_format = "chat" if hf.chat_template else PLAIN_FORMAT
         if prompt_format == "chat" and not hf.chat_template:
@@ -45,7 +51,7 @@ class Tokenizer:
         self._default_system = ""
         self._cache: dict[str, list[int]] = {}
         # A pun is in many pairs.
-        self._text_ids = lru_cache(maxsize=1 << 17)(lambda text: tuple(self._encode(text, special=False)))
+        self._text_ids = lru_cache(maxsize=1 << 17)(self._ids_of)
         eos = hf.eos_token_id
         if prompt_format == "chat":
             self._default_system, closing = self._inspect_template()
@@ -55,6 +61,8 @@ class Tokenizer:
         if eos is None:
             raise UserError("this tokenizer has no end-of-sequence token")
         self.eos_id: int = eos
+        self._register_special()
+        self._inspect_starts()
 
     @classmethod
     def load(cls, model: str, prompt_format: str = "auto") -> Tokenizer:
@@ -78,6 +86,40 @@ class Tokenizer:
             )
         return self
 
+    def _register_special(self) -> None:
+        """Make special what steers a dialogue: EOS, and added tokens of the template. Some fine-tunes add them as plain words,
+        which any text could inject and every completion would show."""
+        skeleton = f"{self.hf.chat_template or ''}{self.prompt_format}"
+        if self.prompt_format == "chat":  # a template may put a token together from its parts
+            skeleton += self._render([{"role": role, "content": ""} for role in ("user", "assistant", "user")], generation=True)
+        plain = {i: token for i, token in self.hf.added_tokens_decoder.items() if not token.special}
+        # Words and white space may be in a template as well: they are no control tokens.
+        found = [t for i, t in plain.items() if i == self.eos_id or (re.search(r"[^\w\s]", t.content) and t.content in skeleton)]
+        for token in found:
+            token.special = True
+        if found:
+            self.hf.add_tokens(found, special_tokens=True)
+
+    def _inspect_starts(self) -> None:
+        """What the tokenizer puts in front of each text: a BOS, and SentencePiece's mark of a space, which pieces must not get."""
+        hf, text = self.hf, self._encode("a", special=True)
+        self._bos = ""  # what writes it in plain prompts, where the tokenizer adds one
+        if self.prompt_format != "chat" and hf("a").input_ids[:1] == [hf.bos_token_id]:
+            same = self._encode(hf.bos_token + "a", special=True) == [hf.bos_token_id, *text]
+            self._bos = hf.bos_token if same else hf.bos_token + " "  # some mark the space only where there is one
+        self._marks = text + self._encode("\n", special=True) != self._encode("a\n", special=True)
+        self._special = (set(hf.all_special_ids) | set(hf.added_tokens_decoder)) - {hf.unk_token_id}
+        eos = hf.convert_ids_to_tokens(self.eos_id)
+        self._marks_behind_special = self._encode(eos + "a", special=True) == [self.eos_id, *text]
+        self._prompt_end, self._lead = [], ""
+        if self._marks:
+            self._prompt_end = self.prompt_ids("a")[-1:]
+            turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+            if self.prompt_format == "chat":
+                asked, answered = self._render(turns[:1], generation=True), self._render(turns, generation=False)
+                lead = answered.partition("%%punster-1%%")[0].removeprefix(asked)
+                self._lead = "" if lead.strip(" ") else lead
+
     # ---- encoding ---------------------------------------------------------------------------------------------
     def _encode(self, text: str, special: bool) -> list[int]:
         if not text:
@@ -87,9 +129,30 @@ class Tokenizer:
         ids: list[int] = self.hf(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         return ids
 
+    def _behind(self, before: Sequence[int], text: str, special: bool) -> list[int]:
+        """Ids of a text that goes on behind these: as behind a line end, where the tokenizer would mark its start."""
+        if text and self._marks and before and not (self._marks_behind_special and before[-1] in self._special):
+            line, ids = self._encode("\n", False), self._encode("\n" + text, special)
+            if ids[: len(line)] == line:
+                return ids[len(line) :]
+        return self._encode(text, special)
+
+    def _ids_of(self, text: str, behind_prompt: bool) -> tuple[int, ...]:
+        return tuple(self._behind(self._prompt_end, self._lead + text, False) if behind_prompt else self._encode(text, False))
+
+    def _joined(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Ids of a text in pieces, each with whether special tokens are parsed in it."""
+        ids: list[int] = []
+        gap = ""
+        for piece, special in pieces:
+            text = gap + piece
+            gap = text[len(text.rstrip(" ")) :] if self._marks else ""  # a space is part of the word behind it
+            ids += self._behind(ids, text.removesuffix(gap), special)
+        return ids + self._behind(ids, gap, False)
+
     def text_ids(self, text: str) -> list[int]:
         """What a person or model wrote; never yields a special token."""
-        return list(self._text_ids(text))
+        return list(self._text_ids(text, False))
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """A prompt (or chat messages) up to where the response starts."""
@@ -106,18 +169,18 @@ class Tokenizer:
         if self.prompt_format != "chat":
             prompt = "\n".join(message["content"] for message in messages)
             before, _, after = self.prompt_format.partition("{prompt}")
-            return self._encode(before, True) + self._encode(prompt, False) + self._encode(after, True)
+            ids = self._joined(((before, True), (prompt, False), (after, True)))
+            bos = self.hf.bos_token_id
+            return [bos, *ids] if self._bos and ids[:1] != [bos] else ids
         skeleton = self._render(messages, generation=True)
         if messages[0]["role"] != "system" and self._default_system:
             skeleton = skeleton.replace(self._default_system, "", 1)
-        ids: list[int] = []
-        for number, piece in enumerate(_SENTINEL.split(skeleton)):
-            ids += self._encode(messages[int(piece)]["content"], False) if number % 2 else self._encode(piece, True)
-        return ids
+        pieces = enumerate(_SENTINEL.split(skeleton))
+        return self._joined((messages[int(piece)]["content"], False) if number % 2 else (piece, True) for number, piece in pieces)
 
     def response_ids(self, text: str) -> list[int]:
         """A response with its end-of-sequence token."""
-        return [*self.text_ids(text), self.eos_id]
+        return [*self._text_ids(text, self._marks and text != ""), self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """For people and text rewards only: special tokens are dropped, outer white space stripped."""
@@ -128,7 +191,9 @@ class Tokenizer:
         run's own prompt format."""
         hf = copy.deepcopy(self.hf)
         if self.prompt_format != "chat":
-            before, after = (json.dumps(part, ensure_ascii=False) for part in self.prompt_format.split("{prompt}", 1))
+            before, after = self.prompt_format.split("{prompt}", 1)
+            bos = "" if self.hf.bos_token and before.startswith(self.hf.bos_token) else self._bos
+            before, after = (json.dumps(part, ensure_ascii=False) for part in (bos + before, after))
             hf.chat_template = f"{{{{ {before} ~ (messages | map(attribute='content') | join('\\n')) ~ {after} }}}}"
         elif self._default_system:
             template, default = hf.get_chat_template().removesuffix("\n"), json.dumps(self._default_system, ensure_ascii=False)
@@ -139,7 +204,13 @@ class Tokenizer:
     # ---- the template -----------------------------------------------------------------------------------------
     def _render(self, messages: Messages, generation: bool) -> str:
         marked = [{"role": m["role"], "content": f"%%punster-{i}%%"} for i, m in enumerate(messages)]
-        return str(self.hf.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation))
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(self.hf.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation))
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the model's chat template refuses a dialogue of {roles}: {error}") from None
 
     def _inspect_template(self) -> tuple[str, str]:
         """(system text that the template adds by default, what closes an assistant turn)."""

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,12 @@ from punster.model import fused
 from punster.model.lora import Adapter, low_rank
 from punster.model.product import LogitHead, Matrix, project
 from punster.model.recording import Recording
+
+# What transformers calls the activations, and which of ours each is.
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_new",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class ModelConfig:
             raise UserError(
                 f"{where}: tied embeddings are {config.tied!r}, the activation is {config.activation!r}; true or false and a name are needed"
             )
-        return config
+        if config.activation not in ACTIVATIONS:
+            raise UserError(f"{where}: activation {config.activation!r} is not implemented ({', '.join(ACTIVATIONS)})")
+        return replace(config, activation=ACTIVATIONS[config.activation])
 
     @classmethod
     def _from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -171,7 +179,7 @@ class Decoder:
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
         self.coarse = False  # see `in_bytes`
         self.scoring = False  # no pass is ever compared with one that learns, so that the last bits are free (`Role.merged`)
-        self._fingerprint: str | None = None
+        self._fingerprints: dict[torch.dtype | None, str] = {}
         self._matrices: dict[tuple[str, ...], Matrix] = {}
 
     # ---- where things are -------------------------------------------------------------------------------------
@@ -228,16 +236,16 @@ class Decoder:
                 return int(part)
         return -1 if any(p in ("wte", "wpe", "embed_tokens") for p in parts) else self.config.n_layer
 
-    def fingerprint(self) -> str:
-        """SHA-256 over names, types and bytes of all weights, computed once; of frozen models only."""
-        if self._fingerprint is None:
+    def fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        """SHA-256 over names, types and bytes of all weights (cast to a type), computed once; of frozen models only."""
+        if dtype not in self._fingerprints:
             digest = hashlib.sha256()
             for key in sorted(self.weights):
-                tensor = self.weights[key].detach().cpu().contiguous()
+                tensor = self.weights[key].detach().to(dtype or self.weights[key].dtype).cpu().contiguous()
                 digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
                 digest.update(tensor.view(torch.uint8).numpy().data)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+            self._fingerprints[dtype] = digest.hexdigest()
+        return self._fingerprints[dtype]
 
     def trunk_key(self, depth: int) -> str:
         """Names the activations after `depth` layers; two models with the same key may share them."""

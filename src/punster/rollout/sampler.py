@@ -108,21 +108,27 @@ def generate(
     highest = min(role.frozen_depth, role.last_layer - 1) if roomy else 0
     keys = {depth: role.trunk_key(depth) for depth in sorted(keep) if 0 < depth <= highest}
     uniforms = torch.rand(len(prompts) * samples, decoding.max_new_tokens, generator=generator, dtype=torch.float64).float()
+    uniforms.clamp_(max=1 - 2**-24)  # what lies nearest to 1 was rounded to it
     stepper = Stepper(role.model, role.adapters, role.last_layer)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     per_call = max(1, max_rows // samples)
+    chunks = [
+        (order[start : start + per_call], range(first, min(first + max_rows, samples)))
+        for start in range(0, len(order), per_call)
+        for first in range(0, samples, max_rows)  # more than one only where a prompt has more samples than fit
+    ]
     examples: list[Example | None] = [None] * (len(prompts) * samples)
     log_probs: list[Tensor] = [torch.empty(0)] * len(examples)
     finished = [False] * len(examples)
     states: dict[int, list[Tensor]] = {depth: [torch.empty(0)] * len(examples) for depth in keys}
-    for start in range(0, len(order), per_call):
-        chosen = order[start : start + per_call]
-        rows = [prompt * samples + k for prompt in chosen for k in range(samples)]
+    recording = None
+    for chosen, numbers in chunks:
+        rows = [prompt * samples + k for prompt in chosen for k in numbers]
         drawn = uniforms[rows].to(role.model.device)
-        recording = None
-        if record and len(order) <= per_call:
+        if record and len(chunks) == 1:
             recording = Recording.of(stepper, role.frozen_depth, prompts, samples, decoding.max_new_tokens, rows)
-        results = _generate(role, stepper, [prompts[i] for i in chosen], samples, decoding, eos_id, drawn, list(keys), recording)
+        asked = [prompts[i] for i in chosen]
+        results = _generate(role, stepper, asked, len(numbers), decoding, eos_id, drawn, list(keys), recording)
         for row, (ids, logs, kept) in zip(rows, results, strict=True):
             examples[row] = Example(tuple(prompts[row // samples]), tuple(ids))
             log_probs[row] = logs
