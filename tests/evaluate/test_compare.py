@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from fake_judge import FakeJudge, by
 
 from punster.cli import main
 from punster.config import EvaluateConfig
 from punster.data import corpus
-from punster.evaluate.compare import exact_kl, picked, shared_depths
+from punster.data.batch import Example
+from punster.evaluate.compare import best_of_row, exact_kl, picked, shared_depths, training_texts
+from punster.evaluate.folder import read_config
 from punster.model.role import score_examples
-from punster.rollout.sampler import Decoding, generate
+from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.setup import open_policy_role, open_reward_model
 
 
@@ -62,7 +66,7 @@ def test_a_judge_on_the_command_line(runs: Path, tmp_path: Path, capsys: pytest.
         assert summary["models"][name]["judge"]["win_rate"]["mean"] == pytest.approx(sum(shares) / 6)
     assert "win_rate" not in summary["models"]["sft"]["judge"]
     for entry in (summary["models"][name] for name in ("base", "more")):
-        assert entry["versus_sft"]["wilson"]["mean"] == pytest.approx(entry["win_rate_vs_sft"]["mean"])
+        assert entry["versus_sft"]["wilson"] is None  # shares of several samples are no tosses
         assert entry["versus_sft"]["wins"] + entry["versus_sft"]["ties"] + entry["versus_sft"]["losses"] == 6
     ratings = [summary["models"][name]["rating"]["mean"] for name in ("base", "sft", "more")]
     assert sum(ratings) == pytest.approx(3000)
@@ -99,7 +103,7 @@ def test_texts_of_a_file_stand_beside_the_models(runs: Path, tmp_path: Path, cap
     entry = json.loads((tmp_path / "e" / "summary.json").read_text())["models"]["others"]
     assert (entry["length"], entry["exact_kl"], entry["unique_share"]) == (3, None, 1)
     assert 0 <= entry["win_rate_vs_sft"]["mean"] <= 1
-    assert "perplexity_plain" not in entry
+    assert "perplexity_plain" not in entry and entry["eos_rate"] is None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert main(asked) == 2
     assert "fewer than 2 completions" in capsys.readouterr().err
@@ -152,8 +156,72 @@ def test_states_kept_while_sampling_change_no_figure(runs: Path) -> None:
     rows = picked(rollout, [1, 4, 7])
     assert rows.examples == [rollout.examples[i] for i in (1, 4, 7)]
     kl = exact_kl(role, reference, rows, 1.0)
-    assert kl > 1e-4
+    assert len(kl) == 3 and min(kl) > 1e-5
     assert kl == pytest.approx(exact_kl(role, reference, replace(rows, trunk=None), 1.0), rel=1e-3)
+    alone = [exact_kl(role, reference, picked(rollout, [i]), 1.0)[0] for i in (1, 4, 7)]
+    assert kl == pytest.approx(alone, rel=1e-3)  # each response has its own
+
+
+def test_a_model_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ppo = runs / "ppo"
+    shutil.copytree(runs / "more", ppo)
+    settings = yaml.safe_load((ppo / "config.yaml").read_text())
+    settings = {key: value for key, value in settings.items() if key not in ("data", "pretrained")}
+    told = settings | {"actor": str(runs / "sft"), "reward_model": str(runs / "gold")}
+    (ppo / "config.yaml").write_text("# punster ppo\n" + yaml.safe_dump(told))
+    asked = ["evaluate", str(ppo), str(runs / "more"), "--limit", "2", "--samples", "1", "--max-new-tokens", "4", "--quiet"]
+    try:
+        assert main([*asked, "--out", str(tmp_path / "e")]) == 0
+    finally:
+        shutil.rmtree(ppo)
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["not_held_out"] == ["ppo"]
+    assert "NOT held out: PPO" in " ".join(capsys.readouterr().out.split())
+    interval = summary["models"]["more"]["exact_kl_interval"]
+    assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert interval["mean"] == pytest.approx(summary["models"]["more"]["exact_kl"])
+    assert summary["models"]["more"]["unique_share"] is None  # one text a prompt
+
+    # What the folder says of itself: how it came about, and that no model lies in it.
+    settings, verb = read_config(tmp_path / "e" / "config.yaml")
+    assert verb == "evaluate" and settings["models"] == [str(ppo), str(runs / "more")] and settings["limit"] == 2
+    assert main(["report", str(tmp_path / "e")]) == 0
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "A comparison of models" in card and "punster evaluate --config" in card
+    assert "text-classification" not in card and "Embedded corpus" not in card
+
+
+def test_copies_are_of_all_that_any_model_was_taught(tmp_path: Path) -> None:
+    def run(name: str, verb: str, **settings: Any) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"# punster {verb}\n" + yaml.safe_dump(settings))
+        return str(tmp_path / name)
+
+    def rows(name: str, *given: dict[str, str]) -> list[str]:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in given))
+        return [str(tmp_path / name)]
+
+    sft = run("sft", "sft", data=rows("a.jsonl", {"prompt": "p", "completion": "first"}), pretrained=None)
+    more = run("more", "sft", data=rows("b.jsonl", {"prompt": "p", "completion": "second"}), pretrained=sft)
+    ppo = run("ppo", "ppo", actor=more, sft_coef=0.1, sft_data=rows("c.jsonl", {"prompt": "p", "completion": "third"}))
+    given = rows("d.jsonl", {"prompt": "p", "chosen": "fourth", "rejected": "never"})
+    dpo = run("dpo", "dpo", actor=sft, loss_type="sigmoid", online=False, pairs="data", data=given)
+    online = run("online", "dpo", actor=sft, loss_type="sigmoid", online=True, pairs="data", data=["no such file"])
+    assert training_texts([sft, online]) == ["first"]
+    assert training_texts(["base", ppo]) == ["third", "second", "first"]
+    assert set(training_texts([sft, ppo, dpo]) or []) == {"first", "second", "third", "fourth"}
+    assert training_texts([run("lost", "ppo", actor="runs/nowhere")]) is None
+    assert training_texts([run("odd", "sft", data=["no such file"])]) is None
+
+
+def test_a_best_text_is_never_the_one_that_a_judge_compares_it_with(runs: Path) -> None:
+    """Texts of best-of-n come from blocks at the end of the pool; the judge's opponent is its first sample."""
+    tokenizer = open_policy_role(str(runs / "sft"), EvaluateConfig())[1]
+    examples = [Example((1,), (10 + i,)) for i in range(5)]
+    pool = Rollout(examples, [], [True] * 5, tokenizer.eos_id)
+    scores = [[9.0, 1.0, 2.0, 4.0, 3.0]]  # the first is the best of all
+    _, sampled = best_of_row(EvaluateConfig(best_of=2), pool, scores, scores, tokenizer, None)
+    assert sampled.gold == [[4.0, 2.0]] and sampled.rollout.examples == [examples[3], examples[2]]
 
 
 def test_nothing_is_called_or_imported_without_a_judge(runs: Path, tmp_path: Path) -> None:

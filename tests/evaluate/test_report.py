@@ -20,7 +20,7 @@ import yaml
 from punster.cli import main
 from punster.errors import UserError
 from punster.evaluate.card import blocks, md, sources_used, write_card
-from punster.evaluate.folder import compared, read_run, scrub
+from punster.evaluate.folder import compared, differences, read_run, scrub
 from punster.evaluate.report import frontier_figure, opening, write_comparison, write_report
 from punster.evaluate.table import COLUMNS, show
 
@@ -407,6 +407,26 @@ def test_several_runs_share_one_page(tmp_path: Path) -> None:
     assert PUNS[1] in page.row("make a pun about topic 0")[2]
     colours = {run.hues[name] for run in [compared([read_run(first), read_run(second)])] for name in ("demo: PPO", "second: PPO")}
     assert len(colours) == 2
+
+
+def test_a_stage_that_stopped_itself_says_so(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    stopped = {"steps": 6, "aborted": "exact KL 31.0 nats a response, above --max-kl 30", "aborted_at": 7, "wall_seconds": 3.0}
+    (folder / "ppo" / "summary.json").write_text(json.dumps(stopped))
+    sentence = "stopped itself at step 7 (exact KL 31.0 nats a response, above --max-kl 30) and is back at step 6"
+    assert f"PPO {sentence}" in opening(read_run(folder))
+    assert sentence in write_card(folder).read_text()
+
+
+def test_where_runs_lie_does_not_make_them_differ(tmp_path: Path) -> None:
+    folders = [pipeline(tmp_path / name) for name in ("a", "b")]
+    for folder, beta in zip(folders, (0.1, 0.2), strict=True):
+        for verb, actor in (("ppo", folder / "sft"), ("dpo", folder / "sft")):
+            told = {"name": verb, "out": str(folder), "actor": str(actor), "beta": beta if verb == "ppo" else 1}
+            (folder / verb / "config.yaml").write_text(f"# punster {verb}\n" + yaml.safe_dump(told))
+        told = {"name": folder.name, "out": str(folder.parent)}
+        (folder / "config.yaml").write_text("# punster run\n" + yaml.safe_dump(told))
+    assert differences([read_run(folder) for folder in folders]) == [["ppo.beta", "0.1", "0.2"]]
 
 
 def test_a_comparison_repeats_its_own_command_and_a_reference_is_no_candidate(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from itertools import combinations
 from typing import Any
 
@@ -109,6 +110,25 @@ def test_sample_sizes_of_the_literature() -> None:
     assert [prompts_needed(rate) for rate in (0.55, 0.6, 0.65)] == [783, 194, 85]
     assert prompts_needed(0.4) == 194
     assert prompts_needed(0.5) is None
+
+
+def test_shares_that_vary_less_need_fewer_prompts() -> None:
+    """Simulated: with so many prompts, four of five experiments find the difference (and with a third of them, far fewer)."""
+    generator = random.Random(1)
+    draw = lambda count: [sum(generator.random() < 0.56 for _ in range(9)) / 9 for _ in range(count)]  # a mean over nine samples
+    needed = prompts_needed(0.56, statistics.pstdev(draw(20000)))
+    assert needed is not None and needed < 100 < 500 < (prompts_needed(0.56) or 0)
+
+    def found(count: int) -> float:
+        trials = [draw(count) for _ in range(400)]
+        scores = [(statistics.fmean(one) - 0.5) / (statistics.stdev(one) / math.sqrt(count)) for one in trials]
+        return sum(score > 1.96 for score in scores) / len(scores)
+
+    assert 0.74 < found(needed) < 0.88
+    assert found(needed // 3) < 0.5
+    mixed = versus([0.75, 0.5, 1.0, 0.25], [0.0] * 4)
+    assert mixed["wilson"] is None and versus([1.0, 0.5, 0.0, 1.0], [0.0] * 4)["wilson"]["mean"] == 0.625
+    assert mixed["prompts_needed"] == prompts_needed(0.625, statistics.pstdev([0.75, 0.5, 1.0, 0.25]))
 
 
 def test_kappa_by_hand() -> None:

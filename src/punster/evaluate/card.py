@@ -20,6 +20,7 @@ from punster.evaluate.folder import (
     SHOWN_SETTINGS,
     SIZES,
     RunData,
+    Stage,
     accuracy_table,
     base_of,
     chain,
@@ -34,7 +35,7 @@ from punster.evaluate.folder import (
     usage,
     versions,
 )
-from punster.evaluate.table import as_dict, judge_sentences, label, result_tables
+from punster.evaluate.table import as_dict, judge_sentences, label, result_tables, show
 from punster.model.load import BUILT_IN
 
 
@@ -69,9 +70,12 @@ def _head(run: RunData) -> str:
     base, _ = base_of(run)
     free = all(sources and all(map(is_open, sources)) for sources in sources_used(run).values())
     licence = LICENCES.get(base, "other") if free else "other"
-    head: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    head: dict[str, Any] = (
+        {"base_model": base, "base_model_relation": "adapter" if is_adapter(run) else "finetune"} if base else {}
+    )
     head |= {"model_name": run.name, "library_name": "punster", "language": ["en"]}
-    head["pipeline_tag"] = "text-generation" if run.policies else "text-classification"
+    if run.stages:
+        head["pipeline_tag"] = "text-generation" if run.policies else "text-classification"
     head |= {"tags": ["punster", "puns", "humor", "rlhf", *sorted({s.verb for s in run.stages if s.verb})], "license": licence}
     if licence == "other":
         head["license_name"] = "base-model-and-data"  # the hub asks for a name with "other"; the section on data says why
@@ -82,6 +86,7 @@ def _body(run: RunData) -> list[str]:
     base, note = base_of(run)
     what = "A small language model taught to make puns" if run.policies else "A reward model of puns"
     about = f"{what}, trained with punster {md(versions(run)['punster'])}. {md(note)}".rstrip()
+    about = about if run.stages else "A comparison of models that write puns, by punster evaluate. It holds no model of its own."
     parts = [f"# {md(run.name)}", about, *_loading(run, base), *_results(run), *_samples(run)]
     if drawn := _curves(run):
         parts += [
@@ -89,10 +94,12 @@ def _body(run: RunData) -> list[str]:
             "First to last step, with the values there; report.html has them as figures.",
             md_table(["Metric", "Stage", "Curve", "From", "To"], drawn),
         ]
-    methods = [f"- **{md(label(s.name))}**: {METHODS[s.verb]}" for s in run.stages if s.verb in METHODS]
+    methods = [f"- **{md(label(s.name))}**: {METHODS[s.verb]}{stopped(s)}" for s in run.stages if s.verb in METHODS]
     if methods:
         lora = any(s.config.get("adapter") == "lora" for s in run.stages)
         parts += ["## Method", "\n".join(methods), "Low-rank adapters (Hu et al. 2021) on frozen weights." if lora else ""]
+    if not run.stages:
+        return [*parts, "## Commands", "```sh\n" + "\n".join(commands(run)) + "\n```"]
     licence = LICENCES.get(base, "not known to punster: see its own card")
     unknown = "the user's own data; whether results may be passed on depends on its licence, which punster does not know."
     used = sources_used(run) or {"embedded": ["embedded"]}
@@ -118,7 +125,7 @@ def _loading(run: RunData, base: str) -> list[str]:
     part, line = usage(run)
     if not line:
         return []
-    peft = all(settings.get("adapter") != "none" for settings in chain(run, ("actor", "pretrained"))[0])
+    peft = is_adapter(run)
     python = ["from punster import load", "", f"model = load({json.dumps('/'.join(filter(None, (run.shown, part))), ensure_ascii=False)})", 'print(model.generate("make a pun about bakers", k=8))', "",
               "# or, after the export above, without punster:", "from transformers import AutoModelForCausalLM"]  # fmt: skip
     if peft:
@@ -128,6 +135,20 @@ def _loading(run: RunData, base: str) -> list[str]:
         python += ["", 'model = AutoModelForCausalLM.from_pretrained("exported")']
     shell = f"```sh\n{line}\npunster export {run.path(part)} --format {'peft' if peft else 'hf'} --out exported\n```"
     return ["## How to load", shell, "```python\n" + "\n".join(python) + "\n```"]
+
+
+def is_adapter(run: RunData) -> bool:
+    """Whether adapters alone were trained, also in the runs that it began with."""
+    return all(settings.get("adapter") != "none" for settings in chain(run, ("actor", "pretrained"))[0])
+
+
+def stopped(stage: Stage) -> str:
+    """What must be known of a stage that stopped itself: it is back at an earlier step."""
+    summary = stage.summary
+    if not summary.get("aborted"):
+        return ""
+    at, back = show(summary.get("aborted_at"), 0), show(summary.get("steps"), 0)
+    return f"; it stopped itself at step {at} ({md(summary['aborted'])}) and is back at step {back}"
 
 
 def _results(run: RunData) -> list[str]:

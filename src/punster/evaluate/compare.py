@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from punster.algorithms.bestofn import best_of_n, best_of_win_share, kl_bound
 from punster.config import EvaluateConfig
@@ -22,16 +23,17 @@ from punster.data.files import read_rows
 from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
-from punster.evaluate.folder import read_config
+from punster.evaluate.folder import lineage, read_config
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.evaluate.success import Calls
-from punster.evaluate.table import shown_progress
+from punster.evaluate.table import print_table, shown_progress
 from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.optim import seeded
+from punster.train.run import config_dict
 from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
 
 
@@ -56,9 +58,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError("nothing to evaluate: give runs, or 'base'")
     client = None
     if config.judge is not None:  # only then is openai imported; a missing key is found before anything is sampled
+        from punster.evaluate.judge import labelled_texts
         from punster.evaluate.judge_client import Client
 
         client = Client(config)
+        if config.calibrate:
+            labelled_texts(config.calibrate, config.seed)  # refused now where there are none
     reference_path = config.reference or sibling(config.models, "sft")
     gold_path = config.gold or sibling(config.models, "gold")
     if reference_path is None:
@@ -75,7 +80,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if len(paths) < len(set(config.models)) or Path(namesake).resolve() != Path(reference_path).resolve():
         raise UserError("two different runs have the same folder name: the table could not tell them apart; copy or rename one")
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
-    training = training_texts(reference_path)
+    training = training_texts(
+        [path for path in {reference_path: 0, **dict.fromkeys(config.models)} if not path.endswith(".jsonl")]
+    )
     extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
     calls = Calls.open(gold, tokenizer) if config.call_puns else None
     judges = [gold, *([open_proxy(config, reference, tokenizer)] if config.best_of else [])]
@@ -94,23 +101,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         else:
             rollout = written(paths[label], texts, ids, count, tokenizer, reference.model.config.max_positions)
         scores = [by_prompt(score_examples(judge, rollout.closed, rollout.trunk), count) for judge in readers]
-        kl = 0.0 if is_reference else None
+        kls = [0.0] if is_reference else []
         if is_reference:
             pool_rollout, pool_scores = replace(rollout, trunk=None), scores
         elif role is not None:
-            kl = exact_kl(role, reference, picked(rollout, range(0, len(rollout.examples), count)), config.temperature)
+            kls = exact_kl(role, reference, picked(rollout, range(0, len(rollout.examples), count)), config.temperature)
         shown = picked(rollout, [i for i in range(len(rollout.examples)) if i % count < config.samples])
         sampled[label] = sample_of(label, shown, scores[0], tokenizer, config.samples)
-        results[label] = describe(sampled[label], training, config) | {"exact_kl": kl}
-        results[label] |= extra.of_texts(sampled[label].texts) | (
-            extra.of_model(role, rollout.log_probs, config.temperature) if role else {}
-        )
+        results[label] = describe(sampled[label], training, config) | kl_entry(kls, config)
+        results[label] |= extra.of_texts(sampled[label].texts)
+        # A file does not say where its texts would have gone on.
+        results[label] |= extra.of_model(role, rollout.log_probs, config.temperature) if role else {"eos_rate": None}
     for label in order:
         results[label] |= against_reference(sampled[label], sampled[reference_label], config)
     for label, rating in ratings(sampled, config).items():
         results[label]["rating"] = rating
     summary: dict[str, Any] = {"models": results, "reference": reference_label, "prompts": len(texts), "samples": config.samples, "decoding": {
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
+    summary |= told if (told := not_held_out(paths, gold_path, config)) else {}
     if config.best_of:
         name = f"best_of_{config.best_of}"
         gold_scores, proxy_scores = pool_scores
@@ -126,7 +134,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         from punster.evaluate.judge import judge_texts
 
         first = {label: [texts_of_prompt[0] for texts_of_prompt in each.texts] for label, each in sampled.items()}
-        judged, summary["judge"] = judge_texts(config, client, texts, first, reference_label)
+        try:
+            judged, summary["judge"] = judge_texts(config, client, texts, first, reference_label)
+        except UserError:
+            print_table(summary)  # what was found without the judge is not lost
+            raise
         for label, found in judged.items():
             results[label]["judge"] = found
         save(config, summary)
@@ -135,11 +147,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> None:
     if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.out) / "summary.json", summary)
+        folder = Path(config.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (
+            not (folder / "config.yaml").exists() or read_config(folder / "config.yaml")[1] == "evaluate"
+        ):  # a pipeline has its own
+            settings = yaml.safe_dump(config_dict(replace(config, out=None)), sort_keys=False, allow_unicode=True)
+            write_text(folder / "config.yaml", f"# punster evaluate\n{settings}")
+        write_json(folder / "summary.json", summary)
         if lines:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_text(Path(config.out) / "samples.jsonl", text)
+            write_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------
@@ -182,14 +199,45 @@ def opened(label: str, path: str, reference: Role, config: EvaluateConfig, token
     return role
 
 
-def training_texts(path: str) -> list[str] | None:
-    """What the reference run was fine-tuned on, as its config.yaml names it; None if that cannot be read."""
-    settings, _ = read_config(Path(path) / "config.yaml")
+def training_texts(paths: Sequence[str]) -> list[str] | None:
+    """What these runs, and the runs that they began with, were taught to write; None if one of them cannot be read any more."""
+    settings, missing = lineage([Path(path) for path in paths if path != "base"], ("actor", "pretrained"))
+    if missing:
+        return None
+    rows: list[str] = []
     try:
-        rows = load_rows(settings["data"], "sft", corpus.sft_rows, settings.get("columns") or [], quiet=True)
+        for each in settings:
+            columns = each.get("columns") or []
+            if "loss_type" in each:  # DPO and its relatives
+                if not each.get("online") and each.get("pairs") == "data":
+                    found = load_rows(each["data"], "preference", corpus.preference_rows, columns, quiet=True)
+                    rows += [row["chosen"] for row in found if "chosen" in row]
+            elif each.get("sft_coef"):  # PPO with a supervised term
+                rows += [row["completion"] for row in load_rows(each["sft_data"], "sft", corpus.sft_rows, quiet=True)]
+            elif "actor" not in each:  # supervised fine-tuning
+                rows += [row["completion"] for row in load_rows(each["data"], "sft", corpus.sft_rows, columns, quiet=True)]
     except (OSError, KeyError, TypeError, UserError):
         return None
-    return [row["completion"] for row in rows]
+    return list(dict.fromkeys(rows))
+
+
+def not_held_out(paths: dict[str, str], gold: str, config: EvaluateConfig) -> dict[str, list[str]]:
+    """{"not_held_out": the models that the yardstick was trained into, or chooses the texts of}, empty if there are none."""
+    same = lambda path: bool(path) and Path(str(path)).resolve() == Path(gold).resolve()
+    found = []
+    for name, path in paths.items():
+        settings, _ = lineage([Path(path)] if path != "base" and not path.endswith(".jsonl") else [], ("actor", "pretrained"))
+        if any(same(each.get("reward_model")) for each in settings):
+            found.append(name)
+    chooser = config.proxy or sibling(config.models, "reward")
+    found += [f"best_of_{config.best_of}"] if config.best_of and same(chooser) else []
+    return {"not_held_out": found} if found else {}
+
+
+def kl_entry(kls: Sequence[float], config: EvaluateConfig) -> dict[str, Any]:
+    """Mean exact KL, and its interval: exact at every state, it is an average over sampled responses."""
+    mean = sum(kls) / len(kls) if kls else None
+    return {"exact_kl": mean} | ({"exact_kl_interval": bootstrap(kls, config.seed)} if len(kls) > 1 else {})
 
 
 def by_prompt(values: Sequence[Any], count: int) -> list[list[Any]]:
@@ -216,17 +264,19 @@ def shared_depths(role: Role, reference: Role) -> set[int]:
 
 
 @torch.no_grad()
-def exact_kl(role: Role, reference: Role, rollout: Rollout, temperature: float) -> float:
-    """KL(role || reference) in nats a response: full-vocabulary KL summed over each response's tokens, averaged."""
-    examples, trunk, total = rollout.examples, rollout.trunk or Trunk({}), 0.0
+def exact_kl(role: Role, reference: Role, rollout: Rollout, temperature: float) -> list[float]:
+    """KL(role || reference) in nats, one a response: full-vocabulary KL summed over its tokens."""
+    examples, trunk = rollout.examples, rollout.trunk or Trunk({})
+    found = [0.0] * len(examples)
     for rows in prefix_batches(examples, 2048):
         batch = trunk.collate(examples, rows, reference.model.device)
         compared = compare_policies(
             role.response_hidden(batch), role.model.head, reference.response_hidden(batch),
             reference.model.head, batch.targets(), temperature,
         )  # fmt: skip
-        total += float(compared["kl"].sum())
-    return total / len(examples)
+        for row, kl in zip(rows, compared["kl"].split([len(examples[row].response) for row in rows]), strict=True):
+            found[row] = float(kl.sum())
+    return found
 
 
 def open_reference(path: str, gold: str, config: EvaluateConfig) -> tuple[Role, Tokenizer]:
@@ -289,7 +339,9 @@ def best_of_row(
     for row, (proxy_row, gold_row) in enumerate(zip(proxy, gold, strict=True)):
         expected.append([best_of_n(proxy_row, gold_row, n)])
         shares.append(best_of_win_share(proxy_row, gold_row, n))
-        for start in range(0, size - n + 1, n):
+        for start in range(
+            size - n, -1, -n
+        ):  # from the end: a judge compares with the first sample, which should not be among them
             best = max(range(start, start + n), key=lambda i: proxy_row[i])
             chosen.append(row * size + best)
     blocks = size // n

@@ -153,6 +153,7 @@ def describe_texts(by_prompt: Sequence[Sequence[str]], training: Sequence[str] |
         "seq_rep_4": sum(seq_rep(w) for w in split) / count, "seq_rep_2": sum(seq_rep(w, 2) for w in split) / count,
         "rep_16": sum(rep(w) for w in split) / count, "loop_rate": sum(loop_onset(w) is not None for w in split) / count,
         "self_bleu_4": self_bleu(firsts), "zipf": zipf_slope(firsts), "commonest_start": commonest_start(firsts),
-        "unique_share": unique_share(by_prompt), "offence_rate": offence_rate(texts),
+        "unique_share": unique_share(by_prompt) if any(len(group) > 1 for group in by_prompt) else None,
+        "offence_rate": offence_rate(texts),
         "nearest_training": None if near is None else sum(near) / max(1, len(near)),
     }  # fmt: skip

@@ -27,8 +27,8 @@ POLICY = ("ppo", "grpo")
 CURVES = (
     Curve("objective/scores", POLICY, "Reward while training", "mean score",
      "The score that is trained against should rise and level off. A rise alone is not success: only the gold reward, which no training saw, can show that."),
-    Curve("objective/exact_kl", POLICY, "Exact KL to the SFT model", "nats per response",
-     "It starts at 0 and should grow slowly. A sudden jump means that the policy left the language it started from."),
+    Curve("objective/exact_kl", POLICY, "Exact KL to the reference", "nats per response",
+     "The reference is the model that training began with. It starts at 0 and should grow slowly. A sudden jump means that the policy left the language it started from."),
     Curve("objective/entropy_per_token", POLICY, "Entropy", "nats per token",
      "A slow fall is normal. A fall towards 0 means collapse: the same few puns over and over."),
     Curve("length", POLICY, "Length of responses", "tokens",

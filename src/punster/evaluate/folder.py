@@ -35,7 +35,7 @@ LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0", "HuggingFaceTB/
 METHODS = {
     "sft": "supervised fine-tuning: cross-entropy on the pun and its end token, not on the prompt",
     "reward": "Bradley-Terry reward model on pairs of a preferred and a rejected text, normalised on samples",
-    "ppo": "proximal policy optimisation (Schulman et al. 2017) with a per-token critic, GAE and a KL penalty to the SFT model",
+    "ppo": "proximal policy optimisation (Schulman et al. 2017) with a per-token critic and GAE, and a KL penalty to the model that it began with",
     "grpo": "group-relative policy optimisation (Shao et al. 2024) or a relative (see `variant`): no critic, samples in groups",
     "dpo": "direct preference optimisation (Rafailov et al. 2023) or a relative (see `loss_type`)",
     "distill": "rejection sampling: supervised fine-tuning on the best of n samples, chosen by the reward model",
@@ -72,6 +72,7 @@ class RunData:
     summary: dict[str, Any]
     samples: list[dict[str, Any]]
     stages: list[Stage]
+    verb: str = ""  # that config.yaml names: "run" of a pipeline, "evaluate" of a comparison of runs that lie elsewhere
     config_sha256: str = ""
     place: Path = Path()
     hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
@@ -136,7 +137,7 @@ def read_run(folder: Path) -> RunData:
     stages = [_read_stage(folder / name, name) for name in names] if pipeline else [_read_stage(folder, place.name)]
     return RunData(
         name=scrub(place.name), shown=shown, pipeline=pipeline, config=config, summary=summary,
-        samples=read_lines(folder / "samples.jsonl"), stages=stages,
+        samples=read_lines(folder / "samples.jsonl"), stages=stages, verb=verb,
         config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file.is_file() else "", place=place,
     )  # fmt: skip
 
@@ -167,7 +168,10 @@ def compared(runs: Sequence[RunData]) -> RunData:
 
 def differences(runs: Sequence[RunData]) -> list[list[str]]:
     """Settings that are not the same in all runs: key, then each run's value."""
-    told = [{f"{s.name}.{k}" if run.pipeline else k: v for s in run.stages for k, v in s.config.items()} for run in runs]
+    # Where a run lies, and which of its own stages it begins with, is not what makes it another.
+    inside = lambda run, value: str(value).replace(f"{run.config.get('out')}/{run.config.get('name')}/", "")
+    told = [{f"{s.name}.{k}" if run.pipeline else k: inside(run, v) if k in ("actor", "pretrained", "reward_model") else v
+             for s in run.stages for k, v in s.config.items() if k not in ("out", "name")} for run in runs]  # fmt: skip
     keys = [k for k in dict.fromkeys(k for one in told for k in one) if len({str(one.get(k)) for one in told}) > 1]
     return [[key, *(", ".join(listed(one.get(key))) or "–" for one in told)] for key in keys]
 
@@ -283,7 +287,9 @@ def versions(run: RunData) -> dict[str, str]:
 def commands(run: RunData) -> list[str]:
     """Shell lines that repeat the run and use its result."""
     lines = [f"git checkout {commit}"] if re.fullmatch(r"[0-9a-f]{7,40}", commit := str(run.summary.get("commit", ""))) else []
-    if run.pipeline:
+    if run.verb == "evaluate":
+        lines.append(f"punster evaluate --config {run.path('config.yaml')} --out again")
+    elif run.pipeline:
         if run.config:
             lines.append(f"punster run {run.path('config.yaml')} --name again")
         if policies := run.policies:
@@ -336,17 +342,37 @@ def _data_name(given: str) -> str:
 
 def chain(run: RunData, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The settings of all stages and of the runs that these keys name, theirs included; names of those that cannot be read."""
-    settings, missing, seen = [s.config for s in run.stages], [], {"", "None", "base"}
-    if run.pipeline:
-        seen |= {f"{owner}/{s.name}" for s in run.stages for owner in (run.place.name, str(run.config.get("name")))}
+    owners = (run.place.name, str(run.config.get("name"))) if run.pipeline else ()
+    return _followed(
+        [s.config for s in run.stages], keys, {f"{owner}/{s.name}" for s in run.stages for owner in owners}, run.place.parent
+    )
+
+
+def lineage(paths: Sequence[Path], keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The settings of these runs and of the runs that these keys name, theirs included; names of those that cannot be read."""
+    settings: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for path in paths:
+        found = read_config(path / "config.yaml")[0]
+        each, lost = _followed([found] if found else [], keys, {str(path)}, path.parent)
+        settings += [one for one in each if one not in settings]
+        missing += lost if found else [path.name]
+    return settings, missing
+
+
+def _followed(
+    settings: list[dict[str, Any]], keys: Sequence[str], known: set[str], beside: Path
+) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
+    """known: paths, or "folder/name", of runs whose settings these are; beside: the folder in which the runs of a pipeline lie now."""
+    settings, missing, seen = list(settings), [], {"", "None", "base", *known}
     for each in settings:
         for path in (Path(str(each.get(key))) for key in keys):
             if seen & {str(path), f"{path.parent.name}/{path.name}"}:
                 continue
             seen.add(str(path))
             before = read_config(path / "config.yaml")[0]
-            if not before and path.parent.name == run.place.parent.name:  # of a pipeline that was moved
-                before = read_config(run.place.parent / path.name / "config.yaml")[0]
+            if not before and path.parent.name == beside.name:  # of a pipeline that was moved
+                before = read_config(beside / path.name / "config.yaml")[0]
             if before:
                 settings.append(before)
             else:

@@ -29,6 +29,10 @@ def opening(run: RunData) -> str:
              f"seed {seed}" if (seed := summary.get("seed", run.config.get("seed"))) is not None else ""]  # fmt: skip
     second = "; ".join(filter(None, facts))
     second = f" {second[0].upper()}{second[1:]}." if second else ""
+    for stage in run.stages:
+        if why := stage.summary.get("aborted"):
+            at, back = show(stage.summary.get("aborted_at"), 0), show(stage.summary.get("steps"), 0)
+            second += f" {label(stage.name)} stopped itself at step {at} ({why}) and is back at step {back}."
     if run.pipeline:
         best = folder_data.best_model(run)
         names = ", ".join(label(s.name) for s in run.stages)
@@ -99,7 +103,8 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     run = folder_data.compared(runs)
     text = (
         f"{len(runs)} runs compared: {run.name}. Each has its own reference, gold reward model and training reward: compare gold "
-        "rewards and scores within a run; win rates, KL, lengths and shares also between runs, as far as prompts and decoding agree."
+        "rewards, scores, ratings, win rates and KL within a run; lengths, distinct-2 and other shares also between runs, as far as "
+        "prompts and decoding agree."
     )
     judge = [f"{one.name}: {line}" for one in runs for line in judge_sentences(one.summary)]
     command = "punster report " + " ".join(one.path() for one in runs)

@@ -46,7 +46,7 @@ def show_kl(entry: Mapping[str, Any]) -> str:
     """Exact KL; for best-of-n, which has none, its upper bound."""
     if number(entry.get("exact_kl")) is None and number(entry.get("kl_bound")) is not None:
         return f"≤ {show(entry['kl_bound'])}"
-    return show(entry.get("exact_kl"), 1)
+    return show(entry.get("exact_kl_interval") or entry.get("exact_kl"), 1)
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ class Column:
 
 COLUMNS = (
     Column("held_out_reward", "held-out reward", "Gold reward",
-           "score by a second reward model that no other stage saw; compare it within one run only", signed=True),
+           "score by the yardstick reward model; compare it within one run only", signed=True),
     Column("win_rate_vs_sft", "win rate vs SFT", "Win rate against SFT", "chance that a sample scores above one of the SFT model",
            0, percent=True),
     Column("exact_kl", "exact KL", "Exact KL (nats)",
-           "full-vocabulary KL to the SFT model, summed over a response; for best-of-n, an upper bound (≤)", 1),
+           "full-vocabulary KL to the SFT model, summed over a response, mean over one a prompt; for best-of-n, an upper bound (≤)", 1),
     Column("distinct_2", "distinct-2", "Distinct-2", "share of distinct word pairs"),
     Column("length", "words", "Words", "words in a text", 1),
     Column("eos_rate", "EOS", "Ends by itself", "share of texts that end before the length limit", 0, percent=True),
     Column("copy_rate", "copies", "Copies", "share of texts that nearly repeat a training pun", 1, percent=True),
 )  # fmt: skip
 PAIRED_COLUMNS = (
-    Column("versus_sft.wilson", "Wilson interval", "Win rate, Wilson's interval", "of the win rate, from a formula", 0, percent=True),
+    Column("versus_sft.wilson", "Wilson interval", "Win rate, Wilson's interval", "of the win rate where each prompt is won, tied or lost, from a formula", 0, percent=True),
     Column("versus_sft.length_controlled", "at equal length", "Win rate at equal length",
            "what is left of the win rate when the difference in words is taken out", 0, percent=True),
     Column("versus_sft.sign_test", "sign test p", "Sign test, p", "on the prompts that one side won", 3),
@@ -101,7 +101,7 @@ PAIRED_COLUMNS = (
 )  # fmt: skip
 TEXT_COLUMNS = (
     Column("success_rate", "success", "Success estimate",
-           "share that a person would call a pun, interval widened by the error on unseen generators (people .84 to .86, GPT-4 .51 to .67, 7B chat models .04 to .37)",
+           "share that a person would call a pun, interval widened by the error on unseen generators; the same estimate puts people's puns at .31 to .38, GPT-4's at .28, 7B chat models' at .24 to .25 (default model): not for ranking",
            0, percent=True),
     Column("called_puns", "called puns", "Called puns", "share that the gold reward model calls puns; its threshold is set on texts that people labelled",
            0, percent=True),
@@ -178,6 +178,11 @@ def reference_of(summary: Mapping[str, Any]) -> str:
 def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
     """What must be known of a judge, or of the yardstick as one, before its table is believed."""
     about, lines = as_dict(summary.get("judge")), []
+    if (trained := summary.get("not_held_out")) and isinstance(trained, list):
+        lines.append(
+            f"NOT held out: {', '.join(label(str(name)) for name in trained)} learned from this very yardstick, or is chosen by it; its "
+            "rewards, win rates and ratings show how well that was learned, not how good the texts are."
+        )
     if calls := as_dict(summary.get("called_puns")):
         lines.append(
             f"Called puns: the yardstick calls as many of {show(calls.get('outputs'), 0)} machine outputs puns as people do "

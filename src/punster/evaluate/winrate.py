@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import NormalDist, pstdev
 from typing import Any
 
 import torch
@@ -39,7 +39,10 @@ def win_share(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def wilson(shares: Sequence[float]) -> Interval:
-    """Wilson's score interval (1927) of a mean share, one share a prompt; ties count half, which makes it conservative."""
+    """Wilson's score interval (1927) of a mean share, one share a prompt; ties count half, which makes it conservative.
+
+    It is made for tosses: where shares are means over samples of a prompt, they vary less, and it is too wide (`versus`).
+    """
     count, mean = len(shares), sum(shares) / len(shares)
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
@@ -54,13 +57,17 @@ def sign_test(wins: int, losses: int) -> float:
     return float(min(1.0, 2 * tail))
 
 
-def prompts_needed(rate: float) -> int | None:
-    """Prompts at which a two-sided test against 50 % finds a true win rate with 80 % power (normal approximation); of 50 %, None."""
+def prompts_needed(rate: float, deviation: float | None = None) -> int | None:
+    """Prompts at which a two-sided test against 50 % finds a true win rate with 80 % power (normal approximation); of 50 %, None.
+
+    deviation: of the shares over prompts; by default that of prompts that are won or lost, sqrt(rate (1 - rate)).
+    """
     if rate == 0.5:
         return None
     z = NormalDist().inv_cdf
-    root = z((1 + LEVEL) / 2) * 0.5 + z(0.8) * math.sqrt(rate * (1 - rate))
-    return math.ceil(math.pow(root / (rate - 0.5), 2))
+    deviation = math.sqrt(rate * (1 - rate)) if deviation is None else deviation
+    root = z((1 + LEVEL) / 2) * math.hypot(deviation, rate - 0.5) + z(0.8) * deviation  # hypot: about the 50 % of the null
+    return max(1, math.ceil(math.pow(root / (rate - 0.5), 2)))
 
 
 def kappa(a: Sequence[object], b: Sequence[object], seed: int = 1, resamples: int = 2000) -> Interval:
@@ -126,10 +133,11 @@ def versus(shares: Sequence[float], longer: Sequence[float], seed: int = 1) -> d
     """What shares won against one opponent, one a prompt, amount to."""
     rate = bootstrap(shares, seed)
     wins, losses = sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)
+    tosses = all(share in (0, 0.5, 1) for share in shares)
     return {
-        "win_rate": rate, "wilson": wilson(shares), "length_controlled": length_controlled(shares, longer, seed),
-        "wins": wins, "ties": sum(share == 0.5 for share in shares), "losses": losses,
-        "sign_test": sign_test(wins, losses), "prompts_needed": prompts_needed(rate["mean"]),
+        "win_rate": rate, "wilson": wilson(shares) if tosses else None, "length_controlled": length_controlled(shares, longer, seed),
+        "wins": wins, "ties": sum(share == 0.5 for share in shares), "losses": losses, "sign_test": sign_test(wins, losses),
+        "prompts_needed": prompts_needed(rate["mean"], pstdev(shares)),
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def sample_table(
         scores = rewards = [round(float(value), 4) for value in score(asked, texts, rollout.closed)]
         found["eval/score"] = sum(rewards) / count
     if reference is not None:
-        found["eval/exact_kl"] = exact_kl(policy, reference, rollout, decoding.temperature)
+        found["eval/exact_kl"] = sum(exact_kl(policy, reference, rollout, decoding.temperature)) / count
     if training is not None:
         found["eval/copy_rate"] = copy_rate(texts, training)
     given = list(zip(asked, texts, scores, strict=True))
