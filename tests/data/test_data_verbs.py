@@ -88,6 +88,8 @@ def test_check_names_every_problem(copies: Path, tmp_path: Path, capsys: pytest.
         assert part in told, part
     path.write_text('{"prompt": "x", "completion": ""}\nnot json\n{"prompt": "x", "completion": "fine"}\n')
     refused(["data", "check", str(path)], capsys, f"{path}, line 1: field 'completion' is empty (and 1 more)")
+    path.write_text('{"prompt": "x", "completion": "ha \\ud83d"}\n')
+    refused(["data", "check", str(path)], capsys, f"{path}, line 1, field 'completion': found half of a surrogate pair")
     path.write_text("\n")
     refused(["data", "check", str(path)], capsys, "no rows in this file")
 
@@ -107,6 +109,22 @@ def test_mix_writes_rows_and_a_statement_or_nothing(copies: Path, tmp_path: Path
     refused(["data", "mix", "puns"], capsys, "--out FILE is needed")
     refused(["data", "mix", "puns", "--out", str(tmp_path / "no" / "x.jsonl")], capsys, "its folder does not exist")
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_mix_never_writes_over_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, folder, recipe = tmp_path / "mine.csv", tmp_path / "more", tmp_path / "r.yaml"
+    folder.mkdir()
+    mine.write_text("prompt,completion\nmake a pun,a text of mine\n")
+    (folder / "x.jsonl").write_text(json.dumps({"prompt": "make a pun", "completion": "another text"}) + "\n")
+    recipe.write_text("kind: sft\nguard: false\nparts: [{file: mine.csv}, {file: more}]\n")
+    (tmp_path / "link.csv").symlink_to(mine)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for target in (mine, folder / "x.jsonl", recipe, tmp_path / "link.csv", folder / ".." / "mine.csv"):
+        refused(["data", "mix", str(recipe), "--out", str(target)], capsys, f"--out {target}: this file is read here")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # its own result may be made again
+        assert main(["data", "mix", str(recipe), "--out", str(tmp_path / "new.jsonl")]) == 0
+    assert len((tmp_path / "new.jsonl").read_text().splitlines()) == 2
 
 
 def test_training_takes_puns_and_mixtures(copies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from punster.cli import main
 from punster.config import SftConfig
-from punster.data.files import hub_rows, read_rows
+from punster.data.files import hub_rows, is_held_out, read_rows
 from punster.data.schema import check_row, kind_of, texts_of
 from punster.errors import UserError
 
@@ -119,3 +119,65 @@ def test_columns_that_are_empty_do_not_tell_the_kind() -> None:
     row = {"prompt": "p", "completion": "c", "chosen": None, "rejected": None, "completions": None, "label": None}
     assert kind_of(row) == "sft" and texts_of(row) == ["c"]
     assert texts_of(check_row({"prompt": "the question", "completion": "c", "text": "the question"}, "sft", "here")) == ["c"]
+
+
+def test_what_prepare_held_out_is_not_trained_on_with_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.train.setup import load_prompts, load_rows
+
+    names = ("puneval.sft.train", "puneval.sft.val", "rjokes.sft.unguarded", "mine.sft.val", "puneval.val")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": name}) + "\n")
+    assert [is_held_out(f"{name}.jsonl") for name in names] == [False, True, True, False, False]
+    ours = {"puneval.sft.train", "mine.sft.val", "puneval.val"}
+    assert {row["completion"] for row in load_rows([str(tmp_path)], "sft", list)} == ours
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "2 of 5 files are held out and not read" in told, told
+    assert "(puneval.sft.val.jsonl, rjokes.sft.unguarded.jsonl)" in told
+    assert set(load_prompts(str(tmp_path), quiet=True)) == ours and capsys.readouterr().err == ""
+    # What is measured on, and a file that is named itself, is taken as it is.
+    assert set(load_prompts(str(tmp_path), "val")) == {row["completion"] for row in read_rows(tmp_path, "sft")} == set(names)
+    assert len(load_rows([str(tmp_path)], "sft", list, training=False)) == 5
+    assert len(load_rows([str(tmp_path / "puneval.sft.val.jsonl")], "sft", list)) == 1
+    assert capsys.readouterr().err == ""
+    for name in ours:
+        (tmp_path / f"{name}.jsonl").unlink()
+    with pytest.raises(UserError, match=r"are all held out \(puneval\.sft\.val\.jsonl, rjokes.*name one itself"):
+        load_rows([str(tmp_path)], "sft", list)
+
+
+SAID = {role: {"role": role, "content": f"the {role}'s words"} for role in ("user", "assistant", "tool")}
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": [SAID["user"], SAID["assistant"], SAID["user"]]}, "messages"),
+        ({"messages": [SAID["user"], SAID["tool"]]}, "messages"),
+        ({"prompt": ASK, "completion": [SAID["user"]]}, "completion"),
+        ({"prompt": ASK, "completion": [{"content": "whose?"}]}, "completion"),
+        ({"prompt": ASK, "chosen": [SAID["user"]], "rejected": [SAID["assistant"]]}, "chosen"),
+        ({"chosen": [SAID["user"], SAID["assistant"]], "rejected": [SAID["user"], SAID["user"]]}, "rejected"),
+        ({"prompt": ASK, "completion": [SAID["user"]], "label": True}, "completion"),
+    ],
+)
+def test_answers_are_the_assistants(row: dict, field: str) -> None:
+    with pytest.raises(
+        UserError, match=f"rows, line 3, field '{field}': .* role .*, expected 'assistant'.*leave that message out"
+    ):
+        check_row(row, kind_of(row), "rows, line 3")
+
+
+def test_dialogues_with_their_prompt_beside_them() -> None:
+    """As ultrafeedback_binarized has them."""
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK}
+    good, bad = {"role": "assistant", "content": ANSWER}, {"role": "assistant", "content": "No."}
+    row = {"prompt": f"{ASK}\n", "chosen": [system, user, good], "rejected": [system, user, bad]}
+    for kind in ("preference", "judged"):
+        found = check_row(row, kind, "here")
+        assert (found["prompt"], found["chosen"], found["rejected"]) == ([system, user], ANSWER, "No.")
+    for prompt, message in (
+        ("make a pun about cooks", r"prompt 'make a pun about cooks' is no user's turn .*found: .*bakers.*leave the prompt out"),
+        (ANSWER, "is no user's turn"),
+    ):
+        with pytest.raises(UserError, match=f"here: .*{message}"):
+            check_row({**row, "prompt": prompt}, "preference", "here")

@@ -24,6 +24,12 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("sources"))
 
 
+@pytest.fixture(autouse=True)
+def no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own files are compared with the texts of all copies that are at hand, and to read the real ones takes long."""
+    monkeypatch.setenv("PUNSTER_DATA", str(tmp_path / "nowhere"))
+
+
 def sft(mini: Path, *sources: str, **settings: Any) -> tuple[list[dict], dict]:
     return build(Recipe("sft", parts=[Ingredient(source, use="puns") for source in sources], **settings), mini)
 
@@ -157,6 +163,86 @@ def test_own_files_are_guarded_without_copies(tmp_path: Path, monkeypatch: pytes
     found, statement = build(Recipe("sft", parts=[Ingredient(file=str(tmp_path / "mine.jsonl"))]))
     assert [row["completion"] for row in found] == ["I like lamps, they lighten up."]
     assert statement["parts"][0]["dropped"] == {"near to an evaluation text": 1} and statement["evaluation_texts"] > 0
+
+
+def test_own_files_are_guarded_by_the_copies_at_hand(
+    mini: Path, leaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaks = [PUNS["hom_1013"][0].replace(" ,", "") + " Again.", Pool(mini).rows("davidbau_puns", "val")[0]["chosen"] + " Ha."]
+    rows = [{"prompt": "make a pun", "completion": text} for text in (*leaks, "I like lamps, they lighten up.")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe("sft", parts=[Ingredient(file=str(tmp_path / "mine.jsonl"))])
+    ours = len(embedded_evaluation().sets)
+    told: list[str] = []
+
+    def built(folder: Path | None = None, recipe: Recipe = recipe) -> tuple[int, int]:
+        statement = build(recipe, folder, told.append)[1]
+        return statement["rows"], statement["evaluation_texts"]
+
+    assert built() == (3, ours), "no copies"
+    assert built(mini) == (1, len(Pool(mini).evaluation.sets)) > (1, ours)
+    monkeypatch.setenv("PUNSTER_DATA", str(mini))
+    assert built() == built(mini)
+    assert (
+        built(None, Recipe("sft", guard=False, parts=recipe.parts))
+        == built(None, Recipe("sft", "val", parts=recipe.parts))
+        == (3, 0)
+    )
+    assert build(Recipe("sft", parts=[Ingredient("contrasts", limit=3)]))[1]["evaluation_texts"] == ours
+    assert build(Recipe(parts=[Ingredient("embedded", use="templates")]))[1]["evaluation_texts"] > ours
+    assert not any("alone" in line for line in told)
+    # Copies that cannot be used are told of; where they were asked for, they are needed.
+    (leaky / "semeval2017_task7" / "subtask1-homographic-test.xml").unlink()
+    monkeypatch.setenv("PUNSTER_DATA", str(leaky))
+    assert built() == (3, ours) and any("compared with the embedded evaluation texts alone: " in line for line in told)
+    for folder in (leaky, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"no such file|no such folder"):
+            built(folder)
+
+
+def test_held_out_files_of_a_folder_are_in_no_training_mixture(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for part, text in (("train", "a text of the training part"), ("val", "one that is held out")):
+        (folder / f"puneval.sft.{part}.jsonl").write_text(json.dumps({"prompt": "p", "completion": text}) + "\n")
+    told: list[str] = []
+    for split, count in (("train", 1), ("val", 2)):
+        recipe = Recipe("sft", split, parts=[Ingredient(file=str(folder))])
+        assert len(build(recipe, say=told.append)[0]) == count
+    assert sum("1 of 2 files are held out and not read (puneval.sft.val.jsonl)" in line for line in told) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            "{source: pungen_he2019, use: ratings, by: is_pun}",
+            "pungen_he2019: by: is_pun is true of all texts that have it. Its ratings: is_pun, raters, rating",
+        ),
+        ("{source: pungen_he2019, use: ratings, by: pun_word}", "by: pun_word is no rating of its texts"),
+        ("{source: expunations, use: ratings, by: rating_zz}", r"by: rating_zz is no rating .* Did you mean rating_z.*joke_rate"),
+        (
+            "{source: hahackathon2021, use: ratings, by: funniness}",
+            "Its ratings: is_humour, offence, rating|controversial, is_humour",
+        ),
+        ("{source: semeval2017_task7, use: labels}", "semeval2017_task7: by: rating is no rating .*Its ratings: is_pun"),
+        ("{source: semeval2017_task7, use: labels, by: kind}", "by: kind is no rating"),
+    ],
+)
+def test_a_rating_that_texts_do_not_have_is_named(part: str, message: str, tmp_path: Path, mini: Path) -> None:
+    recipe = recipe_of(tmp_path, f"kind: preference\nguard: false\nparts: [{part}, {{source: embedded, use: literal}}]")
+    with pytest.raises(UserError, match=message):
+        build(recipe, mini)
+
+
+def test_texts_without_the_rating_are_left_aside(tmp_path: Path, mini: Path) -> None:
+    """He's texts of machines are puns or not, nobody knows; labels that are known need no rating."""
+    parts = [Ingredient(name, use="labels", by="is_pun") for name in ("pungen_he2019", "semeval2017_task7", "potd_reddithumor")]
+    rows = build(Recipe(guard=False, parts=parts), mini)[0]
+    assert {row["source"] for row in rows} == {part.source for part in parts}
+    assert all(isinstance(row["label"], bool) and "rating" not in row for row in rows)
+    rated = build(Recipe(guard=False, parts=[Ingredient("pungen_he2019", use="labels")]), mini)[0]
+    assert rated and all("rating" in row for row in rated) and {row["label"] for row in rated} == {True, None}
 
 
 def test_no_copies_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,3 +243,28 @@ def test_numbers_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
     file.write_text("prompt,completion,label,rating,weight\np,a,true,0.5,2\np,b,false,,\n")
     first, second = read_rows(file, "judged")
     assert (first["rating"], first["weight"], second["rating"], second["weight"]) == (0.5, 2.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "field"),
+    [
+        ("sft", {"completion": "ha \ud83d"}, "completion"),
+        ("sft", {"prompt": "ha \ude00"}, "prompt"),
+        ("sft", {"prompt": [{"role": "user", "content": "ha \ud83d"}]}, "prompt"),
+        ("sft", {"completion": [{"role": "assistant", "content": "ha \ud83d"}]}, "completion"),
+        ("sft", {"id": "\ud83d"}, "id"),
+        ("preference", {"rejected": "ha \ud83d"}, "rejected"),
+        ("judged", {"completions": ["a", "ha \ud83d"], "scores": [2, 1]}, "completions"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named_by_its_place(kind: str, change: dict[str, Any], field: str, tmp_path: Path) -> None:
+    """JSON can escape it, but nothing that is written or tokenised can hold it."""
+    row = ROWS.get(kind, {"prompt": "a pun"})
+    path = jsonl(tmp_path / "rows.jsonl", {**PAIR, **row, "pun_word": "\U0001f600"}, {**row, **change})
+    refused(path, kind, f", line 2, field {field!r}: found half of a surrogate pair (\\ud", "leave the row out")
+
+
+def test_half_a_surrogate_pair_in_a_text_to_be_scored(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"text": "fine"}, {"text": "ha \ud83d"})
+    with pytest.raises(UserError, match="line 2, field 'text': found half of a surrogate pair"):
+        read_texts(path)

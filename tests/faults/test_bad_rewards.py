@@ -15,6 +15,7 @@ from punster.cli import main
 from punster.errors import UserError
 from punster.rewards import call_reward
 from punster.train.checkpoint import newest_step
+from punster.train.grpo import grpo
 from punster.train.ppo import ppo
 
 FAULTS = {
@@ -81,6 +82,43 @@ def test_a_reward_that_fails_late_leaves_the_checkpoints_and_the_log(jobs: Any, 
     again = ppo(replace(config, name="run", resume=True), None, Moody(fails_at=0))
     assert whole is not None and again is not None
     assert reader.tensor_bytes(again) == reader.tensor_bytes(whole) and reader.lines(again) == reader.lines(whole)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_reward_that_fails_late_costs_one_step(
+    stage: str, jobs: Any, reader: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --save-every: the state in which the failed rollout began is saved, and the run goes on from it bit for bit."""
+    config, train = jobs(tmp_path, save_every=0)[stage][0], {"ppo": ppo, "grpo": grpo}[stage]
+    whole = train(replace(config, name="whole"), None, Moody(fails_at=0))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="raised ValueError: no taste today"):
+        train(replace(config, name="run"), None, Moody(fails_at=4))  # in the third rollout, after an evaluation
+    assert capsys.readouterr().err == "what was learned until step 2 is saved: --resume goes on from there\n"
+    assert newest_step(tmp_path / "run") == 2
+    again = train(replace(config, name="run", resume=True), None, Moody(fails_at=0))
+    assert whole is not None and again is not None
+    assert reader.tensor_bytes(again) == reader.tensor_bytes(whole)
+    assert all(reader.lines(again, log) == reader.lines(whole, log) for log in ("metrics.jsonl", "samples.jsonl"))
+    assert {**reader.summary(again), "wall_seconds": 0} == {**reader.summary(whole), "wall_seconds": 0}
+
+    def full(*rest: Any, **options: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("punster.train.guard.save_checkpoint", full)
+    with pytest.raises(UserError, match="raised ValueError: no taste today"):  # and not that it could not be saved
+        train(replace(config, name="full"), None, Moody(fails_at=4))
+    assert newest_step(tmp_path / "full") is None and not capsys.readouterr().err
+    assert "no room" in (tmp_path / "full" / "run.log").read_text()
+
+
+def test_a_failure_of_the_first_step_saves_nothing(jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(step: int, metrics: dict[str, float]) -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        ppo(replace(jobs(tmp_path, save_every=0)["ppo"][0], name="run"), None, Moody(fails_at=0), broken)
+    assert newest_step(tmp_path / "run") is None and not capsys.readouterr().err
 
 
 def sleepy(prompts: list[str], completions: list[str]) -> list[float]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from punster.errors import Aborted
+from punster.train.checkpoint import newest_step
+from punster.train.grpo import grpo
 from punster.train.optim import optimizer_step, within_memory
 from punster.train.sft import sft
 
@@ -118,6 +120,77 @@ def test_memory_that_never_suffices_is_one_message(jobs: Any, tmp_path: Path, mo
         patch.setattr("punster.train.sft.token_log_probs", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(Aborted, match="out of memory even with 64 tokens"):
             train(replace(config, name="run"))
+
+
+def test_memory_that_runs_out_late_costs_one_step(
+    jobs: Any, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For good, from the third rollout on: a later process, with more memory, goes on from the second."""
+    config, _ = jobs(tmp_path, save_every=0)["grpo"]
+    whole = grpo(replace(config, name="whole"))
+    original, full = import_from("punster.train.experience.compare_policies"), [False]
+
+    def scarce(*rest: Any, **options: Any) -> Any:
+        if full[0]:
+            raise MemoryError
+        return original(*rest, **options)
+
+    def fill(step: int, metrics: dict[str, float]) -> None:
+        full[0] = step == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr("punster.train.experience.compare_policies", scarce)
+        with pytest.raises(Aborted, match="out of memory even with 64 tokens"):
+            grpo(replace(config, name="run"), callback=fill)
+    assert newest_step(tmp_path / "run") == 2
+    assert same(reader, grpo(replace(config, name="run", resume=True)), whole)
+
+
+LAST = {
+    "sft": "punster.train.sft.held_out_loss",
+    "dpo": "punster.train.dpo.sample_table",
+    "reward": "punster.train.reward.normalised",
+}
+
+
+@pytest.mark.parametrize("stage", LAST)
+def test_a_failure_after_the_last_step_costs_that_step(
+    stage: str, jobs: Any, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the evaluation, or where the reward model is normalised."""
+    config, train = jobs(tmp_path, save_every=0)[stage]
+    config = replace(config, eval_every=0)
+    whole = train(replace(config, name="whole"))
+
+    def scarce(*rest: Any, **options: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LAST[stage], scarce)
+        with pytest.raises(MemoryError):
+            train(replace(config, name="run"))
+    assert newest_step(tmp_path / "run") == 3
+    again = train(replace(config, name="run", resume=True))
+    assert same(reader, again, whole)
+    assert {**reader.summary(again), "wall_seconds": 0} == {**reader.summary(whole), "wall_seconds": 0}
+
+
+def test_scores_are_read_in_smaller_batches_where_memory_has_run_out(
+    jobs: Any, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, train = jobs(tmp_path, max_tokens=256, steps=2)["grpo"]
+    config = replace(config, eval_prompts=0)
+    whole = train(replace(config, name="whole"))
+    original = import_from("punster.rewards.score_examples")
+
+    def scarce(role: Any, examples: Any, trunk: Any, max_tokens: int = 4096) -> Any:
+        if max_tokens > 1024:
+            raise MemoryError
+        return original(role, examples, trunk, max_tokens)
+
+    monkeypatch.setattr("punster.rewards.score_examples", scarce)
+    for one, other in zip(reader.lines(train(replace(config, name="scarce"))), reader.lines(whole), strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
 
 
 def test_a_real_lack_of_memory(jobs: Any, child: Any, reader: Any, tmp_path: Path, make: Any, tiny_llama: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_reward_model_learns_from_its_half_and_without_what_is_named(tiny_llam
 
     def taken(name: str, **more: Any) -> int:
         config = RewardConfig(
-            name=name, out=str(tmp_path), model=str(tiny_llama), steps=1, normalise_samples=0, quiet=True, **more
+            name=name, out=str(tmp_path), model=str(tiny_llama), **{"steps": 1, "normalise_samples": 0, "quiet": True, **more}
         )
         folder = train_reward(config, [*rows, {**rows[0], "source": "other"}])
         assert folder is not None
@@ -137,4 +137,12 @@ def test_a_reward_model_learns_from_its_half_and_without_what_is_named(tiny_llam
         taken("x", without=["othr"])
     with pytest.raises(UserError, match="--half is of --data"):
         taken("x", half=1, pretrain=["votes"])
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text(
+        "".join(json.dumps(pair(f"{n} tide", f"{n} fact", source=("votes", "jokes")[n % 2])) + "\n" for n in range(4))
+    )
+    more = {"pretrain": [str(votes)], "steps": 2}
+    assert [taken(f"p{n}", without=[name], **more) for n, name in enumerate(("votes", "other"))] == [8, 7], "of either list"
+    with pytest.raises(UserError, match=r"--without vote: no row .* Did you mean votes.* Found: jokes, other, s, votes"):
+        taken("x", without=["vote"], **more)
     assert not (tmp_path / "x").exists()

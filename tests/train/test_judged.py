@@ -32,6 +32,7 @@ from punster.train.judged import (
     calibration,
     encode_items,
     families,
+    family,
     item_batches,
     item_loss,
     neutral,
@@ -350,11 +351,17 @@ def test_normalised_ensemble_has_mean_0_and_std_1(ensemble: Path, sft_run: str) 
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-4)
 
 
-def test_placebo_turns_groups_and_labels_round(make: Make) -> None:
-    turned = shuffled([GROUP, LABELLED] * 40, make(RewardConfig, shuffle_labels=True))
-    groups = {tuple(row["completions"]) for row in turned[::2]}
-    assert groups == {tuple(GROUP["completions"]), tuple(GROUP["completions"][::-1])}
-    assert {row["label"] for row in turned[1::2]} == {True, False}
+def test_placebo_draws_orders_labels_and_ratings(make: Make) -> None:
+    rows = [row for number in range(40) for row in (GROUP, {**LABELLED, "rating": float(number)})]
+    config = make(RewardConfig, shuffle_labels=True)
+    turned = shuffled(rows, config)
+    groups, singles = turned[::2], turned[1::2]
+    assert {row["completions"].index(GROUP["completions"][0]) for row in groups} == set(range(4)), "in the middle too"
+    assert all(set(row["completions"]) == set(GROUP["completions"]) and row["scores"] == GROUP["scores"] for row in groups)
+    assert {row["label"] for row in singles} == {True, False}
+    ratings = [row["rating"] for row in singles]
+    assert sorted(ratings) == list(range(40)) and sum(r == i for i, r in enumerate(ratings)) < 10
+    assert shuffled(rows, config) == turned and [family(row) for row in turned] == [family(row) for row in rows]
 
 
 def test_neutral_prompts_are_drawn_by_the_prompt() -> None:

@@ -217,8 +217,10 @@ def test_prompts_and_callback_through_the_api(config: Config) -> None:
         asked.extend(prompts)
         return letters(prompts, completions)
 
-    mine = ["one", "two", [{"role": "user", "content": "three"}]]
-    ppo(config(steps=2, eval_prompts=0), mine, reward, lambda step, metrics: seen.append(step))
+    mine: list[Any] = ["one", [{"role": "user", "content": "three"}]]
+    row = {"prompt": "two", "source": "a row as a file has it"}
+    ppo(config(steps=2, eval_prompts=0), [*mine, row], reward, lambda step, metrics: seen.append(step))
+    mine.append("two")
     assert seen == [1, 2]
     assert {str(prompt) for prompt in asked} == {str(prompt) for prompt in mine}
 
@@ -258,6 +260,13 @@ def test_missing_pieces_are_user_errors(config: Config, sft_run: str, reward_run
         ppo(config(max_new_tokens=60), ["fine", "long " * 80], letters)
     with pytest.raises(UserError, match="no prompts"):
         ppo(config(), [], letters)
+    for prompts, message in (
+        (["fine", 5], "prompt 2: prompt must be text or chat messages"),
+        ([{"text": "fine"}], "prompt 1: field 'prompt' is missing .found: text"),
+        (["fine", {"prompt": "fine"}, [{"role": "bot", "content": "x"}]], "prompt 3: unknown role 'bot'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ppo(config(), prompts, letters)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +304,11 @@ def test_adaptive_controller_moves_beta_and_the_fixed_one_does_not(config: Confi
     assert reader.values(fixed, "beta") == [0.02] * 3
     betas = reader.values(moved, "beta")
     assert betas[0] == 0.02 and betas[1] == pytest.approx(0.02 * (1 - 0.2 * 8 / 100))  # KL 0: the error is cut at -.2
+
+
+def test_the_controller_waits_for_the_critic_as_the_policy_does(config: Config, reader: Any) -> None:
+    run = ppo(config(steps=4, critic_warmup=2, target_kl=6.0, kl_horizon=100), None, letters)
+    assert reader.values(run, "beta") == pytest.approx([0.02] * 3 + [0.02 * (1 - 0.2 * 8 / 100)], rel=1e-12)
 
 
 def test_a_large_update_ends_the_passes_early(config: Config, reader: Any) -> None:

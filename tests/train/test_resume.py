@@ -17,8 +17,9 @@ import pytest
 
 from punster.cli import main
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
+from punster.disk import sha256_of
 from punster.errors import UserError
-from punster.train.checkpoint import damage, newest_step
+from punster.train.checkpoint import damage, load_run, newest_step
 from punster.train.dpo import dpo
 from punster.train.grpo import grpo
 from punster.train.ppo import ppo
@@ -281,6 +282,64 @@ def test_other_labels_or_sft_rows_make_another_run(
         ppo(replace(config, name="ppo2", resume=True), None, vowels)
 
 
+JUDGED = [
+    *({"prompt": f"pun: {i}", "chosen": f"the tide {i}!", "rejected": f"a fact {i}.", "margin": 0.1} for i in range(4)),
+    *({"prompt": f"pun: {i}", "completions": ["a", "b", "c"], "scores": [3, 2, 1]} for i in range(4)),
+    *({"prompt": f"pun: {i}", "completion": f"tied {i}", "label": i > 1, "rating": 0.5} for i in range(4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{"margin": 0.2}, {"scores": [3, 2, 2]}, {"label": True}, {"rating": 0.7}, {"weight": 2.0}])
+def test_other_judgements_of_the_same_texts_make_another_reward_run(
+    other: dict[str, Any], tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    config = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["reward"][0]
+    again(train_reward(replace(config, name="a"), JUDGED), "b", 2, reader)
+    place = 4 if "scores" in other else 0 if {"margin", "weight"} & set(other) else 8
+    rows = [{**row, **other} if number == place else row for number, row in enumerate(JUDGED)]
+    with pytest.raises(UserError, match=r"the data .its scores, labels, .* is not what the run was started with"):
+        train_reward(replace(config, name="b", resume=True), rows)
+    assert train_reward(replace(config, name="b", resume=True), JUDGED)
+
+
+def test_another_sft_run_to_normalise_on_makes_another_reward_run(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    """An older version did not keep what the samples are drawn from: its runs go on."""
+    actor = tmp_path / "sft"
+    shutil.copytree(sft_run, actor)
+    config = jobs(str(tmp_path), str(tiny_llama), str(actor), reward_run, make)["reward"][0]
+    run = train_reward(replace(config, name="a"), JUDGED)
+    for name in ("b", "old"):
+        again(run, name, 2, reader)
+    shutil.rmtree(actor)
+    sft(make(SftConfig, name="sft", out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=4))
+    with pytest.raises(UserError, match="the SFT run or the reward model is not what the run was started with"):
+        train_reward(replace(config, name="b", resume=True), JUDGED)
+    place = tmp_path / "old" / "checkpoints" / "step-2"
+    numbers = json.loads((place / "state.json").read_text())
+    numbers["keys"] = {key: numbers["keys"][key] for key in ("adapters", "weights", "data")}
+    (place / "state.json").write_text(json.dumps(numbers))
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps({**manifest, "state.json": sha256_of(place / "state.json")}))
+    assert train_reward(replace(config, name="old", resume=True), JUDGED)
+
+
+def test_the_same_reward_model_on_another_scale_makes_another_run(
+    tiny_llama: Path, sft_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    settings = {"out": str(tmp_path), "model": str(tiny_llama), "pretrained": sft_run, "steps": 1, "batch_size": 4}
+    judge = train_reward(make(RewardConfig, name="judge", normalise_samples=8, **settings), JUDGED)
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, str(judge), make)["grpo"]
+    again(train(replace(config, name="a")), "b", 2, reader)
+    before = reader.tensor_bytes(judge)
+    shutil.rmtree(str(judge))
+    train_reward(make(RewardConfig, name="judge", normalise_samples=16, **settings), JUDGED)
+    assert reader.tensor_bytes(judge) == before
+    with pytest.raises(UserError, match="the SFT run or the reward model is not what the run was started with"):
+        train(replace(config, name="b", resume=True))
+
+
 def test_rows_from_python_are_not_called_the_embedded_corpus(
     tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
 ) -> None:
@@ -351,3 +410,13 @@ def test_another_prompt_format_is_no_wish(tiny_llama: Path, sft_run: str, reward
     with pytest.raises(UserError, match="was trained with 'chat', and this run continues it"):
         train(replace(config, name="other", prompt_format="{prompt}:"))
     assert not (tmp_path / "other").exists()
+
+
+def test_both_spellings_of_a_line_end_are_one_prompt_format(tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    rows = [{"prompt": f"pun: {i}", "completion": f"the tide {i}!"} for i in range(4)]
+    config = make(SftConfig, name="a", out=str(tmp_path), model=str(tiny_llama), steps=1, batch_size=4, eval_prompts=0)
+    sft(replace(config, prompt_format=r"{prompt}\n"), rows)
+    assert load_run(str(tmp_path / "a"))[1].prompt_format == "{prompt}\n"
+    for name, written in (("b", r"{prompt}\n"), ("c", "{prompt}\n")):
+        sft(replace(config, name=name, pretrained=str(tmp_path / "a"), prompt_format=written), rows)
+        sft(replace(config, name="a", prompt_format=written, resume=True), rows)

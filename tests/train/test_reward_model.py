@@ -27,7 +27,7 @@ from punster.train.optim import seeded
 from punster.train.plan import training_cost, training_seconds
 from punster.train.reward import train_reward, within_minutes
 from punster.train.run import saved_settings
-from punster.train.setup import extend, open_base
+from punster.train.setup import extend, open_base, open_reward_model
 
 Make = Callable[..., Any]
 PAIRS = [{"prompt": f"pun: {i}", "chosen": f"the tide {i}!", "rejected": f"a fact {i}."} for i in range(8)]
@@ -72,6 +72,23 @@ def test_no_normalisation_on_request(sft_run: str, tiny_llama: Path, tmp_path: P
         make(RewardConfig, name="run", out=str(tmp_path), model=str(tiny_llama), steps=1, normalise_samples=0), PAIRS
     )
     assert load_run(run)[0].normalisation == (1.0, 0.0)
+
+
+def test_a_checkpoint_that_is_not_normalised_says_so_where_it_judges(
+    sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"out": str(tmp_path), "model": str(tiny_llama), "pretrained": sft_run, "steps": 2, "save_every": 1, "keep": 2}
+    runs = [train_reward(make(RewardConfig, name=f"r{n}", normalise_samples=n, **shared), PAIRS) for n in (8, 0)]
+    policy, tokenizer = load_run(sft_run)
+
+    def said(path: Path, quiet: bool = False) -> str:
+        config = make(RewardConfig, name="x", quiet=quiet)
+        open_reward_model(str(path), config, policy, tokenizer)
+        return capsys.readouterr().err
+
+    early = runs[0] / "checkpoints" / "step-1"
+    assert "step-1: not normalised" in said(early) and not said(early, quiet=True)
+    assert not said(runs[0]) and not said(runs[1]) and not said(runs[1] / "checkpoints" / "step-1")  # none was wanted
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -327,6 +344,18 @@ def test_an_ensemble_counts_all_skipped_updates_and_is_judged_as_it_is_kept(
     assert reader.summary(run)["accuracy"] == module.accuracy_by_kind(role, tokenizer, 60)
     raw = replace(role, normalisation=(1.0, 0.0), others=tuple(replace(o, normalisation=(1.0, 0.0)) for o in role.others))
     assert reader.summary(run)["accuracy"] != module.accuracy_by_kind(raw, tokenizer, 60)
+
+
+def test_no_sampled_rows_are_none_of_that_kind(sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    config = make(RewardConfig, name="a", out=str(tmp_path), model=str(tiny_llama), pretrained=sft_run, steps=1, sampled_rows=0,
+                  normalise_samples=0)  # fmt: skip
+    pairs = {
+        name: reader.summary(train_reward(replace(config, name=name, negatives=kinds)))["pairs"]
+        for name, kinds in (("a", ["literal", "sampled"]), ("b", ["literal"]))
+    }
+    assert pairs["a"] == pairs["b"] > 0
+    with pytest.raises(UserError, match="--sampled-rows 0 leaves no pair of the embedded corpus"):
+        train_reward(replace(config, name="c", negatives=["sampled"]))
 
 
 def test_bad_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def test_numbers_of_other_libraries_and_a_hostile_function() -> None:
         ("{file}:length:2:3", "expected FILE.py:FUNCTION"),
         ("absent.py:length", "there is no file absent.py"),
         ("{file}:length:heavy", "the weight 'heavy' is not a number"),
+        ("{file}:length:nan", "the weight must be a finite number, found 'nan'"),
+        ("{file}:length:-inf", "the weight must be a finite number, found '-inf'"),
         ("{file}:lenght", "has no function 'lenght' .it has: length, about"),
         ("{file}:SCALE", "has no function 'SCALE'"),
     ],
@@ -125,4 +127,7 @@ def test_a_file_that_does_not_import(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import absent_library_of_puns\n")
     with pytest.raises(UserError, match=r"importing .*broken.py raised ModuleNotFoundError"):
+        load_function(f"{path}:f")
+    path.write_text("import sys\nsys.exit(5)\n")
+    with pytest.raises(UserError, match=r"importing .*broken.py raised SystemExit: 5"):
         load_function(f"{path}:f")

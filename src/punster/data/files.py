@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from punster.data.schema import Row, check_row, check_scored
+from punster.data.schema import FIELDS, Row, check_row, check_scored
+from punster.data.sources import SOURCES
 from punster.data.sources.reading import Skips, json_values, lines, read_text, table
 from punster.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")  # owner/name or owner/name:split
+Say = Callable[[str], None]  # takes a line for people
 
 
-def read_rows(path: str | Path, kind: str, columns: Sequence[str] = ()) -> list[Row]:
+def read_rows(
+    path: str | Path, kind: str, columns: Sequence[str] = (), training: bool = False, say: Say | None = None
+) -> list[Row]:
     """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
 
-    columns: "FIELD=COLUMN" for fields that have another name there.
+    columns: "FIELD=COLUMN" for fields that have another name there. training, say: as in `located_rows`.
     """
-    return _some([check_row(renamed(row, columns, place), kind, place) for place, row in located_rows(path)], path)
+    located = located_rows(path, training, say)
+    return _some([check_row(renamed(row, columns, place), kind, place) for place, row in located], path)
 
 
 def read_texts(path: str | Path) -> list[Row]:
@@ -35,8 +40,17 @@ def _some(rows: list[Row], path: str | Path) -> list[Row]:
     return rows
 
 
-def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of everything under a path; place is "FILE, line N" (Parquet, hub: "row N"). UserError if unreadable."""
+def is_held_out(name: str) -> bool:
+    """Whether `prepare` calls so what nothing may learn from: SOURCE.KIND.val.jsonl, SOURCE.KIND.unguarded.jsonl."""
+    source, *rest = name.split(".")
+    return source in SOURCES and rest in [[kind, part, "jsonl"] for kind in FIELDS for part in ("val", "unguarded")]
+
+
+def located_rows(path: str | Path, training: bool = False, say: Say | None = None) -> Iterator[tuple[str, Any]]:
+    """(place, row) of everything under a path; place is "FILE, line N" (Parquet, hub: "row N"). UserError if unreadable.
+
+    training: of a folder without the held-out files that `prepare` wrote, which is said; a file that is named itself is taken.
+    """
     given, path = str(path), Path(path)
     if path.is_dir():
         ours = (".report.json", ".statement.json")  # what prepare and mix write beside their rows
@@ -44,8 +58,15 @@ def located_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
         found = sorted(file for file in files if not file.name.endswith(ours))
         if not found:
             raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
+        left = [file.name for file in found if training and is_held_out(file.name)]
+        some = f"{', '.join(left[:3])}{', ...' * (len(left) > 3)}"
+        if len(left) == len(found):
+            raise UserError(f"{path}: the files in this folder are all held out ({some}); name one itself to train on it")
+        if left and say:
+            say(f"  {path}: {len(left)} of {len(found)} files are held out and not read ({some}); a file that is named itself is")
         for file in found:
-            yield from _rows_of(file)
+            if file.name not in left:
+                yield from _rows_of(file)
     elif path.exists():
         yield from _rows_of(path)
     elif path.suffix not in SUFFIXES and not path.parent.is_dir() and HUB_ID.fullmatch(given):

@@ -14,14 +14,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from punster.data import corpus
-from punster.data.files import read_rows
+from punster.data.files import Say, read_rows
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import GENERIC_PROMPT, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.replace import chosen_pairs, foreign_pairs
-from punster.data.schema import FIELDS, Row, kind_of, texts_of
+from punster.data.schema import FIELDS, Row, is_number, kind_of, texts_of
 from punster.data.sources import SOURCES, find_source
 from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches
@@ -181,19 +181,19 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
-def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> tuple[list[Row], Row]:
+def build(recipe: Recipe, folder: str | Path | None = None, say: Say | None = None) -> tuple[list[Row], Row]:
     """The rows of a mixture, and the statement of what went in and what was left out.
 
-    folder: local copies of the public sources (default: PUNSTER_DATA); not needed by recipes of files alone.
+    folder: local copies of the public sources (default: PUNSTER_DATA); recipes of files alone need them for a wider guard only.
     """
     public = any(part.source not in ("", *corpus.OWN) for part in recipe.parts)
     pool = pool_of(data_folder(folder)) if public else None
-    guard = (pool.evaluation if pool else embedded_evaluation()) if recipe.split == "train" and recipe.guard else None
+    guard = _guard(recipe, pool, folder, say)
     rows: list[Row] = []
     statements = []
     for number, part in enumerate(recipe.parts):
         draw = random.Random(f"{recipe.seed}/{number}/{part.source}{part.file}")
-        taken, said = _part(part, recipe, pool, guard, draw)
+        taken, said = _part(part, recipe, pool, guard, draw, say)
         rows += taken
         statements.append(said)
     statement: Row = {"kind": recipe.kind, "split": recipe.split, "seed": recipe.seed, "parts": statements}
@@ -231,9 +231,31 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Callable[[str],
     return rows, statement
 
 
-def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random) -> tuple[list[Row], Row]:
+def _guard(recipe: Recipe, pool: Pool | None, folder: str | Path | None, say: Say | None) -> Index | None:
+    """The evaluation texts that training rows are compared with: of all copies, for people's own files too where there are any.
+
+    Own puns are near to no public text, as joke templates may be: alone they give the same rows with and without copies.
+    """
+    if recipe.split != "train" or not recipe.guard:
+        return None
+    if pool is None and any(part.file or part.use == "templates" for part in recipe.parts):
+        try:
+            pool = pool_of(data_folder(folder))
+            return pool.evaluation
+        except UserError as error:
+            if folder:
+                raise
+            if say and pool:
+                say(f"  compared with the embedded evaluation texts alone: {error}")
+            return embedded_evaluation()
+    return pool.evaluation if pool else embedded_evaluation()
+
+
+def _part(
+    part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | None, draw: random.Random, say: Say | None
+) -> tuple[list[Row], Row]:
     """The rows of one part, and its line in the statement."""
-    rows, licence, is_open, rude = _source_rows(part, recipe, pool)
+    rows, licence, is_open, rude = _source_rows(part, recipe, pool, say)
     statement: Row = {"part": part.source or part.file, "use": part.use, "licence": licence, "open": is_open, "read": len(rows)}
     rude = rude if part.filter is None else part.filter
     dropped: Counter[str] = Counter()
@@ -272,10 +294,11 @@ def _part(part: Ingredient, recipe: Recipe, pool: Pool | None, guard: Index | No
     return made, {**statement, "dropped": dict(dropped), "weight": part.weight, **drawn, "taken": len(made)}
 
 
-def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[list[Row], str, bool, bool]:
+def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say | None) -> tuple[list[Row], str, bool, bool]:
     """(rows, licence, open, rude) of a part before anything is left out."""
     if part.file:
-        rows = read_rows(part.file, "judged" if recipe.kind == "preference" else recipe.kind, part.columns)
+        kind = "judged" if recipe.kind == "preference" else recipe.kind
+        rows = read_rows(part.file, kind, part.columns, recipe.split == "train", say)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
         ours = lambda row, name: name in KEPT or row.get("source") in SOURCES
@@ -301,13 +324,29 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None) -> tuple[l
         rows = [row for row in rows if f"{part.source}/{row['id']}" in corpus.replacements()]
     elif recipe.kind == "preference" and part.use not in REPLACED:
         wanted = KINDS.get(part.use)
-        found = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
-        both = part.by == "is_pun" or part.use == "labels"  # these need the texts that are no puns, too
-        rows = [row for row in found if kind_of(row) != "text" or (part.by in row and (both or row.get("is_pun") is not False))]
+        rows = [row for row in rows if kind_of(row) == wanted or (not wanted and kind_of(row) in ("group", "preference"))]
+        rows = _rated(rows, part) if wanted == "text" else rows
     else:
         rows = [row for row in rows if kind_of(row) in ("sft", "text") and (part.use == "texts" or row.get("is_pun"))]
         rows = [row for row in rows if row.get("system", "human") == "human"]
     return rows, source.licence, source.open, source.rude
+
+
+def _rated(rows: Sequence[Row], part: Ingredient) -> list[Row]:
+    """The texts that have a number, or yes or no, under the name of `by`; UserError if none has, or all have the same yes or no."""
+
+    def is_rating(value: Any) -> bool:
+        return isinstance(value, bool) or is_number(value)
+
+    found = [row for row in rows if is_rating(row.get(part.by))]
+    known = sorted({name for row in rows for name, value in row.items() if is_rating(value)})
+    told = f"Its ratings: {', '.join(known) or 'none'}"
+    if rows and not found:
+        raise UserError(f"{part.source}: by: {part.by} is no rating of its texts.{near_matches(part.by, known)} {told}")
+    if found and part.use == "ratings" and {str(row[part.by]) for row in found} in ({"True"}, {"False"}):
+        raise UserError(f"{part.source}: by: {part.by} is {str(found[0][part.by]).lower()} of all texts that have it. {told}")
+    both = part.by == "is_pun" or part.use == "labels"  # these need the texts that are no puns, too
+    return [row for row in found if both or row.get("is_pun") is not False]
 
 
 def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Random) -> list[Row]:
@@ -353,7 +392,7 @@ def is_mixture(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or (not Path(name).exists() and name in built_in())
 
 
-def mixture(name: str, kind: str, folder: str | Path | None = None, say: Callable[[str], None] | None = None) -> list[Row]:
+def mixture(name: str, kind: str, folder: str | Path | None = None, say: Say | None = None) -> list[Row]:
     """Rows of a mixture for training; "puns" is the default mixture of the kind."""
     recipe = load_mixture(DEFAULTS[kind] if name == "puns" and kind in DEFAULTS else name)
     if recipe.kind != kind:

@@ -8,6 +8,7 @@ the assistant's text is taken. Chat rows may leave the prompt implicit, as TRL's
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -22,6 +23,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 ROLES = ("system", "user", "assistant", "tool")
+NAMES = ("id", "source", "group", "pun_word", "alternative_word")  # texts that are kept and written with a row
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def kind_of(row: Any) -> str:
@@ -37,15 +40,24 @@ def texts_of(row: Row) -> list[str]:
     return single + list(row.get("completions") or ())
 
 
-def explicit(row: Row, kind: str) -> Row:
-    """Chat rows without a prompt of their own: `messages`, or two dialogues that share their beginning, get one."""
+def explicit(row: Row, kind: str, where: str = "") -> Row:
+    """Chat rows get their prompt from `messages`, or from two dialogues that share their beginning.
+
+    A text beside two dialogues must be a user's turn of that beginning, which stays the prompt; UserError if it is not.
+    """
     if kind == "sft" and row.get("completion") is None and _is_chat(row.get("messages")):
         return {**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if kind == "preference" and row.get("prompt") is None and _is_chat(chosen) and _is_chat(rejected):
+    chosen, rejected, told = row.get("chosen"), row.get("rejected"), row.get("prompt")
+    if kind == "preference" and isinstance(told, str | None) and _is_chat(chosen) and _is_chat(rejected):
         assert isinstance(chosen, list) and isinstance(rejected, list)
         turns = zip(chosen[:-1], rejected[:-1], strict=False)
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], turns)))
+        asked = [str(turn.get("content")).strip() for turn in chosen[:shared] if turn.get("role") == "user"]
+        if told is not None and told.strip() not in asked:
+            raise UserError(
+                f"{where}: prompt {told[:60]!r} is no user's turn of what chosen and rejected both begin with (found: {str(asked)[:80]}); "
+                "leave the prompt out, or give the answers without it"
+            )
         return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     return row
 
@@ -64,7 +76,7 @@ def check_row(row: Any, kind: str, where: str) -> Row:
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with {expected}")
     if kind == "judged":
         kind = found if (found := kind_of(row)) in ("group", "unpaired") else "preference"
-    row = explicit(row, kind)
+    given, row = row, explicit(row, kind, where)
     for name in FIELDS[kind]:
         if row.get(name) is None:
             present = ", ".join(sorted(str(key) for key in row)) or "nothing"
@@ -82,10 +94,16 @@ def check_row(row: Any, kind: str, where: str) -> Row:
         elif name == "completions":
             if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
                 raise UserError(f"{where}: completions must be a list of texts")
+            for text in value:
+                _whole(text, f"{where}, field {name!r}")
         else:
-            checked[name] = _text(value, f"{where}, field {name!r}")
+            field = "messages" if name == "completion" and given.get(name) is None else name
+            checked[name] = _text(value, f"{where}, field {field!r}")
             if not checked[name].strip():
                 raise UserError(f"{where}: field {name!r} is empty")
+    for name in NAMES:
+        if isinstance(row.get(name), str):
+            _whole(row[name], f"{where}, field {name!r}")
     if (share := row.get("pass_share")) is not None and not (is_number(share) and 0.01 <= share <= 1):
         raise UserError(f"{where}: pass_share must be a number from .01 to 1, found {share!r}")
     for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
@@ -108,9 +126,17 @@ def _check_scores(scores: Any, completions: Any, where: str) -> None:
         raise UserError(f"{where}: scores must be a number for each completion (at least two), best first")
 
 
+def _whole(text: str, where: str) -> str:
+    """The text, unless it holds half of a surrogate pair, which JSON can escape but no file or tokenizer can take."""
+    if not text.isascii() and (half := _HALF.search(text)):
+        found = f"half of a surrogate pair (\\u{ord(half[0]):04x})"
+        raise UserError(f"{where}: found {found}, which is no character; write the whole pair, or leave the row out")
+    return text
+
+
 def _prompt(value: Any, where: str) -> Any:
     if isinstance(value, str):
-        return value
+        return _whole(value, f"{where}, field 'prompt'")
     good = isinstance(value, Sequence) and value and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )  # fmt: skip
@@ -118,15 +144,20 @@ def _prompt(value: Any, where: str) -> Any:
         raise UserError(f"{where}: prompt must be text or chat messages with role and content, found {str(value)[:80]!r}")
     if unknown := [m["role"] for m in value if m["role"] not in ROLES]:
         raise UserError(f"{where}: unknown role {unknown[0]!r} in the chat messages (one of {', '.join(ROLES)})")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return [{"role": m["role"], "content": _whole(m["content"], f"{where}, field 'prompt'")} for m in value]
 
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
-        return value
+        return _whole(value, where)
     message = value[0] if isinstance(value, Sequence) and len(value) == 1 else None
     if isinstance(message, dict) and isinstance(content := message.get("content"), str):
-        return content
+        if (role := message.get("role")) != "assistant":
+            raise UserError(
+                f"{where}: found a last message of the role {role!r}, expected 'assistant', whose text alone counts as an answer; "
+                "leave that message out, or the row"
+            )
+        return _whole(content, where)
     raise UserError(f"{where}: expected text or one chat message, found {str(value)[:80]!r}")
 
 

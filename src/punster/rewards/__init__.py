@@ -34,9 +34,12 @@ class Reward:
             raise UserError("a reward is needed: a reward-model run (-c) or --reward FILE.py:FUNCTION")
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[str], examples: Sequence[Example], trunk: Trunk | None = None
-    ) -> list[float]:
-        total = score_examples(self.model, examples, trunk) if self.model is not None else [0.0] * len(completions)
+        self, prompts: Sequence[Any], completions: Sequence[str], examples: Sequence[Example], trunk: Trunk | None = None,
+        max_tokens: int = 4096,
+    ) -> list[float]:  # fmt: skip
+        total = [0.0] * len(completions)
+        if self.model is not None:
+            total = score_examples(self.model, examples, trunk, max_tokens)
         for name, function, weight in self.functions:
             values = call_reward(name, function, prompts, completions, self.timeout)
             total = [t + weight * v for t, v in zip(total, values, strict=True)]
@@ -107,13 +110,15 @@ def load_function(specification: str) -> tuple[str, RewardFunction, float]:
         weight = float(parts[2]) if len(parts) == 3 else 1.0
     except ValueError:
         raise UserError(f"--reward {specification!r}: the weight {parts[2]!r} is not a number") from None
+    if not math.isfinite(weight):
+        raise UserError(f"--reward {specification!r}: the weight must be a finite number, found {parts[2]!r}")
     spec = importlib.util.spec_from_file_location(f"punster_reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--reward {specification!r}: {path} is not a Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their own module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself, or reads our command line as its own
         raise UserError(f"--reward {specification!r}: importing {path} raised {type(error).__name__}: {error}") from error
     function = getattr(module, parts[1], None)
     if not callable(function):

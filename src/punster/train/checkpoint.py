@@ -69,6 +69,9 @@ class State:
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Sequence[Role | None] = ()  # further roles that are read and not trained, such as the reward model
     given: Sequence[Any] = ()  # the tokenised data
+    judged: Sequence[Any] = ()  # what people said of them: scores, labels, weights
+    drawn_from: Role | None = None  # a role whose samples are learned from, or normalised on
+    described: dict[str, Any] = dataclasses.field(default_factory=dict)  # what role.json says of the policy as it is
     keys: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # hashes of what is not trained, set by `restore`
     note: Callable[..., None] = lambda event, **values: None  # set by `restore`: one line of the run's log
 
@@ -92,14 +95,13 @@ class State:
 
     def fingerprints(self) -> dict[str, list[str]]:
         """Hashes of what the run rests on and does not change: other adapters, another reward model or other data make another run."""
-        roles = [role for role in (self.policy, *self.others.values(), *self.fixed) if role is not None]
-        members = [member for role in roles for member in (role, *role.others)]
-        adapters = [a for member in members for a in member.adapters if a.name not in member.trained]
-        weights = [member.model.weights[name] for member in members for name in sorted(member.model.own)]
-        weights += [t for member in members if member.head is not None for _, t in member.head.named_parameters()]
-        return {"adapters": [a.fingerprint() for a in adapters],
-                "weights": [digest(tensor) for tensor in weights if not tensor.requires_grad],
-                "data": [hashlib.sha256(repr(self.given).encode()).hexdigest()]}  # fmt: skip
+        adapters, weights = fixed_parts([self.policy, *self.others.values(), *self.fixed])
+        drawn = fixed_parts([self.drawn_from])
+        judges = [member for role in self.fixed if role is not None for member in (role, *role.others)]
+        return {"adapters": adapters, "weights": weights, "drawn_from": [*drawn[0], *drawn[1]],
+                "reading": [repr((m.depth, m.pooling, m.normalisation, m.combine, m.caution)) for m in judges],
+                "data": [hashlib.sha256(repr(self.given).encode()).hexdigest()],
+                "judged": [hashlib.sha256(repr(self.judged).encode()).hexdigest()]}  # fmt: skip
 
     @torch.no_grad()
     def unpack(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -122,6 +124,15 @@ class State:
         self.numbers.update(numbers["numbers"])
 
 
+def fixed_parts(given: Sequence[Role | None]) -> tuple[list[str], list[str]]:
+    """Hashes of the adapters of these roles, and of their own weights and heads, as far as they are not trained."""
+    members = [member for role in given if role is not None for member in (role, *role.others)]
+    adapters = [a for member in members for a in member.adapters if a.name not in member.trained]
+    weights = [member.model.weights[name] for member in members for name in sorted(member.model.own)]
+    weights += [t for member in members if member.head is not None for _, t in member.head.named_parameters()]
+    return [a.fingerprint() for a in adapters], [digest(tensor) for tensor in weights if not tensor.requires_grad]
+
+
 def save_checkpoint(
     run: Run, step: int, state: State, tokenizer: Tokenizer, result: Role | None = None, place: dict[str, Any] | None = None
 ) -> None:
@@ -137,7 +148,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            save_role(temporary, result or state.policy, tokenizer)
+            save_role(temporary, result or state.policy, tokenizer, None if result else state.described)
             tensors, numbers = state.pack()
             save_file(tensors, temporary / "state.safetensors")
             write_json(temporary / "state.json", {"step": step, **numbers, "keys": state.keys})
@@ -231,11 +242,16 @@ def restore(run: Run, state: State) -> None:
     changed = [f"{key} {then[key]} -> {now}" for key, now in context().items() if then.get(key, now) != now]
     numbers = json.loads((folder / "state.json").read_text())
     found = numbers.get("keys", state.keys)
-    rested = all(found.get(kind, state.keys[kind]) == state.keys[kind] for kind in ("adapters", "weights"))
+    # What an older version did not know of is taken for the same.
+    other = {kind for kind, now in state.keys.items() if found.get(kind, now) != now}
     rows = {name: cursor.rows for name, cursor in state.cursors.items()}
     # Data that was drawn or chosen by a model may differ where numbers do; but their places must mean something.
-    if not rested or numbers.get("rows", rows) != rows or (found["data"] != state.keys["data"] and not changed):
-        what = "data" if rested else "SFT run or the reward model"
+    differs = {
+        "SFT run or the reward model": bool(other - {"data", "judged"}),
+        "data": numbers.get("rows", rows) != rows or ("data" in other and not changed),
+        "data (its scores, labels, margins, ratings or weights)": "judged" in other and not changed,
+    }
+    if what := next((name for name, does in differs.items() if does), ""):
         raise UserError(f"--resume: the {what} is not what the run was started with, so it cannot go on as the same run")
     try:
         state.unpack(load_file(folder / "state.safetensors"), numbers)

@@ -29,6 +29,7 @@ from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.guard import keep_begun
 from punster.train.held_out import first, sample_table
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
@@ -99,6 +100,8 @@ def dpo(
             return sample_table(run, step, policy, tokenizer, shown, decoding, score=score, reference=reference)
 
         for step in range(run.step + 1, steps + 1):
+            if step == steps and config.adapter == "lora":  # what comes after it may fail; own weights are too large for a copy
+                keep_begun(run, state, tokenizer, step)
             units = cursor.next(config.batch_size)
             if config.online:
                 assert judge is not None

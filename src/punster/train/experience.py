@@ -199,7 +199,7 @@ def collect(
     texts = [setup.tokenizer.decode(example.response) for example in examples]
     closed = rollout.closed
     trunk = rollout.trunk if rollout.trunk is not None else Trunk.compute(policy, closed, depths, max_tokens)
-    scores = setup.reward(prompts, texts, closed, trunk)
+    scores = setup.reward(prompts, texts, closed, trunk, round(4096 * share))
     groups = partition(examples, minibatches, shuffling, max_tokens, samples)
     lengths = torch.tensor([len(example.response) for example in examples])
     shape = (len(examples), int(lengths.max()))

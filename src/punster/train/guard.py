@@ -17,6 +17,20 @@ from punster.train.run import Run
 Packed = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # a state's tensors and numbers, and the place in the logs
 
 
+def keep_begun(run: Run, state: State, tokenizer: Tokenizer, step: int) -> tuple[int, Packed]:
+    """Before anything of a step is done: the step before it and the state, which becomes a checkpoint if this step fails."""
+    tensors, numbers = state.pack()
+    begun = ({name: tensor.clone() for name, tensor in tensors.items()}, numbers, run.place())
+
+    def save() -> None:
+        if step - 1 > run.step:  # something was learned, and is in no checkpoint yet
+            state.unpack(*begun[:2])
+            save_checkpoint(run, step - 1, state, tokenizer, place=begun[2])
+
+    run.on_failure = save
+    return step - 1, begun
+
+
 class Guard:
     """Remembers the state in which a step began, and the newest one whose own rollout was in order.
 
@@ -31,8 +45,7 @@ class Guard:
 
     def begin(self, step: int) -> None:
         """Before anything of this step is done."""
-        tensors, numbers = self.state.pack()
-        self.began = step - 1, ({name: tensor.clone() for name, tensor in tensors.items()}, numbers, self.run.place())
+        self.began = keep_begun(self.run, self.state, self.tokenizer, step)
 
     def check_rollout(self, kl: Tensor, mask: Tensor) -> None:
         """kl, mask (B, R): exact KL of the rollout's tokens. Raises Aborted if a response has more than max_kl on average."""
@@ -65,6 +78,7 @@ class Guard:
     def abort(self, step: int, packed: Packed, reason: str, kept: str = "its last good one") -> None:
         """Restore a state, make it the run's newest checkpoint and its result, and stop."""
         seen, run, (tensors, numbers, place) = self.began[0] + 1, self.run, packed
+        run.on_failure = None  # the state in which the step began may be what went wrong
         self.state.unpack(tensors, numbers)
         if damage(run.checkpoints / f"step-{step}"):  # or not there
             save_checkpoint(run, step, self.state, self.tokenizer, place=place)

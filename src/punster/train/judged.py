@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from punster.algorithms.losses import plackett_luce
 from punster.config import RewardConfig
-from punster.data.batch import Example
+from punster.data.batch import Example, epoch_order
 from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, texts_of
 from punster.model.role import Role, Trunk
@@ -196,20 +196,28 @@ def balanced(rows: Sequence[Row], tokenizer: Tokenizer, width: int = 4) -> list[
 
 
 def shuffled(rows: list[Row], config: RewardConfig) -> list[Row]:
-    """The placebo: preferred and rejected text swapped by the toss of a seeded coin; ranked groups in a drawn order."""
+    """The placebo, seeded: pairs and labels turned round by the toss of a coin, ranked texts in a drawn order, ratings dealt anew."""
     if not config.shuffle_labels:
         return rows
     generator = seeded(config.seed, "labels")
     coins = torch.rand(len(rows), generator=generator) < 0.5
-    # Families stay what they are: the placebo takes the same steps.
-    return [{**swapped(row), "_family": family(row)} if coin else row for row, coin in zip(rows, coins.tolist(), strict=True)]
+    found = []
+    for row, coin in zip(rows, coins.tolist(), strict=True):
+        turned = swapped(row) if coin else row
+        if "completions" in row:
+            order = epoch_order(len(row["completions"]), generator)
+            turned = {**row, "completions": [row["completions"][place] for place in order]}
+        found.append({**turned, "_family": family(row)})  # stays what it is: the placebo takes the same steps
+    rated = [place for place, row in enumerate(rows) if "completion" in row and row.get("rating") is not None]
+    for place, other in zip(rated, epoch_order(len(rated), generator), strict=True):
+        found[place]["rating"] = rows[rated[other]]["rating"]
+    return found
 
 
 def swapped(row: Row) -> Row:
-    """The row the other way round, ids of sampled texts included."""
+    """A pair or a labelled text the other way round, ids of sampled texts included."""
     if "chosen" not in row:
-        turned = {"completions": row["completions"][::-1]} if "completions" in row else {}
-        return {**row, **turned, **({"label": not row["label"]} if row.get("label") is not None else {})}
+        return {**row, **({"label": not row["label"]} if row.get("label") is not None else {})}
     ids = {f"_{side}_ids": row.get(f"_{other}_ids") for side, other in (SIDES, SIDES[::-1])}
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"], **ids}
 

@@ -118,7 +118,8 @@ def ppo(
                 "episode": state.numbers["episodes"],
                 "beta": controller.beta,
             }
-            controller.update(metrics["objective/exact_kl"], len(rows))
+            if learns:  # no coefficient moves the KL of a policy that waits for its critic
+                controller.update(metrics["objective/exact_kl"], len(rows))
             state.numbers |= {"beta": controller.beta, "scale": [scale.count, scale.mean, scale.squares]}
             if config.eval_every and step % config.eval_every == 0:
                 metrics |= sample_table(run, step, setup)

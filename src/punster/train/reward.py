@@ -27,6 +27,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.guard import keep_begun
 from punster.train.halves import halves_of
 from punster.train.held_out import pair_table
 from punster.train.judged import (
@@ -76,13 +77,15 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     plain = Role(plain_base(sampled_from, config))
     start = sampled_from if config.start == "sft" else plain
 
-    def judged(sources: Sequence[str] | Sequence[Row]) -> list[Row]:
-        found = judged_rows(config, sources, sampled_from, tokenizer)
+    def judged(found: Sequence[Row]) -> list[Row]:
+        found = of_half(config, found)
         found = balanced(found, tokenizer) if config.balance else found
         return weighed(neutral(shuffled(found, config), config.neutral, config.seed))
 
-    first = judged(config.pretrain) if config.pretrain else []
-    given = judged(rows if rows is not None else config.data)
+    first = named_rows(config, config.pretrain, sampled_from, tokenizer) if config.pretrain else []
+    given = named_rows(config, rows if rows is not None else config.data, sampled_from, tokenizer)
+    check_without(config, first + given)  # a source may be in one of the two alone
+    first, given = judged(first) if first else [], judged(given)
     if not given:
         raise UserError("there is no data to train on")
     examples, items = encode_items(first + given, tokenizer, start.model)
@@ -116,7 +119,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
 
     def needed(wanted: RewardConfig) -> float:
         """Minutes, by a speed check that is long enough to see beyond a busy moment."""
-        return training_seconds(wanted, model, texts, counted(wanted)[2], check=3.0) / 60
+        return training_seconds(wanted, model, texts, counted(wanted)[2], check=8.0) / 60
 
     asked, config = config.epochs, within_minutes(config, needed)
     first_steps, steps, passes = counted(config)
@@ -133,7 +136,12 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             cursors[f"{label}|first"] = Cursor(len(units[0]), seeded(config.seed + number, "data"))
         cursors[f"{label}|data"] = Cursor(len(bags[number]), seeded(config.seed + number, "data"), bag_shares[number])
     generators = {name: cursor.generator for name, cursor in cursors.items()}
-    state = State(model, optimizers, generators, cursors, given=[*examples, *([shares] if uneven else [])])
+    draws = config.normalise_samples or ("sampled" in config.negatives and config.sampled_rows)
+    state = State(
+        model, optimizers, generators, cursors, given=[*examples, *([shares] if uneven else [])],
+        judged=[(item.ratings, item.margin, item.weight, item.label, item.rating) for item in items],
+        drawn_from=sampled_from if draws else None, described={"normalised": False} if config.normalise_samples else {},
+    )  # fmt: skip
     if config.int8 and not fused.quantises(model.model, model.frozen_depth):
         speaker(config.quiet)(
             "  --int8 changes nothing here: no frozen bf16 layer that the C kernels take in 8 bits (punster doctor)"
@@ -160,6 +168,8 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
         known = within_memory(state, lambda tokens: Trunk.compute(model, validation, depths, tokens), "trunk_tokens")
         gaps: list[float] = []
         for step in range(run.step + 1, steps + 1):
+            if step == steps and config.adapter == "lora":  # what comes after it may fail; own weights are too large for a copy
+                keep_begun(run, state, tokenizer, step)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             sums = dict.fromkeys(("grad_norm", "loss", "accuracy", "margin"), 0.0)
             skipped = 0.0
@@ -181,7 +191,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
                 pair_table(run, step, model, tokenizer, validation)
             run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
             if run.save_due(step):
-                save_checkpoint(run, step, state, tokenizer, as_kept() if step == steps else model)
+                save_checkpoint(run, step, state, tokenizer, as_kept() if step == steps else None)
                 run.raise_if_stopped()
         final = as_kept() if model.others else model  # an ensemble's members count by their normalised scores
         summary = {"accuracy": accuracy_by_kind(final, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
@@ -242,19 +252,32 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
 def judged_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
-    """The rows that are named, negatives included that are sampled from the SFT model."""
+    """The rows that are named, less those of the other half and of the sources in --without."""
+    rows = named_rows(config, sources, sampled_from, tokenizer)
+    check_without(config, rows)
+    return of_half(config, rows)
+
+
+def named_rows(
+    config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
+) -> list[Row]:
+    """All rows that are named, negatives included that are sampled from the SFT model."""
     rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, config.quiet)
-    return of_half(config, without_long_contrasts(rows, tokenizer, sampled_from.model, config.quiet))
+    return without_long_contrasts(rows, tokenizer, sampled_from.model, config.quiet)
 
 
-def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
-    """The rows of --half, less those of the sources in --without."""
+def check_without(config: RewardConfig, rows: Sequence[Row]) -> None:
+    """Refuse a source in --without that no row is of."""
     sources = {source_of(row) for row in rows} - {""}
     for name in config.without:
         if name not in sources:
             raise UserError(
                 f"--without {name}: no row is of this source.{near_matches(name, sources)} Found: {', '.join(sorted(sources))}"
             )
+
+
+def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
+    """The rows of --half, less those of the sources in --without."""
     kept = list(rows)
     if config.half:
         halves = halves_of(rows)
@@ -280,7 +303,7 @@ def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> 
     """Held-out pairs of which both texts fit into the context: of the embedded corpus, and of --eval-data."""
     rows = corpus.preference_rows(("literal", "off_topic"), "val")
     if given := [name for name in config.eval_data if name != "embedded"]:
-        pairs = [row for row in load_rows(given, "judged", list, config.columns, quiet=config.quiet) if "chosen" in row]
+        pairs = [row for row in load_rows(given, "judged", list, config.columns, config.quiet, training=False) if "chosen" in row]
         if not pairs:
             raise UserError("--eval-data: no pairs (chosen and rejected) in it")
         rows += pairs
@@ -312,7 +335,7 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         by_kind = {kind: [rows[i] for i in order if rows[i]["kind"] == kind][: config.rows_per_kind] for kind in config.negatives}
         rows = [row for kind in config.negatives for row in by_kind[kind]]
     rows += corpus.template_rows() if "template" in config.negatives and config.split == "train" else ()
-    if "sampled" in config.negatives:
+    if "sampled" in config.negatives and config.sampled_rows:
         room = policy.model.config.max_positions - 40
         people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
         people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
@@ -323,6 +346,8 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
             for record, example in zip(people, examples, strict=True) if (text := tokenizer.decode(example.response))
         ]  # fmt: skip
         rows += balanced(written, tokenizer)
+    if not rows and not config.sampled_rows:
+        raise UserError("--sampled-rows 0 leaves no pair of the embedded corpus; give more of them, or other --negatives")
     return rows
 
 

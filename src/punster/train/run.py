@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,9 +29,10 @@ from filelock import FileLock, Timeout
 from punster.config import TrainConfig
 from punster.config.shared import FROM_PYTHON, default_of
 from punster.disk import write_json, write_text
-from punster.errors import UserError
+from punster.errors import Aborted, UserError
 from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, writing
+from punster.train.optim import out_of_memory
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -54,6 +55,7 @@ class Run:
         self.started = started
         self.step = 0
         self.held_out: tuple[int, dict[str, float]] = (0, {})  # step and figures of the last evaluation on held-out prompts
+        self.on_failure: Callable[[], None] | None = None  # saves what would be lost if the step that is being done fails
         self._signal = 0
         self._last: dict[str, Any] = {}
         self._progress: Any = None
@@ -123,11 +125,23 @@ class Run:
         elif isinstance(error, UserError) and not self._last and not self.config.resume and not steps_of(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)  # bad input found late leaves nothing half-written
         else:
+            self._save_begun(error)
             self.note("failed", step=self.step, error=f"{type(error).__name__}: {error}")
             crash_report(self.folder, error, verb=self.verb, config=config_dict(self.config), metrics=self._last)
         release(self._lock)
         if error is None and self._signal:  # it came after the last step
             raise Interrupted(f"interrupted; {self.folder} is finished", self._signal)
+
+    def _save_begun(self, error: BaseException) -> None:
+        """After a failure: a checkpoint of the last whole step, as far as that can be had."""
+        if self.on_failure is None or (isinstance(error, Aborted) and not out_of_memory(error)):  # went back already; a full disk
+            return
+        try:
+            self.on_failure()
+        except BaseException as second:  # what failed first is what counts
+            self.note("not_saved", error=f"{type(second).__name__}: {second}")
+        if self.step:
+            print(f"what was learned until step {self.step} is saved: --resume goes on from there", file=sys.stderr)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:

@@ -26,7 +26,7 @@ from punster.model.lora import Adapter
 from punster.model.product import multiplies_bf16
 from punster.model.role import Role
 from punster.model.saved import load_role
-from punster.model.tokenizer import Tokenizer
+from punster.model.tokenizer import Tokenizer, as_meant
 from punster.model.transformer import Decoder
 from punster.train.checkpoint import checkpoint_of
 from punster.train.optim import seeded
@@ -153,6 +153,7 @@ def open_start(path: str, config: TrainConfig) -> tuple[Role, Tokenizer]:
     role, tokenizer = open_policy_role(path, config)
     if config.model not in (DEFAULT_MODEL, role.model.name):
         raise UserError(f"--model {config.model}: {path} was trained on {role.model.name}, and this run continues it")
+    config.prompt_format = as_meant(config.prompt_format)  # as it is kept, so that --resume takes either spelling
     if config.prompt_format not in ("auto", tokenizer.prompt_format):
         raise UserError(
             f"--prompt-format {config.prompt_format!r}: {path} was trained with {tokenizer.prompt_format!r}, and this run continues it"
@@ -172,9 +173,12 @@ def plain_base(role: Role, config: Any) -> Decoder:
 
 def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer) -> Role:
     """A reward-model run that fits a policy: same base, same prompt format."""
-    model, own = open_role(path, config, tokenizer)
+    place = checkpoint_of(path)
+    model, own = open_role(str(place), config, tokenizer)
     if model.head is None:
         raise UserError(f"-c {path}: this run is not a reward model")
+    if not json.loads((place / "role.json").read_text()).get("normalised", True):
+        speaker(config.quiet)(f"note: {place}: not normalised, as only a reward run's last checkpoint is; its scale differs")
     if model.model.name != policy.model.name or own.prompt_format != tokenizer.prompt_format:
         raise UserError(
             f"-c {path}: trained on another base or prompt format than the policy ({model.model.name}, {policy.model.name})"
@@ -184,11 +188,16 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
 def load_rows(
-    sources: Sequence[str] | Sequence[Row], kind: str, embedded: Any, columns: Sequence[str] = (), quiet: bool = False
+    sources: Sequence[str] | Sequence[Row],
+    kind: str,
+    embedded: Any,
+    columns: Sequence[str] = (),
+    quiet: bool = False,
+    training: bool = True,
 ) -> list[Row]:
     """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
 
-    quiet: without what mixtures tell of themselves.
+    quiet: without what mixtures tell of themselves, and folders of what is left out. training: without held-out files of a folder.
     """
     rows: list[Row] = []
     for source in sources:
@@ -197,7 +206,7 @@ def load_rows(
         elif source == "embedded":
             rows += embedded()
         elif not is_mixture(source):
-            rows += read_rows(source, kind, columns)
+            rows += read_rows(source, kind, columns, training, speaker(quiet))
         else:
             found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet))
             if kind == "preference" and not all("chosen" in row for row in found):
@@ -221,13 +230,14 @@ def load_prompts(source: str | Sequence[Any], split: str = "train", quiet: bool 
     if not isinstance(source, str):
         if not source:
             raise UserError("no prompts were given")
-        return list(source)
+        rows = [prompt if isinstance(prompt, dict) else {"prompt": prompt} for prompt in source]
+        return [check_row(row, "prompt", f"prompt {number}")["prompt"] for number, row in enumerate(rows, 1)]
     if source == "embedded":
         return corpus.prompts(split)
     if is_mixture(source):
         name = "eval-prompts" if source == "puns" and split != "train" else source
         return [row["prompt"] for row in mixture(name, "prompt", say=speaker(quiet))]
-    return [row["prompt"] for row in read_rows(source, "prompt")]
+    return [row["prompt"] for row in read_rows(source, "prompt", (), split == "train", speaker(quiet))]
 
 
 def encode(tokenizer: Tokenizer, model: Decoder, prompt: Any, completion: str, where: str = "a row") -> Example:

@@ -19,6 +19,7 @@ from punster.model.role import Role, Trunk
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding
 from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.guard import keep_begun
 from punster.train.held_out import first, sample_table
 from punster.train.optim import (
     Cursor,
@@ -70,6 +71,8 @@ def sft(
         trunk = within_memory(state, lambda tokens: Trunk.compute(policy, examples, depths, tokens, used), "trunk_tokens")
         held_out_trunk = within_memory(state, lambda tokens: Trunk.compute(policy, validation, depths, tokens), "trunk_tokens")
         for step in range(run.step + 1, steps + 1):
+            if step == steps and config.adapter == "lora":  # what comes after it may fail; own weights are too large for a copy
+                keep_begun(run, state, tokenizer, step)
             rows_now = cursor.next(config.batch_size)
             step_loss = partial(accumulate_nll, policy, trunk, examples, rows_now)
             loss_sum, tokens = within_memory(state, step_loss)

@@ -91,7 +91,7 @@ def read_source(source: Source, folder: Path, skips: Skips) -> Iterator[Row]:
             row = check_row(row, kind, "")
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         except (UserError, ValueError) as error:  # half of a surrogate pair, say
-            skips.append((place, f"not a valid row ({str(error).removeprefix(': ')[:80]})"))
+            skips.append((place, f"not a valid row ({str(error).lstrip(':, ')[:80]})"))
             continue
         seen.add((kind, row["id"]))
         yield row
