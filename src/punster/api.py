@@ -3,6 +3,7 @@
 import punster
 model = punster.load("runs/demo/ppo")
 model.generate("make a pun about bakers", k=8)
+model.generate_many(["make a pun about bakers", "make a pun about bees"], k=4)
 punster.load("runs/demo/reward").score(["make a pun about bakers"], ["Bakers trade bread recipes on a knead-to-know basis."])
 """
 
@@ -12,12 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
 from punster.model.role import Role, score_examples, scores_and_spreads
 from punster.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from punster.rollout.sampler import Decoding
 
 
 @dataclass
@@ -36,7 +42,28 @@ class Model:
 
         The defaults are for reading; temperature 1 and min_p 0 sample as training and evaluation do.
         """
-        from punster.rollout.sampler import Decoding, generate
+        from punster.rollout.sampler import Decoding
+
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+        return self._write([prompt], k, decoding, best_of, judge, seed, distinct, quiet=True)[0]
+
+    def generate_many(
+        self, prompts: Sequence[Any], k: int = 1, *, best_of: int = 0, judge: Model | None = None, seed: int = 1,
+        max_new_tokens: int = 48, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.05,
+        repetition_penalty: float = 1.0, distinct: bool = True, quiet: bool = True,
+    ) -> list[list[str]]:  # fmt: skip
+        """`generate` for many prompts, which are sampled together; not `quiet`: with a progress bar."""
+        from punster.rollout.sampler import Decoding
+
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+        return self._write(prompts, k, decoding, best_of, judge, seed, distinct, quiet)
+
+    def _write(
+        self, prompts: Sequence[Any], k: int, decoding: Decoding, best_of: int, judge: Model | None, seed: int, distinct: bool,
+        quiet: bool,
+    ) -> list[list[str]]:  # fmt: skip
+        from punster.evaluate.table import shown_progress
+        from punster.rollout.sampler import ROWS
         from punster.train.optim import seeded
         from punster.train.setup import check_prompts
 
@@ -52,24 +79,40 @@ class Model:
                 raise UserError("-c must be a reward model on the same base and prompt format as the model that writes")
             if not best_of:
                 raise UserError("-c chooses among samples: give --best-of N too")
-        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-        ids = check_prompts(self.tokenizer, self.role.model, [prompt], max_new_tokens)
+        ids = check_prompts(self.tokenizer, self.role.model, prompts, decoding.max_new_tokens)
         generator = seeded(seed, "generate")
-        found: list[str] = []
+        together = max(1, ROWS // (k * max(1, best_of)))  # prompts whose samples fill the sampler
+        starts = range(0, len(ids), together)
+        found: list[list[str]] = []
+        for start in shown_progress(starts, "generate", quiet, len(starts)):
+            found += self._texts(ids[start : start + together], k, decoding, best_of, judge, generator, distinct)
+        return found
+
+    def _texts(
+        self, ids: Sequence[Sequence[int]], k: int, decoding: Decoding, best_of: int, judge: Model | None,
+        generator: torch.Generator, distinct: bool,
+    ) -> list[list[str]]:  # fmt: skip
+        """At most k texts to each tokenised prompt."""
+        from punster.rollout.sampler import generate
+
+        found: list[list[str]] = [[] for _ in ids]
         for _ in range(5 if distinct else 1):
-            rollout = generate(self.role, ids, decoding, self.tokenizer.eos_id, generator, max(1, best_of) * (k - len(found)))
+            short = [own for own in range(len(ids)) if len(found[own]) < k]
+            if not short:
+                break
+            count = max(k - len(found[own]) for own in short)
+            asked = [ids[own] for own in short]
+            rollout = generate(self.role, asked, decoding, self.tokenizer.eos_id, generator, max(1, best_of) * count)
             examples = rollout.examples
             if judge is not None:
                 scores = score_examples(judge.role, rollout.closed)
                 blocks = [range(i, i + best_of) for i in range(0, len(examples), best_of)]
                 examples = [examples[max(block, key=lambda i: scores[i])] for block in blocks]
-            for example in examples:
-                text = self.tokenizer.decode(example.response)
-                if not distinct or (text and text not in found):
-                    found.append(text)
-            if len(found) >= k:
-                break
-        return found[:k]
+            for place, example in enumerate(examples):
+                text, own = self.tokenizer.decode(example.response), found[short[place // count]]
+                if len(own) < k and (not distinct or (text and text not in own)):
+                    own.append(text)
+        return found
 
     def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """One normalised score for each completion; it depends on this prompt and text alone."""

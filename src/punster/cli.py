@@ -11,17 +11,18 @@ import tempfile
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import punster
 from punster.config.parsing import parse, parsed_values, parser_for, simple_parser
 from punster.errors import Aborted, UserError, near_matches
-from punster.safe import plain
+from punster.safe import json_line, plain
 
 USAGE = """punster: RLHF for small language models, made for puns
 
   punster run [RECIPE|FILE.yaml]     sft -> reward -> ppo, grpo, dpo, best-of-n -> evaluate -> report (try: punster run demo)
   punster sft|reward|ppo|grpo|dpo|distill -n NAME ...     one stage
-  punster generate RUN|MODEL PROMPT [-k 8]                write puns
+  punster generate RUN|MODEL PROMPT [-k 8]                write puns (--prompts FILE: to many prompts, as JSON lines)
   punster score REWARD-RUN FILE.jsonl                     score texts
   punster evaluate RUN [base] [RUN ...]                   compare on held-out prompts
   punster report RUN [RUN ...]                            report.html and model card; several: one page that compares them
@@ -122,11 +123,18 @@ def run_verb(rest: list[str]) -> int:
     return 0
 
 
-def generate_verb(rest: list[str]) -> int:
-    parser = simple_parser("generate", "Write k texts in answer to a prompt.")
+def generate_parser(with_prompt: bool) -> Any:
+    """The options of `punster generate`, with a prompt on the command line or without."""
+    parser = simple_parser("generate", "Write k texts in answer to a prompt, or to each of many (--prompts).")
     parser.add_argument("model", type=str, help="a run, or any --model value")
-    parser.add_argument("prompt", type=str, help='for example "make a pun about bakers"')
-    parser.add_argument("-k", "--count", type=int, default=1, help="how many texts")
+    if with_prompt:
+        parser.add_argument("prompt", type=str, help='for example "make a pun about bakers"; left out with --prompts')
+    parser.add_argument("--prompts", type=str | None, default=None, help="a file with prompts, or embedded (the test part)")
+    parser.add_argument(
+        "--out", type=str | None, default=None,
+        help='write {"prompt", "completion"} a line into this file (with --prompts, by default: to the terminal)',
+    )  # fmt: skip
+    parser.add_argument("-k", "--count", type=int, default=1, help="how many texts, to each prompt")
     parser.add_argument("--best-of", type=int, default=0, help="each text is the best of so many samples (needs -c)")
     parser.add_argument("-c", "--reward-model", type=str | None, default=None, help="reward-model run that chooses")
     # Defaults for reading; at temperature 1 without truncation a model of this size mostly writes nonsense (docs/RESULTS.md).
@@ -140,20 +148,56 @@ def generate_verb(rest: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the sampling")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--dtype", type=str, default="auto", help="auto, fp32, bf16")
-    o = parsed_values(parser, rest)
-    from punster.api import load
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
 
+
+def generate_verb(rest: list[str]) -> int:
+    try:
+        o = parsed_values(generate_parser(with_prompt=True), rest)
+    except UserError:  # a positional that may be missing would not be found behind options
+        if not any(word.partition("=")[0] == "--prompts" for word in rest):
+            raise
+        o = parsed_values(generate_parser(with_prompt=False), rest)
+    source, out = o["prompts"], o["out"]
+    if source is not None and "prompt" in o:
+        raise UserError("give one prompt, or many by --prompts, not both")
+    from punster.api import load
+    from punster.data.verbs import check_target, input_files
+    from punster.disk import write_text
+    from punster.train.setup import load_prompts
+
+    if out:
+        check_target(Path(out), input_files(source) if source else [])
+    prompts = [o["prompt"]] if source is None else load_prompts(source, "test", o["quiet"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"], prompt_format=o["prompt_format"])
     judge = load(o["reward_model"], device=o["device"], dtype=o["dtype"]) if o["reward_model"] else None
-    texts = model.generate(
-        o["prompt"], o["count"], best_of=o["best_of"], judge=judge, seed=o["seed"], max_new_tokens=o["max_new_tokens"],
+    texts = model.generate_many(
+        prompts, o["count"], best_of=o["best_of"], judge=judge, seed=o["seed"], max_new_tokens=o["max_new_tokens"],
         temperature=o["temperature"], top_k=o["top_k"], top_p=o["top_p"], min_p=o["min_p"],
-        repetition_penalty=o["repetition_penalty"], distinct=o["temperature"] > 0,
+        repetition_penalty=o["repetition_penalty"], distinct=o["temperature"] > 0, quiet=o["quiet"] or source is None,
     )  # fmt: skip
-    for text in texts:
-        print(plain(text))
-    if len(texts) < o["count"]:
-        print(f"note: {len(texts)} different texts were all that came up; a higher --temperature gives more", file=sys.stderr)
+    if source is None and not out:
+        for text in texts[0]:
+            print(plain(text))
+        if len(texts[0]) < o["count"]:
+            print(
+                f"note: {len(texts[0])} different texts were all that came up; a higher --temperature gives more", file=sys.stderr
+            )
+        return 0
+    texts = [[text for text in each if text] for each in texts]  # no verb reads rows without a text
+    pairs = [(prompt, text) for prompt, each in zip(prompts, texts, strict=True) for text in each]
+    lines = "".join(json_line({"prompt": prompt, "completion": text}) for prompt, text in pairs)
+    if out:
+        write_text(Path(out), lines)
+    else:
+        print(lines, end="")
+    if short := sum(len(each) < o["count"] for each in texts):
+        print(
+            f"note: {short} of {len(texts)} prompts have fewer than {o['count']} texts: no others came up that were neither empty nor "
+            "repeated; a higher --temperature gives more",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -170,8 +214,11 @@ def score_verb(rest: list[str]) -> int:
     from punster.api import load
     from punster.data.files import read_texts
     from punster.data.prompts import GENERIC_PROMPT
+    from punster.data.verbs import check_target
     from punster.disk import write_text
 
+    if o["out"]:
+        check_target(Path(o["out"]), [Path(o["file"])])
     rows = read_texts(o["file"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"], merge=True)
     judged = model.judge([row.get("prompt", GENERIC_PROMPT) for row in rows], [row["completion"] for row in rows])
@@ -187,9 +234,18 @@ def evaluate_verb(rest: list[str]) -> int:
     from punster.config import EvaluateConfig
 
     config = parse("evaluate", EvaluateConfig, rest, positional=("models",))
+    from punster.data.verbs import input_files, keep_inputs
     from punster.evaluate.compare import evaluate
+    from punster.evaluate.folder import read_config
     from punster.evaluate.table import print_table
 
+    if config.out:
+        folder = Path(config.out)
+        if read_config(folder / "config.yaml")[1] not in ("", "evaluate") or (folder / "run.log").exists():
+            raise UserError(f"--out {folder}: its summary.json and samples.jsonl are those of a punster run; name another folder")
+        read = [*input_files(config.prompts), *(Path(model) for model in config.models if model.endswith(".jsonl"))]
+        for name in ("summary.json", "samples.jsonl"):
+            keep_inputs(folder / name, read)
     print_table(evaluate(config))
     return 0
 

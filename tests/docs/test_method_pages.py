@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from punster.cli import generate_parser
 from punster.config import DistillConfig, DpoConfig, EvaluateConfig, GrpoConfig, PpoConfig, SftConfig, TrainConfig
 from punster.train import setup
 from punster.train.distill import distill
@@ -88,6 +89,14 @@ def test_every_function_that_is_named_exists(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_that_is_shown_exists(page: str) -> None:
     known: Callable[[type], set[str]] = lambda kind: set(kind.__dataclass_fields__)
-    names = known(PAGES[page]) | known(TrainConfig) | known(EvaluateConfig) | {"best_of"}
+    names = known(PAGES[page]) | known(TrainConfig) | known(EvaluateConfig)
+    names |= {action.dest for action in generate_parser(with_prompt=True)._actions}
     for option in re.findall(r"--([a-z][a-z-]+)", (DOCS / page).read_text()):
         assert option.replace("-", "_") in names, option
+
+
+def test_dpo_as_the_demo_trains_it() -> None:
+    from punster.train.pipeline import load_recipe
+
+    told = (DOCS / "DPO.md").read_text(encoding="utf-8")
+    assert load_recipe("demo").dpo["online"] and "`make demo` trains DPO online" in told

@@ -177,11 +177,17 @@ def test_user_errors(config: Config, sft_run: str, reward_run: str) -> None:
         ({"online": True}, "need a reward model"),
         ({"pairs": "sampled"}, "need a reward model"),
         ({"online": True, "reward_model": reward_run, "loss_type": "kto"}, "kto does not use pairs"),
+        ({"online": True, "reward_model": reward_run, "data": ["mine.jsonl"]}, "no use for --data"),
+        ({"pairs": "sampled", "reward_model": reward_run, "data": ["embedded", "mine.jsonl"]}, "no use for --data"),
+        ({"pairs": "sampled", "reward_model": reward_run, "columns": ["prompt=question"]}, "no use for --data and --columns"),
         ({"label_smoothing": 0.5}, "--label-smoothing"),
         ({"beta": 0.0}, "--beta"),
     ):
         with pytest.raises(UserError, match=message):
             config(**settings)
+    for data in ([], ["embedded"]):  # as saved runs have it
+        config(online=True, reward_model=reward_run, data=data)
+        config(pairs="sampled", reward_model=reward_run, data=data)
     with pytest.raises(UserError, match="-a runs/SFT"):
         dpo(config(actor=""), PAIRS)
     with pytest.raises(UserError, match="row 1: field 'completion' is missing"):

@@ -34,7 +34,7 @@ def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     assert count(DpoConfig(data=[rows])) == (7, 2)
     assert count(DpoConfig()) == (2 * train, len({text for row in given_pairs() for text in texts_of(row)}))
     assert count(DpoConfig(data=[rows], loss_type="kto"))[0] == 4  # two texts for a pair
-    assert count(DpoConfig(data=[rows], online=True, reward_model="r")) == (0, 0)
+    assert count(DpoConfig(online=True, reward_model="r")) == (0, 0)
     assert count(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself
     assert count(RewardConfig()) == count(PpoConfig()) == (0, 0)
 
@@ -133,6 +133,21 @@ def test_scale_takes_fewer_passes_over_the_same_rows() -> None:
     assert isinstance(reward, RewardConfig) and (reward.epochs, reward.rows_per_kind, reward.sampled_rows) == (1, 100, 80)
 
 
+@pytest.mark.parametrize("scale", [2, 0.6, 0.02])
+def test_none_stays_none_and_all_stay_all_at_any_scale(scale: float) -> None:
+    from punster.train.pipeline import scaled
+
+    reward = scaled(RewardConfig(normalise_samples=0, test_limit=0, sampled_rows=0), scale)
+    assert isinstance(reward, RewardConfig) and (reward.normalise_samples, reward.test_limit, reward.sampled_rows) == (0, 0, 0)
+    policy = scaled(PpoConfig(steps=10, eval_prompts=0), scale)
+    assert policy.eval_prompts == 0
+    assert [scaled(PpoConfig(steps=10, eval_prompts=count), 0.02).eval_prompts for count in (1, 16)] == [1, 2]
+    online = {"online": True, "reward_model": "r", "steps": 9}
+    pairs = scaled(DpoConfig(**online), scale)
+    assert isinstance(pairs, DpoConfig) and pairs.prompt_limit == {2: 0, 0.6: 300, 0.02: 10}[scale]  # for less work: of 500
+    assert scaled(DpoConfig(**online, prompt_limit=100), 2).prompt_limit == 200  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("scale", "steps", "size"), [(2, 20, 64), (1, 10, 64), (0.65, 10, 40), (0.25, 10, 16), (0.1, 4, 16), (0.02, 1, 16)]
 )
@@ -205,3 +220,45 @@ def test_options_that_a_saved_run_does_not_know_count_as_by_default(tmp_path: Pa
     (tmp_path / "config.yaml").write_text("batch_size: 16\n")
     assert changed_settings(tmp_path, RewardConfig(batch_size=16)) == ""
     assert changed_settings(tmp_path, RewardConfig(batch_size=16, half=1)) == "half: 0 -> 1"
+
+
+OF_ALL = [
+    *((stage, key, value) for stage in ("sft", "ppo") for key, value in (("name", "mine"), ("out", "elsewhere"), ("resume", True))),
+    ("ppo", "dry_run", True), ("evaluate", "out", "elsewhere"), ("evaluate", "resume", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "key", "value"), OF_ALL)
+def test_what_is_of_the_whole_run_is_refused_in_a_section(
+    section: str, key: str, value: object, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from punster.cli import main
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: r\nstages: [sft, reward, gold, ppo]\n{section}: {{{key}: {json.dumps(value)}}}\n")
+    assert main(["run", str(recipe), "--model", str(tiny_llama), "--out", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert f"section '{section}' of the recipe: a stage has no {key} of its own; --{key.replace('_', '-')} is for all" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_names_of_others_in_a_section_get_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.cli import main
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: r\nstages: [sft, reward, gold, ppo]\nppo: {kl_coef: 0.1}\n")
+    assert main(["run", str(recipe), "--out", str(tmp_path / "runs")]) == 2
+    assert "unknown key 'kl_coef'. Did you mean beta?" in capsys.readouterr().err
+
+
+def test_a_recipes_file_name_that_is_no_name_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.cli import main
+    from punster.train.pipeline import load_recipe
+
+    recipe = tmp_path / "my recipe.yaml"
+    recipe.write_text("stages: [sft, gold]\n")
+    assert main(["run", str(recipe), "--out", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert "run name 'my recipe'" in said and "--name" in said and not (tmp_path / "runs").exists()
+    assert load_recipe(str(recipe), ["--name", "mine"]).name == "mine"
+    assert load_recipe(str(recipe.rename(tmp_path / "good.yaml"))).name == "good"

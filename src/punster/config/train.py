@@ -254,8 +254,10 @@ class DpoConfig(TrainConfig):
         require(smooth, f"--label-smoothing belongs to sigmoid and robust; --loss-type is {self.loss_type}")
         fine = self.loss_type not in ("kto", "orpo") or self.sft_coef == 0
         require(fine, f"--sft-coef: {self.loss_type} has its own place for wanted texts")
-        fine = self.reward_model is not None or not (self.online or self.pairs == "sampled")
-        require(fine, "--online and --pairs sampled need a reward model (-c)")
+        given = not (self.online or self.pairs == "sampled")
+        require(given or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
+        fine = given or (self.data in ([], ["embedded"]) and not self.columns)
+        require(fine, "--online and --pairs sampled pair samples to --prompts: they have no use for --data and --columns")
         require(not (self.online and self.loss_type == "kto"), "--online makes pairs; kto does not use pairs")
 
 

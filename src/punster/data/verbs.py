@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,48 @@ def mix(recipe: str, given: str | None, out: str) -> None:
     from punster.disk import write_lines
 
     path = Path(out)
+    check_target(path)
+    beside = path.with_name(f"{path.name}.statement.json")
+    for target in (path, beside):
+        keep_inputs(target, mixture_files(recipe))
+    rows, statement = build(load_mixture(recipe), given, print)
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+    write_lines(beside, [json.dumps(statement, indent=1, ensure_ascii=False)])
+    print(path)
+
+
+def mixture_files(recipe: str) -> list[Path]:
+    """A mixture's own file and the files, or folders, that it names."""
+    from punster.data.mix import load_mixture, recipe_path
+
+    return [recipe_path(recipe), *(Path(part.file) for part in load_mixture(recipe).parts if part.file)]
+
+
+def input_files(source: str) -> list[Path]:
+    """The files, or folders, that are read for the name of some data."""
+    from punster.data.mix import is_mixture
+
+    return mixture_files(source) if is_mixture(source) else [Path(source)]
+
+
+def check_target(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """UserError if --out names what is no file, or a file that is read, before anything is written."""
     if path.is_dir() or not path.parent.is_dir():
         fault = "is a folder" if path.is_dir() else "its folder does not exist"
         raise UserError(f"{path}: {fault}; --out names the file to write")
-    rows, statement = build(load_mixture(recipe), given, print)
-    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
-    write_lines(path.with_name(f"{path.name}.statement.json"), [json.dumps(statement, indent=1, ensure_ascii=False)])
-    print(path)
+    keep_inputs(path, inputs)
+
+
+def keep_inputs(path: Path, inputs: Iterable[Path]) -> None:
+    """UserError if a file that is to be written is one of those that are read (in folders: all files of data)."""
+    from punster.data.files import SUFFIXES
+
+    if not path.exists():
+        return
+    for given in inputs:
+        read = [file for file in given.rglob("*") if file.suffix in SUFFIXES] if given.is_dir() else [given]
+        if any(file.exists() and path.samefile(file) for file in read):
+            raise UserError(f"--out {path}: this file is read here, and would be overwritten; give another name")
 
 
 def _text(help: str, default: str | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from punster.config import (
     SftConfig,
     TrainConfig,
 )
-from punster.config.parsing import check_values, parse, parser_for, readable
+from punster.config.parsing import check_values, parse, parser_for, readable, suggestion
 from punster.config.pipeline import NEEDS
 from punster.config.shared import require
 from punster.data.mix import recipe_folder
@@ -42,6 +42,7 @@ from punster.train.sft import sft
 
 Settings = TypeVar("Settings", TrainConfig, EvaluateConfig)
 PATIENCE = 15  # minutes
+OF_ALL = ("name", "out", "resume", "dry_run")  # by which the stages find one another: of the whole run alone
 SCALES = (50, 20, 10, 5, 3, 2, *(k / 20 for k in range(20, 1, -1)), 0.07, 0.05, 0.03, 0.02, 0.01)
 STAGES: dict[str, tuple[type[TrainConfig], Callable[[Any], Path | None], str]] = {
     "sft": (SftConfig, sft, "supervised fine-tuning on puns"),
@@ -66,8 +67,10 @@ def load_recipe(recipe: str, rest: Sequence[str] = ()) -> PipelineConfig:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     config: PipelineConfig = parse("run", PipelineConfig, ["--config", str(path), *rest])
-    config.name = config.name or path.stem
-    return config
+    try:
+        return config if config.name else replace(config, name=path.stem)
+    except UserError as error:
+        raise UserError(f"{path}: the file's name cannot be the run's ({error}); give one with --name") from None
 
 
 def stage_config(config: PipelineConfig, stage: str) -> TrainConfig:
@@ -100,8 +103,10 @@ def typed(kind: type[Settings], name: str, shared: dict[str, Any], section: dict
 
     place, known = f"section {name!r} of the recipe", [item.name for item in fields(kind)]
     for key in section:
+        if key in OF_ALL:
+            raise UserError(f"{place}: a stage has no {key} of its own; --{key.replace('_', '-')} is for all of them")
         if key not in known:
-            raise UserError(f"{place}: unknown key {key!r}.{near_matches(str(key), known)}")
+            raise UserError(f"{place}: unknown key {key!r}.{suggestion(str(key), {name: name for name in known})}")
     values, parser = {**shared, **section}, parser_for(name, kind)
     check_values(values, parser, place)
     try:
@@ -115,6 +120,10 @@ def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
     """The same stage at a fraction of its cost: fewer passes, fewer samples; of RL as many updates from fewer samples, down to a quarter."""
     changed: dict[str, Any] = {}
     fraction = min(1.0, scale)
+
+    def part(count: int, factor: float, least: int) -> int:
+        return max(min(least, count), round(count * factor))  # 0, which is none, stays 0
+
     samples = isinstance(stage, PolicyConfig) or (isinstance(stage, DpoConfig) and stage.online)
     size = max(fraction, 0.25) if samples else 1.0  # of a step
     if stage.steps is not None:
@@ -126,14 +135,14 @@ def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
         changed["batch_size"] = max(group, int(stage.batch_size * size) // group * group)
     if isinstance(stage, PolicyConfig):
         changed["minibatches"] = min(stage.minibatches, changed["batch_size"])
-        changed["eval_prompts"] = max(2, round(stage.eval_prompts * fraction))
+        changed["eval_prompts"] = part(stage.eval_prompts, fraction, 2)
     if isinstance(stage, PpoConfig):
         changed["critic_warmup"] = min(stage.critic_warmup, changed.get("steps", 1) - 1)
     if isinstance(stage, RewardConfig):
-        changed["sampled_rows"] = max(8, round(stage.sampled_rows * scale))
-        changed["normalise_samples"] = max(8, round(stage.normalise_samples * fraction))
-        changed["test_limit"] = max(4, round(stage.test_limit * fraction))
-    if isinstance(stage, DpoConfig):
+        changed["sampled_rows"] = part(stage.sampled_rows, scale, 8)
+        changed["normalise_samples"] = part(stage.normalise_samples, fraction, 8)
+        changed["test_limit"] = part(stage.test_limit, fraction, 4)
+    if isinstance(stage, DpoConfig) and (stage.prompt_limit or scale < 1):  # all prompts stay all; of 500 where less is wanted
         changed["prompt_limit"] = max(8, round((stage.prompt_limit or 500) * scale))
     return replace(stage, **changed)
 
