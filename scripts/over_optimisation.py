@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--best-of", type=int, default=8, help="samples a prompt of the reference for the best-of-n curve")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     options = parser.parse_args()
-    where = SimpleNamespace(device="auto", dtype="auto")
+    where = SimpleNamespace(device="auto", dtype="auto", quiet=False)
     beside = options.run.parent
     reference, tokenizer = open_policy_role(str(options.reference or beside / "sft"), where)
     proxy, gold = (
@@ -65,10 +65,10 @@ def main() -> None:
         rollout = generate(role, ids, decoding, tokenizer.eos_id, seeded(1, "over-optimisation"), count, keep=keep)
         scores = [score_examples(model, rollout.closed, rollout.trunk) for model in (proxy, gold)]
         means = [sum(values) / len(values) for values in scores]
-        kl = exact_kl(role, reference, rollout, 1.0) if folder else 0.0
+        kls = exact_kl(role, reference, rollout, 1.0) if folder else [0.0]
         length = sum(len(example.response) for example in rollout.examples) / len(rollout.examples)
         step = int(folder.name.removeprefix("step-")) if folder else 0
-        rows.append({"step": step, "kl": kl, "proxy": means[0], "gold": means[1], "length": length})
+        rows.append({"step": step, "kl": sum(kls) / len(kls), "proxy": means[0], "gold": means[1], "length": length})
         print(json.dumps(rows[-1]), flush=True)
         if folder is None:
             best = best_of_curve(*(by_prompt(values, count) for values in scores))

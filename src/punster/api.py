@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from punster.config.shared import DEFAULT_MODEL
+from punster.config.shared import DEFAULT_MODEL, as_meant
 from punster.errors import UserError
 from punster.model.role import Role, score_examples, scores_and_spreads
 from punster.model.tokenizer import Tokenizer
@@ -148,4 +148,4 @@ def load(
             raise UserError(f"{path} is a folder of runs: choose one, such as {path}/{runs[0]} ({', '.join(runs)})")
         raise UserError(f"{path}: neither a run nor a model folder (no checkpoints, no config.json)")
     base = shared_base(path, where)
-    return Model(Role(base), Tokenizer.load(path, prompt_format).check_fits(base))
+    return Model(Role(base), Tokenizer.load(path, as_meant(prompt_format)).check_fits(base))

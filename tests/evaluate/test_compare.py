@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from punster.cli import main
 from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.evaluate.compare import best_of_row, exact_kl, picked, shared_depths, training_texts
+from punster.evaluate.compare import best_of_row, exact_kl, not_held_out, picked, shared_depths, training_texts
 from punster.evaluate.folder import read_config
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, Rollout, generate
@@ -212,6 +213,33 @@ def test_copies_are_of_all_that_any_model_was_taught(tmp_path: Path) -> None:
     assert set(training_texts([sft, ppo, dpo]) or []) == {"first", "second", "third", "fourth"}
     assert training_texts([run("lost", "ppo", actor="runs/nowhere")]) is None
     assert training_texts([run("odd", "sft", data=["no such file"])]) is None
+    assert training_texts(["base"]) is None  # nothing that could be copied
+
+    labels = rows("e.jsonl", *({"prompt": "p", "completion": text, "label": text == "fifth"} for text in ("fifth", "worse")))
+    kto = run("kto", "dpo", actor=sft, loss_type="kto", online=False, pairs="data", data=labels)
+    assert training_texts([kto]) == ["fifth", "first"]
+    own = run("own", "dpo", actor=sft, loss_type="sigmoid", online=False, pairs="data", data=["embedded"])
+    found = training_texts([own])
+    assert found is not None and found[-1] == "first" and {r["pun"] for r in corpus.part("train")} == set(found[:-1])
+    own = run("own-kto", "dpo", actor=sft, loss_type="kto", online=False, pairs="data", data=["embedded"])
+    assert training_texts([own]) == found
+
+    # Checkpoints, and a pipeline that has another name now.
+    assert training_texts([f"{sft}/checkpoints/step-4"]) == ["first"]
+    assert training_texts([run("late", "ppo", actor=f"{more}/checkpoints/step-2")]) == ["second", "first"]
+    pipeline = tmp_path / "renamed"
+    pipeline.mkdir()
+    (pipeline / "config.yaml").write_text("# punster run\nname: demo\n")
+    run("renamed/sft", "sft", data=[str(tmp_path / "a.jsonl")])
+    assert training_texts([run("renamed/ppo", "ppo", actor="runs/demo/sft", reward_model="runs/demo/gold")]) == ["first"]
+    named = lambda path, **settings: not_held_out({"it": path}, str(pipeline / "gold"), EvaluateConfig(**settings))
+    run("renamed/gold", "reward")
+    assert named(str(pipeline / "ppo")) == named(str(pipeline / "ppo" / "checkpoints" / "step-3")) == {"not_held_out": ["it"]}
+    assert named(sft) == named("base") == {}
+    shows = {"actor": sft, "loss_type": "sigmoid", "reward_model": str(pipeline / "gold" / "checkpoints" / "step-9")}
+    assert named(run("shows", "dpo", online=False, pairs="data", **shows)) == {}
+    assert named(run("learns", "dpo", online=False, pairs="sampled", **shows)) == {"not_held_out": ["it"]}
+    assert named(sft, best_of=4, proxy=str(pipeline / "gold")) == {"not_held_out": ["best_of_4"]}
 
 
 def test_a_best_text_is_never_the_one_that_a_judge_compares_it_with(runs: Path) -> None:
@@ -222,6 +250,19 @@ def test_a_best_text_is_never_the_one_that_a_judge_compares_it_with(runs: Path) 
     scores = [[9.0, 1.0, 2.0, 4.0, 3.0]]  # the first is the best of all
     _, sampled = best_of_row(EvaluateConfig(best_of=2), pool, scores, scores, tokenizer, None)
     assert sampled.gold == [[4.0, 2.0]] and sampled.rollout.examples == [examples[3], examples[2]]
+
+
+def test_the_script_for_overoptimisation_runs(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "more"
+    shutil.copytree(runs / "more", run)
+    for step in (1, 3):
+        shutil.copytree(run / "checkpoints" / "step-2", run / "checkpoints" / f"step-{step}")
+    path = Path(__file__).resolve().parents[2] / "scripts" / "over_optimisation.py"
+    given = ["--reference", str(runs / "sft"), "--proxy", str(runs / "gold"), "--gold", str(runs / "gold"), "--prompts", "3"]
+    monkeypatch.setattr(sys, "argv", [str(path), str(run), *given, "--best-of", "2", "--max-new-tokens", "6"])
+    runpy.run_path(str(path), run_name="__main__")
+    found = json.loads((run / "summary.json").read_text())["over_optimisation"]
+    assert found["kl"][0] == 0 < found["kl"][1] and len(found["kl"]) == 4
 
 
 def test_nothing_is_called_or_imported_without_a_judge(runs: Path, tmp_path: Path) -> None:

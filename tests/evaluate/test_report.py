@@ -418,6 +418,15 @@ def test_a_stage_that_stopped_itself_says_so(tmp_path: Path) -> None:
     assert sentence in write_card(folder).read_text()
 
 
+def test_a_comparison_inside_a_run_is_no_stage_of_it(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    before = [one.name for one in read_run(folder).stages]
+    (folder / "eval").mkdir()
+    (folder / "eval" / "config.yaml").write_text("# punster evaluate\nprompts: mine.jsonl\n")
+    assert [one.name for one in read_run(folder).stages] == before
+    assert "mine.jsonl" not in write_card(folder).read_text()
+
+
 def test_where_runs_lie_does_not_make_them_differ(tmp_path: Path) -> None:
     folders = [pipeline(tmp_path / name) for name in ("a", "b")]
     for folder, beta in zip(folders, (0.1, 0.2), strict=True):

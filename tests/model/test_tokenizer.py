@@ -9,6 +9,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from punster.api import load
+from punster.config import PipelineConfig
 from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
 from punster.model.tokenizer import Tokenizer
@@ -99,10 +101,11 @@ def test_plain_format(tiny_gpt2: Path) -> None:
 
 def test_a_line_end_may_be_written_as_two_characters(tiny_gpt2: Path) -> None:
     """As help and errors show it, and as single quotes leave it."""
-    quoted, plain = (Tokenizer.load(str(tiny_gpt2), text) for text in (r"Q:\n{prompt}\n", "Q:\n{prompt}\n"))
+    quoted, plain = (load(str(tiny_gpt2), prompt_format=text).tokenizer for text in (r"Q:\n{prompt}\n", "Q:\n{prompt}\n"))
     assert quoted.prompt_format == plain.prompt_format == "Q:\n{prompt}\n"
     assert quoted.prompt_ids(PROMPT) == plain.prompt_ids(PROMPT)
     assert quoted.prompt_ids(r"a\nb") == plain.prompt_ids(r"a\nb") != plain.prompt_ids("a\nb"), "prompts stay as they are"
+    assert PipelineConfig(prompt_format=r"{prompt}\n").prompt_format == "{prompt}\n"  # as its stages keep it, and compare it
 
 
 def test_impossible_formats(tiny_gpt2: Path) -> None:

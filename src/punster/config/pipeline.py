@@ -33,7 +33,7 @@ class EvaluateConfig:
     seed: int = opt(1, "seed of the sampling and of the bootstrap")
     device: str = opt("auto", "auto, cpu, cuda, mps")
     dtype: str = opt("auto", "auto, fp32, bf16")
-    out: str | None = opt(None, "write summary.json and samples.jsonl into this folder")
+    out: str | None = opt(None, "write summary.json, samples.jsonl and these settings (config.yaml) into this folder")
     quiet: bool = opt(False, "print the tables alone")
     judge: str | None = opt(
         None,

@@ -66,6 +66,11 @@ def check_version(found: Any, place: str = "this configuration") -> None:
         raise UserError(f"{place} was written for version {found} of the settings, this punster reads {CONFIG_VERSION}: {hint}")
 
 
+def as_meant(prompt_format: str) -> str:
+    """The format with line ends for the two characters \\n, which a shell's single quotes and help texts leave as they are."""
+    return prompt_format.replace("\\n", "\n")
+
+
 @dataclass
 class RunConfig:
     """What every run has, of one verb or of a pipeline."""
@@ -87,6 +92,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_version(self.config_version)
         check_shared(self)
+        self.prompt_format = as_meant(self.prompt_format)
 
 
 @dataclass
@@ -107,7 +113,9 @@ class TrainConfig(RunConfig):
         "how many of the uppermost layers are adapted: a number, a share below 1, all, or auto (sft: a third, else a fifth)",
     )
     max_tokens: int = opt(2048, "padded tokens in one micro-batch; changes memory and speed, not the result", low=64)
-    save_every: int = opt(0, "steps between checkpoints (0: only at the end and when interrupted)", low=0)
+    save_every: int = opt(
+        0, "steps between checkpoints (0: only at the end, when interrupted, and where a late step fails)", low=0
+    )
     keep: int = opt(2, "newest checkpoints that are kept", low=1)
     keep_best: str = opt("auto", "metric by which the best checkpoint is kept too, - if lower is better: auto, none, -eval_loss")
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)", low=0)

@@ -84,7 +84,7 @@ class RewardConfig(TrainConfig):
     caution: float = opt(1.0, "ensemble: multiple of the spread that 'cautious' takes off", low=0)
     center_rewards: float = opt(0.01, "coefficient of mean((r_w + r_l)^2), as TRL has it", low=0)
     l2_rewards: float = opt(0.0, "coefficient of mean(r_w^2 + r_l^2), as ChatGLM-RLHF has it", low=0)
-    shuffle_labels: bool = opt(False, "placebo: which text of a pair is preferred is drawn at random")
+    shuffle_labels: bool = opt(False, "placebo: preferences, labels, ranks and ratings are drawn at random")
     normalise_samples: int = opt(128, "SFT samples on which gain and offset are set (0: none)", low=0)
     test_limit: int = opt(60, "test records on which each kind of pair is judged for the summary", low=0)
 

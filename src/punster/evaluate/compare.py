@@ -23,7 +23,7 @@ from punster.data.files import read_rows
 from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
-from punster.evaluate.folder import lineage, read_config
+from punster.evaluate.folder import home, lineage, located, read_config
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.evaluate.success import Calls
 from punster.evaluate.table import print_table, shown_progress
@@ -118,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results[label]["rating"] = rating
     summary: dict[str, Any] = {"models": results, "reference": reference_label, "prompts": len(texts), "samples": config.samples, "decoding": {
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
-    summary |= told if (told := not_held_out(paths, gold_path, config)) else {}
+    summary |= not_held_out(paths, gold_path, config)
     if config.best_of:
         name = f"best_of_{config.best_of}"
         gold_scores, proxy_scores = pool_scores
@@ -201,6 +201,8 @@ def opened(label: str, path: str, reference: Role, config: EvaluateConfig, token
 
 def training_texts(paths: Sequence[str]) -> list[str] | None:
     """What these runs, and the runs that they began with, were taught to write; None if one of them cannot be read any more."""
+    from punster.train.dpo import given_pairs, unpaired
+
     settings, missing = lineage([Path(path) for path in paths if path != "base"], ("actor", "pretrained"))
     if missing:
         return None
@@ -208,26 +210,36 @@ def training_texts(paths: Sequence[str]) -> list[str] | None:
     try:
         for each in settings:
             columns = each.get("columns") or []
-            if "loss_type" in each:  # DPO and its relatives
-                if not each.get("online") and each.get("pairs") == "data":
-                    found = load_rows(each["data"], "preference", corpus.preference_rows, columns, quiet=True)
-                    rows += [row["chosen"] for row in found if "chosen" in row]
+            if "loss_type" in each and makes_pairs(each):
+                continue
+            if each.get("loss_type") == "kto":
+                found = load_rows(each["data"], "unpaired", lambda: unpaired(given_pairs()), columns, quiet=True)
+                rows += [row["completion"] for row in found if row["label"]]
+            elif "loss_type" in each:  # DPO and its relatives
+                rows += [row["chosen"] for row in load_rows(each["data"], "preference", given_pairs, columns, quiet=True)]
             elif each.get("sft_coef"):  # PPO with a supervised term
                 rows += [row["completion"] for row in load_rows(each["sft_data"], "sft", corpus.sft_rows, quiet=True)]
             elif "actor" not in each:  # supervised fine-tuning
                 rows += [row["completion"] for row in load_rows(each["data"], "sft", corpus.sft_rows, columns, quiet=True)]
-    except (OSError, KeyError, TypeError, UserError):
+    except (OSError, KeyError, UserError):
         return None
-    return list(dict.fromkeys(rows))
+    return list(dict.fromkeys(rows)) or None
+
+
+def makes_pairs(settings: dict[str, Any]) -> bool:
+    """Whether a run of DPO learned from samples that the reward model ranked."""
+    return bool(settings.get("online")) or settings.get("pairs") == "sampled"
 
 
 def not_held_out(paths: dict[str, str], gold: str, config: EvaluateConfig) -> dict[str, list[str]]:
     """{"not_held_out": the models that the yardstick was trained into, or chooses the texts of}, empty if there are none."""
-    same = lambda path: bool(path) and Path(str(path)).resolve() == Path(gold).resolve()
+    yardstick = home(Path(gold)).resolve()
+    same = lambda path: bool(path) and located(Path(str(path)), yardstick.parent).resolve() == yardstick
     found = []
     for name, path in paths.items():
         settings, _ = lineage([Path(path)] if path != "base" and not path.endswith(".jsonl") else [], ("actor", "pretrained"))
-        if any(same(each.get("reward_model")) for each in settings):
+        # DPO on given pairs has a reward model for the scores that it shows, and learns nothing from it.
+        if any(same(each.get("reward_model")) for each in settings if "loss_type" not in each or makes_pairs(each)):
             found.append(name)
     chooser = config.proxy or sibling(config.models, "reward")
     found += [f"best_of_{config.best_of}"] if config.best_of and same(chooser) else []

@@ -127,6 +127,9 @@ def read_run(folder: Path) -> RunData:
         raise UserError(f"{folder}: no such run folder")
     summary = _read_json(folder / "summary.json")
     inner = {p.name for p in folder.iterdir() if p.is_dir() and any((p / f).is_file() for f in ("metrics.jsonl", "config.yaml"))}
+    inner = {
+        name for name in inner if read_config(folder / name / "config.yaml")[1] != "evaluate"
+    }  # a comparison that lies in it
     names = [n for n in STAGES if n in inner] + sorted(inner.difference(STAGES))
     config_file = folder / "config.yaml"
     config, verb = read_config(config_file)
@@ -169,7 +172,7 @@ def compared(runs: Sequence[RunData]) -> RunData:
 def differences(runs: Sequence[RunData]) -> list[list[str]]:
     """Settings that are not the same in all runs: key, then each run's value."""
     # Where a run lies, and which of its own stages it begins with, is not what makes it another.
-    inside = lambda run, value: str(value).replace(f"{run.config.get('out')}/{run.config.get('name')}/", "")
+    inside = lambda run, value: value and str(value).replace(f"{run.config.get('out')}/{run.config.get('name')}/", "")
     told = [{f"{s.name}.{k}" if run.pipeline else k: inside(run, v) if k in ("actor", "pretrained", "reward_model") else v
              for s in run.stages for k, v in s.config.items() if k not in ("out", "name")} for run in runs]  # fmt: skip
     keys = [k for k in dict.fromkeys(k for one in told for k in one) if len({str(one.get(k)) for one in told}) > 1]
@@ -352,7 +355,7 @@ def lineage(paths: Sequence[Path], keys: Sequence[str]) -> tuple[list[dict[str, 
     """The settings of these runs and of the runs that these keys name, theirs included; names of those that cannot be read."""
     settings: list[dict[str, Any]] = []
     missing: list[str] = []
-    for path in paths:
+    for path in (home(path.resolve()) for path in paths):
         found = read_config(path / "config.yaml")[0]
         each, lost = _followed([found] if found else [], keys, {str(path)}, path.parent)
         settings += [one for one in each if one not in settings]
@@ -366,18 +369,27 @@ def _followed(
     """known: paths, or "folder/name", of runs whose settings these are; beside: the folder in which the runs of a pipeline lie now."""
     settings, missing, seen = list(settings), [], {"", "None", "base", *known}
     for each in settings:
-        for path in (Path(str(each.get(key))) for key in keys):
+        for path in (home(Path(str(each.get(key)))) for key in keys):
             if seen & {str(path), f"{path.parent.name}/{path.name}"}:
                 continue
             seen.add(str(path))
-            before = read_config(path / "config.yaml")[0]
-            if not before and path.parent.name == beside.name:  # of a pipeline that was moved
-                before = read_config(beside / path.name / "config.yaml")[0]
-            if before:
+            if before := read_config(located(path, beside) / "config.yaml")[0]:
                 settings.append(before)
             else:
                 missing.append(path.name)
     return settings, missing
+
+
+def home(path: Path) -> Path:
+    """The run's folder, of a run or of one of its checkpoints."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def located(path: Path, beside: Path) -> Path:
+    """Where a run lies that settings name; of a pipeline that was moved or renamed, in the folder that its runs lie in now."""
+    path = home(path)
+    owners = (beside.name, str(read_config(beside / "config.yaml")[0].get("name")))
+    return beside / path.name if path.parent.name in owners and not (path / "config.yaml").exists() else path
 
 
 def listed(value: Any) -> list[str]:

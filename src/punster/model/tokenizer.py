@@ -26,21 +26,15 @@ PLAIN_FORMAT = "{prompt}\n"
 _SENTINEL = re.compile(r"%%punster-(\d+)%%")
 
 
-def as_meant(prompt_format: str) -> str:
-    """The format with line ends for the two characters \\n, which a shell's single quotes and help texts leave as they are."""
-    return prompt_format.replace("\\n", "\n")
-
-
 class Tokenizer:
     """A tokenizer together with a prompt format.
 
     prompt_format: "auto" (the chat template if the tokenizer has one, else "{prompt}\\n"), "chat", or a text that
-    contains "{prompt}", in which the two characters \\n are a line end.
+    contains "{prompt}".
     """
 
     def __init__(self, hf: Any, prompt_format: str = "auto"):
         self.hf = hf
-        prompt_format = as_meant(prompt_format)
         if prompt_format == "auto":
             prompt_format = "chat" if hf.chat_template else PLAIN_FORMAT
         if prompt_format == "chat" and not hf.chat_template:

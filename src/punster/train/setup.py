@@ -26,7 +26,7 @@ from punster.model.lora import Adapter
 from punster.model.product import multiplies_bf16
 from punster.model.role import Role
 from punster.model.saved import load_role
-from punster.model.tokenizer import Tokenizer, as_meant
+from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.train.checkpoint import checkpoint_of
 from punster.train.optim import seeded
@@ -153,7 +153,6 @@ def open_start(path: str, config: TrainConfig) -> tuple[Role, Tokenizer]:
     role, tokenizer = open_policy_role(path, config)
     if config.model not in (DEFAULT_MODEL, role.model.name):
         raise UserError(f"--model {config.model}: {path} was trained on {role.model.name}, and this run continues it")
-    config.prompt_format = as_meant(config.prompt_format)  # as it is kept, so that --resume takes either spelling
     if config.prompt_format not in ("auto", tokenizer.prompt_format):
         raise UserError(
             f"--prompt-format {config.prompt_format!r}: {path} was trained with {tokenizer.prompt_format!r}, and this run continues it"
