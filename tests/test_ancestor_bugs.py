@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 from punster.config import PpoConfig, SftConfig
+from punster.model.architecture import ModelConfig
 from punster.model.load import expected_shapes, load_model
 from punster.model.role import Role
-from punster.model.transformer import ModelConfig
 from punster.train.optim import make_optimizer
 from punster.train.setup import extend
 from punster.train.sft import sft

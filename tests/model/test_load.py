@@ -18,8 +18,8 @@ from torch import Tensor
 from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError
 from punster.model import load
+from punster.model.architecture import ModelConfig
 from punster.model.load import expected_shapes, load_model, random_model, resolve
-from punster.model.transformer import ModelConfig
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from punster.errors import UserError
+from punster.model.architecture import ACTIVATIONS, ModelConfig
 from punster.model.load import load_model, random_model
-from punster.model.transformer import ACTIVATIONS, Decoder, KeyValueCache, ModelConfig, activate, causal_mask
+from punster.model.transformer import Decoder, KeyValueCache, activate, causal_mask
 
 FAMILIES = ("tiny_llama", "tiny_gpt2")
 

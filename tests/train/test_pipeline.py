@@ -145,7 +145,8 @@ def test_none_stays_none_and_all_stay_all_at_any_scale(scale: float) -> None:
     online = {"online": True, "reward_model": "r", "steps": 9}
     pairs = scaled(DpoConfig(**online), scale)
     assert isinstance(pairs, DpoConfig) and pairs.prompt_limit == {2: 0, 0.6: 300, 0.02: 10}[scale]  # for less work: of 500
-    assert scaled(DpoConfig(**online, prompt_limit=100), 2).prompt_limit == 200  # type: ignore[attr-defined]
+    limited = scaled(DpoConfig(**online, prompt_limit=100), 2)
+    assert isinstance(limited, DpoConfig) and limited.prompt_limit == 200
 
 
 @pytest.mark.parametrize(

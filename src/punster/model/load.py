@@ -22,7 +22,8 @@ from torch import Tensor
 from punster.config.shared import DEFAULT_MODEL
 from punster.disk import cache_folder, sha256_of
 from punster.errors import UserError, near_matches
-from punster.model.transformer import Decoder, ModelConfig
+from punster.model.architecture import ModelConfig
+from punster.model.transformer import Decoder
 
 
 @dataclass(frozen=True)

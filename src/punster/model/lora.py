@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from punster.errors import UserError
 
 if TYPE_CHECKING:
-    from punster.model.transformer import ModelConfig
+    from punster.model.architecture import ModelConfig
 
 
 @dataclass
