@@ -52,7 +52,7 @@ def keys(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "PPO.md": [ppo(PpoConfig(name="ppo", **base, **sampled, **mixed), prompts, letters)],
             "GRPO.md": [grpo(GrpoConfig(name="grpo", **base, **sampled, samples=2), prompts, letters)],
             "DPO.md": [
-                dpo(DpoConfig(name=kind, **base, actor=str(out / "sft"), loss_type=kind), data)
+                dpo(DpoConfig(name=kind, **base, actor=str(out / "sft"), loss_type=kind), data, eval_rows=data)
                 for kind, data in (("sigmoid", PAIRS), ("kto", [{**row, "label": i % 2 == 0} for i, row in enumerate(rows)]))
             ],
             "BEST_OF_N.md": [

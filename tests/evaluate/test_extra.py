@@ -18,6 +18,7 @@ from punster.model.load import load_model
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start
+from punster.rollout.sampler import Decoding
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_perplexity_is_of_the_corpus(tiny: tuple[Role, Tokenizer], monkeypatch: 
     role, tokenizer = tiny
     monkeypatch.setattr(extra, "open_estimator", lambda *_: None)
     monkeypatch.setattr(corpus, "part", lambda _: list(corpus.records())[:2])
-    found = extra.Extra.open(role, tokenizer, None, 1).of_model(role, [torch.tensor([-1.0, -2.0])])
+    found = extra.Extra.open(role, tokenizer, None, 1).of_model(role, [torch.tensor([-1.0, -2.0])], Decoding())
     total, count = 0.0, 0
     for record in list(corpus.records())[:2]:
         ids = [document_start(tokenizer), *tokenizer.text_ids(record["plain"])]
@@ -69,8 +70,9 @@ def test_perplexity_is_of_the_corpus(tiny: tuple[Role, Tokenizer], monkeypatch: 
         count += len(ids) - 1
     assert found["perplexity_plain"] == pytest.approx(math.exp(-total / count), rel=1e-3)
     assert found["exposure_gap"] == pytest.approx(math.log(found["perplexity_puns"]) - 1.5, rel=1e-6)
-    cooler = extra.Extra.open(role, tokenizer, None, 1).of_model(role, [torch.tensor([-1.0, -2.0])], 0.7)
-    assert cooler == {**found, "exposure_gap": None}  # own samples of another distribution
+    for other in (Decoding(temperature=0.7), Decoding(min_p=0.1)):  # own samples of another distribution
+        cooler = extra.Extra.open(role, tokenizer, None, 1).of_model(role, [torch.tensor([-1.0, -2.0])], other)
+        assert cooler == {**found, "exposure_gap": None}
 
 
 def test_the_figure_shows_both_rewards_and_where_to_stop() -> None:

@@ -246,8 +246,8 @@ def test_long_rows_lose_the_beginning_of_their_prompt_and_never_eos(
         {"prompt": "sea", "chosen": "tide", "rejected": "dull"},
         {"prompt": "sea", "chosen": "tide", "rejected": "dull " * 60},
     ]
-    examples, kept = encode_given(config(max_length=40, quiet=False), rows, ("chosen", "rejected"), role.model, tokenizer)
-    assert kept == rows[:2] and len(examples) == 4
+    examples, labels = encode_given(config(max_length=40, quiet=False), rows, role.model, tokenizer)
+    assert labels is None and len(examples) == 4
     assert examples[0].prompt == examples[1].prompt  # both sides see the same prompt
     assert max(examples[0].length, examples[1].length) == 40
     assert list(examples[0].prompt) == tokenizer.prompt_ids(rows[0]["prompt"])[-len(examples[0].prompt) :]
@@ -256,7 +256,7 @@ def test_long_rows_lose_the_beginning_of_their_prompt_and_never_eos(
     assert "1 prompts cut at their beginning, 1 of 3 rows left out" in capsys.readouterr().err
     for limit, message in ((1000, "the model's context is 128"), (3, "every row has a response")):
         with pytest.raises(UserError, match=message):
-            encode_given(config(max_length=limit), rows, ("chosen", "rejected"), role.model, tokenizer)
+            encode_given(config(max_length=limit), rows, role.model, tokenizer)
     with pytest.raises(UserError, match=r"row 1: .* tokens, but the model's context is 128"):
         dpo(config("whole"), [{"prompt": "sea " * 200, "chosen": "a", "rejected": "b"}])
 

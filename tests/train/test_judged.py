@@ -411,11 +411,13 @@ def test_reliability_by_source_and_by_length() -> None:
     rows = [
         {"chosen": "a b c", "rejected": "a", "source": "x"},
         {"chosen": "a", "rejected": "a b", "source": "x"},
-        {"chosen": "a", "rejected": "b"},
+        {"chosen": "a", "rejected": "b", "kind": "literal"},  # the corpus's own pairs name their kind alone
+        {"chosen": "c", "rejected": "d"},
     ]
-    assert reliability(rows, [1.0, -1.0, 0.0]) == {
+    assert reliability(rows, [1.0, -1.0, 0.0, 1.0]) == {
         "x": {"accuracy": 0.5, "pairs": 2}, "embedded": {"accuracy": 0.5, "pairs": 1}, "longer right": {"accuracy": 1.0, "pairs": 1},
-        "shorter right": {"accuracy": 0.0, "pairs": 1}, "equally long": {"accuracy": 0.5, "pairs": 1},
+        "shorter right": {"accuracy": 0.0, "pairs": 1}, "equally long": {"accuracy": 0.75, "pairs": 2},
+        "no source named": {"accuracy": 1.0, "pairs": 1},
     }  # fmt: skip
 
 

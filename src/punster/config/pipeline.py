@@ -29,7 +29,15 @@ class EvaluateConfig:
     pool: int = opt(0, "samples a prompt of the reference from which best-of-n is estimated (default: twice n)", low=0)
     limit: int = opt(0, "use only the first so many prompts (0: all)", low=0)
     max_new_tokens: int = opt(40, "longest response", low=1)
-    temperature: float = opt(1.0, "sampling temperature; evaluation is untruncated", above=0)
+    temperature: float = opt(
+        1.0, "sampling temperature; the whole distribution is sampled unless the next four say otherwise", above=0
+    )
+    top_k: int = opt(
+        0, "sample among the k likeliest tokens (0: all); the exact KL is of whole distributions and left out then", low=0
+    )
+    top_p: float = opt(1.0, "sample among the likeliest tokens of this mass", above=0, high=1)
+    min_p: float = opt(0.0, "sample among tokens of at least this share of the likeliest", low=0, high=1)
+    repetition_penalty: float = opt(1.0, "above 1: discourage repeated tokens", above=0)
     seed: int = opt(1, "seed of the sampling and of the bootstrap")
     device: str = opt("auto", "auto, cpu, cuda, mps")
     dtype: str = opt("auto", "auto, fp32, bf16")

@@ -118,6 +118,11 @@ class TrainConfig(RunConfig):
     )
     keep: int = opt(2, "newest checkpoints that are kept", low=1)
     keep_best: str = opt("auto", "metric by which the best checkpoint is kept too, - if lower is better: auto, none, -eval_loss")
+    eval_data: list[str] = opt(
+        [],
+        "what evaluations while training and at the end look at in the place of the embedded corpus's held-out part: rows as --data "
+        "(ppo, grpo and pairs that are sampled: prompts); of a prepared folder its val files",
+    )
     eval_every: int = opt(0, "steps between evaluations on held-out data (0: at the end only)", low=0)
     eval_prompts: int = opt(32, "prompts sampled at every evaluation: held-out ones, or the first of your own (0: none)", low=0)
 

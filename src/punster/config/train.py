@@ -37,7 +37,10 @@ class RewardConfig(TrainConfig):
         "(pairs), completions, scores (ranked groups) or completion, label (is it a pun)",
     )
     pretrain: list[str] = opt([], "data that is passed once before the other, as --data: votes, ratings")
-    eval_data: list[str] = opt([], "pairs held out for the summary's calibration and reliability, as --data")
+    eval_data: list[str] = opt(
+        [],
+        "held-out pairs, as --data, for evaluations while training and the summary's calibration and reliability (default: embedded)",
+    )
     columns: list[str] = opt([], COLUMNS_HELP)
     negatives: list[str] = opt(
         ["literal", "off_topic"],

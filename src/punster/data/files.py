@@ -19,7 +19,7 @@ Say = Callable[[str], None]  # takes a line for people
 
 
 def read_rows(
-    path: str | Path, kind: str, columns: Sequence[str] = (), training: bool = False, say: Say | None = None
+    path: str | Path, kind: str, columns: Sequence[str] = (), training: bool | None = None, say: Say | None = None
 ) -> list[Row]:
     """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
 
@@ -40,16 +40,17 @@ def _some(rows: list[Row], path: str | Path) -> list[Row]:
     return rows
 
 
-def is_held_out(name: str) -> bool:
+def is_held_out(name: str, parts: Sequence[str] = ("val", "unguarded")) -> bool:
     """Whether `prepare` calls so what nothing may learn from: SOURCE.KIND.val.jsonl, SOURCE.KIND.unguarded.jsonl."""
     source, *rest = name.split(".")
-    return source in SOURCES and rest in [[kind, part, "jsonl"] for kind in FIELDS for part in ("val", "unguarded")]
+    return source in SOURCES and rest in [[kind, part, "jsonl"] for kind in FIELDS for part in parts]
 
 
-def located_rows(path: str | Path, training: bool = False, say: Say | None = None) -> Iterator[tuple[str, Any]]:
+def located_rows(path: str | Path, training: bool | None = None, say: Say | None = None) -> Iterator[tuple[str, Any]]:
     """(place, row) of everything under a path; place is "FILE, line N" (Parquet, hub: "row N"). UserError if unreadable.
 
-    training: of a folder without the held-out files that `prepare` wrote, which is said; a file that is named itself is taken.
+    Of a folder into which `prepare` wrote, training takes what it did not hold out, and what is no training (False) the val files
+    alone, where there are such; None takes all. Either is said. A file that is named itself is taken.
     """
     given, path = str(path), Path(path)
     if path.is_dir():
@@ -58,15 +59,20 @@ def located_rows(path: str | Path, training: bool = False, say: Say | None = Non
         found = sorted(file for file in files if not file.name.endswith(ours))
         if not found:
             raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
-        left = [file.name for file in found if training and is_held_out(file.name)]
+        kept = found
+        if training:
+            kept = [file for file in found if not is_held_out(file.name)]
+        elif training is False:
+            kept = [file for file in found if is_held_out(file.name, ("val",))] or found
+        left = [file.name for file in found if file not in kept]
         some = f"{', '.join(left[:3])}{', ...' * (len(left) > 3)}"
-        if len(left) == len(found):
+        if not kept:
             raise UserError(f"{path}: the files in this folder are all held out ({some}); name one itself to train on it")
         if left and say:
-            say(f"  {path}: {len(left)} of {len(found)} files are held out and not read ({some}); a file that is named itself is")
-        for file in found:
-            if file.name not in left:
-                yield from _rows_of(file)
+            what = "held out and not read" if training else "not held out and not read"
+            say(f"  {path}: {len(left)} of {len(found)} files are {what} ({some}); a file that is named itself is")
+        for file in kept:
+            yield from _rows_of(file)
     elif path.exists():
         yield from _rows_of(path)
     elif path.suffix not in SUFFIXES and not path.parent.is_dir() and HUB_ID.fullmatch(given):

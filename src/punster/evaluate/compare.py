@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from punster.errors import UserError
 from punster.evaluate.extra import Extra
 from punster.evaluate.folder import home, lineage, located, read_config
 from punster.evaluate.metrics import copy_rate, distinct_n, words
+from punster.evaluate.seeds import rows_of_models
 from punster.evaluate.success import Calls
 from punster.evaluate.table import print_table, shown_progress
 from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
@@ -75,10 +76,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     texts = list({str(p): p for p in load_prompts(config.prompts, "test", config.quiet)}.values())  # the unit of resampling
     texts = texts[: config.limit] if config.limit else texts
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
-    paths, reference_label = {label_of(path): path for path in config.models}, label_of(reference_path)
-    namesake = paths.get(reference_label, reference_path)
-    if len(paths) < len(set(config.models)) or Path(namesake).resolve() != Path(reference_path).resolve():
-        raise UserError("two different runs have the same folder name: the table could not tell them apart; copy or rename one")
+    labels = labels_of([reference_path, *config.models])
+    paths, reference_label = {labels[path]: path for path in config.models}, labels[reference_path]
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = training_texts(
         [path for path in {reference_path: 0, **dict.fromkeys(config.models)} if not path.endswith(".jsonl")]
@@ -86,7 +85,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
     calls = Calls.open(gold, tokenizer) if config.call_puns else None
     judges = [gold, *([open_proxy(config, reference, tokenizer)] if config.best_of else [])]
-    decoding = Decoding(config.max_new_tokens, config.temperature)
+    decoding = Decoding(
+        config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty
+    )
     pool = max(config.samples, config.pool or 2 * config.best_of)
     results: dict[str, Any] = {}
     sampled: dict[str, Sampled] = {}
@@ -101,23 +102,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         else:
             rollout = written(paths[label], texts, ids, count, tokenizer, reference.model.config.max_positions)
         scores = [by_prompt(score_examples(judge, rollout.closed, rollout.trunk), count) for judge in readers]
-        kls = [0.0] if is_reference else []
+        kls = [0.0] if is_reference and not decoding.truncated else []
         if is_reference:
             pool_rollout, pool_scores = replace(rollout, trunk=None), scores
-        elif role is not None:
+        elif role is not None and not decoding.truncated:
             kls = exact_kl(role, reference, picked(rollout, range(0, len(rollout.examples), count)), config.temperature)
         shown = picked(rollout, [i for i in range(len(rollout.examples)) if i % count < config.samples])
         sampled[label] = sample_of(label, shown, scores[0], tokenizer, config.samples)
         results[label] = describe(sampled[label], training, config) | kl_entry(kls, config)
         results[label] |= extra.of_texts(sampled[label].texts)
         # A file does not say where its texts would have gone on.
-        results[label] |= extra.of_model(role, rollout.log_probs, config.temperature) if role else {"eos_rate": None}
+        results[label] |= extra.of_model(role, rollout.log_probs, decoding) if role else {"eos_rate": None}
     for label in order:
         results[label] |= against_reference(sampled[label], sampled[reference_label], config)
     for label, rating in ratings(sampled, config).items():
         results[label]["rating"] = rating
-    summary: dict[str, Any] = {"models": results, "reference": reference_label, "prompts": len(texts), "samples": config.samples, "decoding": {
-        "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.max_new_tokens}}  # fmt: skip
+    summary: dict[str, Any] = {"models": results, "reference": reference_label, "prompts": len(texts), "samples": config.samples,
+                               "decoding": asdict(decoding)}  # fmt: skip
     summary |= not_held_out(paths, gold_path, config)
     if config.best_of:
         name = f"best_of_{config.best_of}"
@@ -129,6 +130,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         summary["called_puns"] = calls.about
         for label, each in sampled.items():
             results[label]["called_puns"] = calls.rate(each.texts, config.seed)
+    if rows := rows_of_models(results, paths):
+        summary["over_seeds"] = rows
     save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])
     if client is not None:
         from punster.evaluate.judge import judge_texts
@@ -166,6 +169,17 @@ def sibling(models: Sequence[str], name: str) -> str | None:
         if path != "base" and (Path(path).parent / name / "checkpoints").is_dir():
             return str(Path(path).parent / name)
     return None
+
+
+def labels_of(paths: Sequence[str]) -> dict[str, str]:
+    """{path: name in the tables}: the folder's or file's own; where two of them would share it, with the folder that it lies in."""
+    own, there = {path: label_of(path) for path in paths}, {path: Path(path).resolve() for path in paths}
+    shared = lambda names: {name for name in names.values() if len({there[path] for path in paths if names[path] == name}) > 1}
+    clash = shared(own)
+    named = {path: f"{Path(path).parent.name}/{name}" if name in clash else name for path, name in own.items()}
+    if still := shared(named):
+        raise UserError(f"two different runs are called {still.pop()}: the table could not tell them apart; copy or rename one")
+    return named
 
 
 def label_of(path: str) -> str:

@@ -17,6 +17,7 @@ from punster.evaluate.success import Estimator, features, open_estimator, succes
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.puns.surprisal import document_start, example_log_probs
+from punster.rollout.sampler import Decoding
 
 MAUVE_TEXTS = 100  # prompts from which on MAUVE is given: ten clusters, and ten texts in each
 
@@ -61,13 +62,13 @@ class Extra:
         found["mauve"] = sum(near) / len(near) if near else None
         return {"success_rate": success_rate(self.estimator, x, self.seed), **found}
 
-    def of_model(self, role: Role, free_running: Sequence[Tensor], temperature: float = 1.0) -> dict[str, float | None]:
+    def of_model(self, role: Role, free_running: Sequence[Tensor], decoding: Decoding) -> dict[str, float | None]:
         """Perplexity on the corpus's plain test sentences (forgetting), on its test puns under their prompts, and the gap to own samples.
 
-        free_running: the log-probs of the model's own samples, as the sampler gave them; at another temperature than 1 they are
-        not of the distribution that people's puns are measured by, and there is no gap.
+        free_running: the log-probs of the model's own samples, as the sampler gave them; at another temperature than 1, or
+        truncated, they are not of the distribution that people's puns are measured by, and there is no gap.
         """
         logs, half = example_log_probs(role, self.human, self.trunk), len(self.human) // 2
         plain, puns = logs[:half], logs[half:]
-        gap = exposure_gap(puns, free_running) if temperature == 1 else None
+        gap = exposure_gap(puns, free_running) if decoding.temperature == 1 and not decoding.truncated else None
         return {"perplexity_plain": perplexity(plain), "perplexity_puns": perplexity(puns), "exposure_gap": gap}

@@ -167,7 +167,9 @@ def result_tables(summary: Mapping[str, Any]) -> list[Table]:
     paired = table(f"Against {against}, prompt by prompt, by the gold reward", PAIRED_COLUMNS, models)
     judged = table(f"Judged by {as_dict(summary.get('judge')).get('model', 'a language model')}", JUDGE_COLUMNS, models)
     texts = table("What the texts are like", TEXT_COLUMNS, models)
-    return [found.against(against) for found in (main, paired, texts, judged) if found]
+    seeds = table("Means over seeds: intervals of Student's t over the runs and of the bootstrap over prompts together",
+                  COLUMNS + TEXT_COLUMNS[:2], as_dict(summary.get("over_seeds")))  # fmt: skip
+    return [found.against(against) for found in (main, seeds, paired, texts, judged) if found]
 
 
 def reference_of(summary: Mapping[str, Any]) -> str:
@@ -224,11 +226,18 @@ def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], w
     return shown
 
 
+def decoding_text(decoding: Mapping[str, Any]) -> str:
+    """How the texts were sampled: "T = 1, untruncated", or "T = 0.8, min-p 0.05"."""
+    whole = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    cut = [f"{key.replace('_', '-')} {decoding[key]:g}" for key, value in whole.items() if decoding.get(key, value) != value]
+    return f"T = {decoding['temperature']:g}, {', '.join(cut) or 'untruncated'}"
+
+
 def print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(width=max(Console().width, 200))
-    size = f"{summary['prompts']} held-out prompts, {summary['samples']} samples each, T = {summary['decoding']['temperature']:g}, untruncated"
+    size = f"{summary['prompts']} held-out prompts, {summary['samples']} samples each, {decoding_text(summary['decoding'])}"
     for place, found in enumerate(result_tables(summary)):
         title = size if place == 0 else found.title
         console.print(text_table(title, ["model", *(column.short for column in found.columns)], found.rows))

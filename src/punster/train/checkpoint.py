@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from punster.train.run import Run
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-# What tells the best checkpoint, by verb: a key of metrics.jsonl, with "-" where lower is better.
+# What tells the best checkpoint, by verb: keys of metrics.jsonl, the first that was logged, with "-" where lower is better.
 BEST = {
-    "sft": "-eval_loss", "distill": "-eval_loss", "reward": "eval_accuracy", "ppo": "eval/score", "grpo": "eval/score", "dpo": "-loss",
+    "sft": ("-eval_loss",), "distill": ("-eval_loss",), "reward": ("eval_accuracy",), "ppo": ("eval/score",), "grpo": ("eval/score",),
+    "dpo": ("-eval_loss", "-loss"),
 }  # fmt: skip
 
 
@@ -168,7 +169,8 @@ def save_checkpoint(
     run.note("checkpoint", step=step)
     # A damaged one of a later step does not count: it would push out a good one.
     kept = sorted(s for s in steps_of(run.folder) if s <= step)
-    best = best_step(run.folder, run.config.keep_best if run.config.keep_best != "auto" else BEST.get(run.verb, "none"))
+    metrics = BEST.get(run.verb, ()) if run.config.keep_best == "auto" else (run.config.keep_best,)
+    best = next((found for metric in metrics if (found := best_step(run.folder, metric)) is not None), None)
     for old in kept[: -run.config.keep]:
         if old != best:
             remove(run.checkpoints / f"step-{old}")

@@ -21,7 +21,7 @@ from punster.algorithms.losses import kto_loss, preference_loss
 from punster.config import DpoConfig
 from punster.data import corpus
 from punster.data.batch import Batch, Example, token_batches
-from punster.data.schema import Row
+from punster.data.schema import Row, texts_of
 from punster.errors import UserError
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.held_out import first, sample_table
+from punster.train.held_out import first, own_prompts, own_rows, sample_table
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
 from punster.train.run import Run, check_name, marked
@@ -47,13 +47,17 @@ from punster.train.setup import (
 
 
 def dpo(
-    config: DpoConfig, rows: Sequence[Row] | None = None, callback: Callable[[int, dict[str, float]], None] | None = None
+    config: DpoConfig, rows: Sequence[Row] | None = None, callback: Callable[[int, dict[str, float]], None] | None = None,
+    eval_rows: Sequence[Row] | None = None,
 ) -> Path | None:  # fmt: skip
-    """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run).
+
+    rows, eval_rows: in the place of --data and --eval-data.
+    """
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     started = check_name(config, "dpo")
-    if rows is not None and (config.online or config.pairs == "sampled"):
+    if not (rows is None and eval_rows is None) and (config.online or config.pairs == "sampled"):
         raise UserError("rows were given, but --online and --pairs sampled make pairs of samples: they have no use for them")
     reference, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
@@ -61,8 +65,8 @@ def dpo(
     prompts: list[Any] = []
     if config.online or config.pairs == "sampled":
         prompts = load_prompts(config.prompts, quiet=config.quiet)[: config.prompt_limit or None]
+    given = [] if prompts else given_rows(config, rows)
     if config.dry_run:
-        given = [] if prompts else given_rows(config, rows)
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
         pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
@@ -72,7 +76,7 @@ def dpo(
         announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in, work=work)
         return None
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens)
-    examples, labels = load_examples(config, rows, prompt_ids, reference, judge, tokenizer)
+    examples, labels = load_examples(config, given, prompt_ids, reference, judge, tokenizer)
     unit = 1 if labels is not None else 2  # rows of KTO are single texts
     count = len(prompts) if config.online else len(examples) // unit
     steps = total_steps(config, count, config.epochs)
@@ -84,20 +88,38 @@ def dpo(
         policy, {"policy": optimizer}, {"data": cursor.generator, "sampling": sampling}, {"data": cursor},
         numbers={"loss": 0.0}, fixed=[judge], given=given_data,
     )  # fmt: skip
-    shown = first(load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
+    own = held_out_rows(config, given, eval_rows) if given else []
+    held_out, held_out_labels = encode_given(config, own, reference.model, tokenizer, "row of --eval-data") if own else ([], None)
+    to_show = [row["prompt"] for row in own] if given else own_prompts(config)
+    shown = first(to_show or load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
 
     def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
         trunk = Trunk.compute(policy, examples, [policy.frozen_depth], tokens)
         return trunk, response_log_probs(reference, examples, trunk, tokens)
 
-    with Run(marked(config, data=rows), "dpo", steps, started) as run:
+    with Run(marked(config, data=rows, eval_data=eval_rows), "dpo", steps, started) as run:
         restore(run, state)
         trunk, ref_sums = within_memory(state, partial(prepared, examples), "trunk_tokens")
+        known = within_memory(state, partial(prepared, held_out), "trunk_tokens")
+
+        def losses(
+            examples: Sequence[Example], labels: Tensor | None, units: list[int], known: tuple[Trunk, Tensor], max_tokens: int
+        ) -> dict[str, float]:
+            if labels is None:
+                return pair_step(config, policy, examples, units, *known, max_tokens)
+            return kto_step(config, policy, reference, examples, labels, units, *known, max_tokens)
 
         def evaluated(step: int) -> dict[str, float]:
             score = None if judge is None else lambda asked, texts, closed: score_examples(judge, closed)
             decoding = Decoding(config.max_new_tokens, config.temperature)
-            return sample_table(run, step, policy, tokenizer, shown, decoding, score=score, reference=reference)
+            found = sample_table(run, step, policy, tokenizer, shown, decoding, score=score, reference=reference)
+            if held_out and "eval_loss" not in found:
+                every = list(range(len(held_out) // unit))
+                with torch.no_grad():
+                    looked_at = within_memory(state, partial(losses, held_out, held_out_labels, every, known))
+                found |= {f"eval_{name}": value for name, value in looked_at.items()}
+                run.held_out = (step, found)
+            return found
 
         for step in range(run.step + 1, steps + 1):
             if step == steps and config.adapter == "lora":  # what comes after it may fail; own weights are too large for a copy
@@ -110,14 +132,9 @@ def dpo(
                 examples, scores = within_memory(state, sample)
                 units = list(range(len(examples) // 2))
                 trunk, ref_sums = within_memory(state, partial(prepared, examples))
-            accumulate: Callable[[int], dict[str, float]]
-            if labels is None:
-                accumulate = partial(pair_step, config, policy, examples, units, trunk, ref_sums)
-            else:
-                accumulate = partial(kto_step, config, policy, reference, examples, labels, units, trunk, ref_sums)
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             if units:
-                metrics = within_memory(state, accumulate)
+                metrics = within_memory(state, partial(losses, examples, labels, units, (trunk, ref_sums)))
                 metrics |= optimizer_step(optimizer, rate, config.max_grad_norm)
             else:  # all samples of each prompt are worth the same: nothing to learn from
                 metrics = {"grad_norm": 0.0, "skipped_steps": 0.0, "lr": rate}
@@ -158,7 +175,7 @@ def given_rows(config: DpoConfig, rows: Sequence[Row] | None) -> list[Row]:
 
 
 def load_examples(
-    config: DpoConfig, rows: Sequence[Row] | None, prompt_ids: Sequence[Sequence[int]], reference: Role, judge: Role | None,
+    config: DpoConfig, given: Sequence[Row], prompt_ids: Sequence[Sequence[int]], reference: Role, judge: Role | None,
     tokenizer: Tokenizer,
 ) -> tuple[list[Example], Tensor | None]:  # fmt: skip
     """Examples 2i chosen, 2i + 1 rejected and None; or, for KTO, single texts with their labels (B,). Online there are none yet."""
@@ -175,20 +192,28 @@ def load_examples(
                 "--pairs sampled: all samples of each prompt are worth the same; use more --samples or another reward"
             )
         return examples, torch.arange(len(examples)) % 2 == 0 if kto else None
-    sides = ("completion",) if kto else ("chosen", "rejected")
-    examples, kept = encode_given(config, given_rows(config, rows), sides, reference.model, tokenizer)
-    return examples, torch.tensor([bool(row["label"]) for row in kept]) if kto else None
+    return encode_given(config, given, reference.model, tokenizer)
+
+
+def held_out_rows(config: DpoConfig, given: Sequence[Row], eval_rows: Sequence[Row] | None) -> list[Row]:
+    """The rows of --eval-data, or given from Python, beside these that are trained on."""
+    trained = (texts_of(row)[0] for row in given)
+    embedded = lambda: corpus.preference_rows(("literal", "off_topic"), "val")
+    if config.loss_type == "kto":
+        return own_rows(config, eval_rows, "unpaired", lambda: unpaired(embedded()), trained, config.columns)
+    return own_rows(config, eval_rows, "preference", embedded, trained, config.columns)
 
 
 def encode_given(
-    config: DpoConfig, rows: Sequence[Row], sides: Sequence[str], model: Decoder, tokenizer: Tokenizer
-) -> tuple[list[Example], list[Row]]:
-    """Examples row by row and side by side, and the rows that were kept; --max-length cuts what both sides have in common."""
-    limit = config.max_length
+    config: DpoConfig, rows: Sequence[Row], model: Decoder, tokenizer: Tokenizer, what: str = "row"
+) -> tuple[list[Example], Tensor | None]:
+    """Examples row by row and side by side, and KTO's labels (B,); --max-length cuts what both sides have in common."""
+    kto, limit = config.loss_type == "kto", config.max_length
+    sides = ("completion",) if kto else ("chosen", "rejected")
+    labels = lambda rows: torch.tensor([bool(row["label"]) for row in rows]) if kto else None
     if not limit:
-        return [encode(tokenizer, model, r["prompt"], r[side], f"row {i}") for i, r in enumerate(rows, 1) for side in sides], [
-            *rows
-        ]
+        places = ((number, row, side) for number, row in enumerate(rows, 1) for side in sides)
+        return [encode(tokenizer, model, row["prompt"], row[side], f"{what} {n}") for n, row, side in places], labels(rows)
     if limit > model.config.max_positions:
         raise UserError(f"--max-length {limit}: the model's context is {model.config.max_positions} tokens")
     examples: list[Example] = []
@@ -197,7 +222,7 @@ def encode_given(
     for number, row in enumerate(rows, 1):
         prompt = tokenizer.prompt_ids(row["prompt"])
         if not prompt:
-            raise UserError(f"row {number}: the prompt has no tokens in this prompt format")
+            raise UserError(f"{what} {number}: the prompt has no tokens in this prompt format")
         responses = [tuple(tokenizer.response_ids(row[side])) for side in sides]
         room = limit - max(map(len, responses))
         if room >= 1:
@@ -210,7 +235,7 @@ def encode_given(
         speaker(config.quiet)(
             f"--max-length {limit}: {cut} prompts cut at their beginning, {len(rows) - len(kept)} of {len(rows)} rows left out"
         )
-    return examples, kept
+    return examples, labels(kept)
 
 
 def sampled_pairs(
@@ -293,7 +318,8 @@ def pair_step(
         if config.loss_type == "orpo" or config.sft_coef:
             weight = 1.0 if config.loss_type == "orpo" else config.sft_coef
             loss = loss - weight * chosen.sum() / chosen_tokens
-        loss.backward()
+        if loss.requires_grad:  # of held-out pairs it is looked at alone
+            loss.backward()
         rewards_chosen = config.beta * (chosen - ref_chosen).detach()
         rewards_rejected = config.beta * (rejected - ref_rejected).detach()
         parts = {
@@ -322,7 +348,8 @@ def kto_step(
         log_ratio = summed(policy, batch)[0] - ref_sums[rows].to(policy.model.device)
         desirable = labels[rows].to(policy.model.device)
         loss = kto_loss(log_ratio, desirable, z, config.beta).sum() / len(units)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         reward = config.beta * log_ratio.detach()
         parts = {
             "loss": float(loss.detach()),

@@ -3,12 +3,14 @@ counts, and shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from punster.config import TrainConfig
 from punster.data.batch import Example
+from punster.data.schema import Row, texts_of
 from punster.evaluate.compare import exact_kl, shared_depths
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.model.role import Role, score_examples
@@ -16,6 +18,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
 from punster.train.run import Run
+from punster.train.setup import load_prompts, load_rows, speaker
 
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 
@@ -23,6 +26,30 @@ Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 def first(prompts: Sequence[Any], count: int) -> list[Any]:
     """The first different prompts: of a held-out part where there is one, else of people's own, which are all that they have."""
     return list({str(prompt): prompt for prompt in prompts}.values())[:count]
+
+
+def own_rows(
+    config: TrainConfig, given: Sequence[Row] | None, kind: str, embedded: Callable[[], list[Row]], trained: Iterable[str],
+    columns: Sequence[str],
+) -> list[Row]:  # fmt: skip
+    """Held-out rows as given from Python, or those of --eval-data; none without. Those that are trained on are counted, and said.
+
+    embedded: makes what "embedded" stands for; trained: texts.
+    """
+    if given is None and not config.eval_data:
+        return []
+    rows = load_rows(config.eval_data if given is None else given, kind, embedded, columns, config.quiet, training=False)
+    known = set(trained)
+    if shared := sum(texts_of(row)[0] in known for row in rows):
+        speaker(config.quiet)(
+            f"note: {shared} of {len(rows)} rows of --eval-data have a text that is trained on, so they are not held out"
+        )
+    return rows
+
+
+def own_prompts(config: TrainConfig) -> list[Any]:
+    """The prompts of --eval-data."""
+    return [prompt for source in config.eval_data for prompt in load_prompts(source, "val", config.quiet)]
 
 
 @torch.no_grad()

@@ -250,6 +250,6 @@ def reliability(rows: Sequence[Row], gaps: Sequence[float]) -> Row:
     for row, gap in zip(rows, gaps, strict=True):
         words = len(row["chosen"].split()) - len(row["rejected"].split())
         length = "longer right" if words > 0 else "shorter right" if words < 0 else "equally long"
-        for name in (str(row.get("source", "embedded")), length):
+        for name in (source_of(row) or "no source named", length):
             groups.setdefault(name, []).append(gap)
     return {name: {"accuracy": round(share_right(part), 4), "pairs": len(part)} for name, part in sorted(groups.items())}

@@ -70,8 +70,11 @@ from punster.train.setup import (
 )
 
 
-def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Path | None:
-    """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run)."""
+def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_rows: Sequence[Row] | None = None) -> Path | None:
+    """Train a reward model on pairs, ranked groups and labelled texts; returns the run folder (None for a dry run).
+
+    rows, eval_rows: in the place of --data and --eval-data.
+    """
     started = check_name(config, "reward")
     sampled_from, tokenizer = open_start(config.pretrained or "base", config)
     plain = Role(plain_base(sampled_from, config))
@@ -89,7 +92,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
     if not given:
         raise UserError("there is no data to train on")
     examples, items = encode_items(first + given, tokenizer, start.model)
-    held_out = judged_pairs(config, tokenizer, start.model)
+    held_out = judged_pairs(config, eval_rows, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
     # What a step draws, of the first rows and of the rest: families, or single rows.
     units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
@@ -153,7 +156,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None) -> Pat
             return model
         return normalised(model, sampled_from, tokenizer, config, [row["prompt"] for row in given])
 
-    with Run(marked(config, data=rows), "reward", steps, started) as run:
+    with Run(marked(config, data=rows, eval_data=eval_rows), "reward", steps, started) as run:
         restore(run, state)
         if config.epochs != asked:
             run.note("shortened", asked=asked, epochs=config.epochs, batch_size=config.batch_size)
@@ -299,14 +302,13 @@ def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
 
 
-def judged_pairs(config: RewardConfig, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
-    """Held-out pairs of which both texts fit into the context: of the embedded corpus, and of --eval-data."""
-    rows = corpus.preference_rows(("literal", "off_topic"), "val")
-    if given := [name for name in config.eval_data if name != "embedded"]:
-        pairs = [row for row in load_rows(given, "judged", list, config.columns, config.quiet, training=False) if "chosen" in row]
-        if not pairs:
-            raise UserError("--eval-data: no pairs (chosen and rejected) in it")
-        rows += pairs
+def judged_pairs(config: RewardConfig, given: Sequence[Row] | None, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
+    """Held-out pairs of which both texts fit into the context: those of --eval-data, by default of the embedded corpus."""
+    embedded = lambda: corpus.preference_rows(("literal", "off_topic"), "val")
+    source = given if given is not None else config.eval_data or ["embedded"]
+    rows = [r for r in load_rows(source, "judged", embedded, config.columns, config.quiet, training=False) if "chosen" in r]
+    if not rows:
+        raise UserError("--eval-data: no pairs (chosen and rejected) in it")
     return [row for row in rows if fits(row, tokenizer, model)]
 
 

@@ -303,7 +303,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def marked(config: Config, **given: Any) -> Config:
     """The settings of a run on rows, prompts or a reward that came from Python (not None): its config.yaml must say so."""
     own = [*(name for name in getattr(config, "reward", []) if name != FROM_PYTHON), FROM_PYTHON]
-    named: dict[str, Any] = {"data": [FROM_PYTHON], "prompts": FROM_PYTHON, "reward": own}
+    named: dict[str, Any] = {"data": [FROM_PYTHON], "eval_data": [FROM_PYTHON], "prompts": FROM_PYTHON, "reward": own}
     return dataclasses.replace(config, **{name: named[name] for name, value in given.items() if value is not None})
 
 

@@ -196,7 +196,7 @@ def load_rows(
 ) -> list[Row]:
     """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
 
-    quiet: without what mixtures tell of themselves, and folders of what is left out. training: without held-out files of a folder.
+    quiet: without what mixtures tell of themselves, and folders of what is left out. training: of a folder as `located_rows` has it.
     """
     rows: list[Row] = []
     for source in sources:
@@ -266,14 +266,16 @@ def without_long_contrasts(rows: Sequence[Row], tokenizer: Tokenizer, model: Dec
     return kept
 
 
-def encode_rows(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row], quiet: bool) -> tuple[list[Row], list[Example]]:
+def encode_rows(
+    tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row], quiet: bool, what: str = "row"
+) -> tuple[list[Row], list[Example]]:
     """Rows to learn to write, less contrasts that are too long, and their examples; an error names a row by its place as given."""
     places = {id(row): place for place, row in enumerate(rows, 1)}
     kept = without_long_contrasts(rows, tokenizer, model, quiet)
     examples = [
         Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(row["_completion_ids"]))  # sampled: never tokenised again
         if "_completion_ids" in row
-        else encode(tokenizer, model, row["prompt"], row["completion"], f"row {places[id(row)]}")
+        else encode(tokenizer, model, row["prompt"], row["completion"], f"{what} {places[id(row)]}")
         for row in kept
     ]
     return kept, examples

@@ -20,7 +20,7 @@ from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.held_out import first, sample_table
+from punster.train.held_out import first, own_rows, sample_table
 from punster.train.optim import (
     Cursor,
     learning_rate,
@@ -47,16 +47,27 @@ from punster.train.setup import (
 def sft(
     config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft",
     callback: Callable[[int, dict[str, float]], None] | None = None, started: float | None = None,
+    eval_rows: Sequence[Row] | None = None,
 ) -> Path | None:  # fmt: skip
-    """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run)."""
+    """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run).
+
+    rows, eval_rows: in the place of --data and --eval-data.
+    """
     started = check_name(config, verb) if started is None else started
     start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     given, examples = encode_rows(tokenizer, start.model, given, config.quiet)
-    named = config.prompts if isinstance(config, DistillConfig) else held_out_name(config.data) if rows is None else ""
-    shown = first(load_prompts(named, "val", quiet=True) if named else [row["prompt"] for row in given], config.eval_prompts)
     known = [row["completion"] for row in given]
-    validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
+    held_out = own_rows(config, eval_rows, "sft", lambda: corpus.sft_rows("val"), known, config.columns)
+    named = config.prompts if isinstance(config, DistillConfig) else held_out_name(config.data) if rows is None else ""
+    if held_out or not named:
+        shown = first([row["prompt"] for row in held_out or given], config.eval_prompts)
+    else:
+        shown = first(load_prompts(named, "val", quiet=True), config.eval_prompts)
+    if held_out:
+        validation = encode_rows(tokenizer, start.model, held_out, config.quiet, "row of --eval-data")[1]
+    else:
+        validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
     if announce(config, verb, policy, steps, examples):
@@ -64,7 +75,7 @@ def sft(
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     cursor = Cursor(len(examples), seeded(config.seed, "data"))
     state = State(policy, {"policy": optimizer}, {"data": cursor.generator}, {"data": cursor}, given=examples)
-    with Run(marked(config, data=rows if verb == "sft" else None), verb, steps, started) as run:
+    with Run(marked(config, data=rows if verb == "sft" else None, eval_data=eval_rows), verb, steps, started) as run:
         restore(run, state)
         used = rows_used(len(examples), config.seed, steps * config.batch_size)
         depths = [policy.frozen_depth]

@@ -1,0 +1,160 @@
+"""Held-out rows of one's own (--eval-data, eval_rows): what is measured on them, and that nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
+from punster.data.batch import collate
+from punster.evaluate.figures import curves_of
+from punster.evaluate.folder import read_run
+from punster.rollout.logprobs import token_log_probs
+from punster.train.checkpoint import load_run
+from punster.train.dpo import dpo, unpaired
+from punster.train.grpo import grpo
+from punster.train.ppo import ppo
+from punster.train.reward import train_reward
+from punster.train.setup import encode
+from punster.train.sft import sft
+
+Make = Callable[..., Any]
+ROWS = [{"prompt": f"pun: bee {i}", "completion": f"the bee made {i} honey."} for i in range(12)]
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": f"a dull fact {i}."} for i, r in enumerate(ROWS)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def nll(run: Path | None, rows: list[dict[str, Any]]) -> float:
+    """Cross-entropy a response token, text by text, without the trunk."""
+    role, tokenizer = load_run(str(run))
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            batch = collate([encode(tokenizer, role.model, row["prompt"], row["completion"])])
+            found.append(token_log_probs(role.response_hidden(batch), role.model.head, batch.targets()))
+    return -float(torch.cat(found).mean())
+
+
+def test_sft_is_measured_on_rows_of_ones_own(
+    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"out": str(tmp_path), "model": str(tiny_llama), "steps": 4, "lr": 1e-2, "eval_every": 2, "eval_prompts": 3}
+    plain = sft(make(SftConfig, name="plain", **shared), ROWS[:8])
+    file = write(tmp_path / "mine.jsonl", [{"question": r["prompt"], "answer": r["completion"]} for r in ROWS[8:]])
+    named = {"data": [write(tmp_path / "rows.jsonl", ROWS[:8])], "eval_data": [file]}
+    with pytest.raises(Exception, match=r"mine\.jsonl, line 1: field 'prompt' is missing"):
+        sft(make(SftConfig, name="wrong", **shared, **named))
+    renamed = write(tmp_path / "mine.jsonl", ROWS[8:])
+    run = sft(make(SftConfig, name="own", **shared, data=named["data"], eval_data=[renamed]))
+    assert reader.tensor_bytes(run) == reader.tensor_bytes(plain)  # what is looked at changes nothing
+    assert reader.summary(run)["eval_loss"] == pytest.approx(nll(run, ROWS[8:]), rel=1e-5)
+    assert reader.summary(plain)["eval_loss"] != pytest.approx(reader.summary(run)["eval_loss"], rel=1e-2)
+    shown = [row["prompt"] for row in reader.lines(run, "samples.jsonl")]
+    assert shown == [row["prompt"] for row in ROWS[8:11]] * 2
+    assert "eval_loss" in {curve.metric for curve, _ in curves_of(read_run(Path(str(run))))}
+    capsys.readouterr()
+    from_python = sft(make(SftConfig, name="python", **{**shared, "quiet": False}), ROWS[:8], eval_rows=ROWS[6:])
+    assert "note: 2 of 6 rows of --eval-data have a text that is trained on" in capsys.readouterr().err
+    assert reader.summary(from_python)["eval_loss"] == pytest.approx(nll(from_python, ROWS[6:]), rel=1e-5)
+    assert (
+        "(given from Python)"
+        in (Path(str(from_python)) / "config.yaml").read_text().split("eval_data:")[1].split("eval_every")[0]
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+def test_dpo_is_measured_on_held_out_pairs(
+    loss_type: str, tiny_llama: Path, sft_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    """As TRL names them; the sigmoid loss and the accuracy against sums over single texts, without the trunk."""
+    shared = {"out": str(tmp_path), "model": str(tiny_llama), "actor": sft_run, "steps": 6, "batch_size": 4, "lr": 1e-2,
+              "eval_every": 1, "save_every": 1, "keep": 1, "eval_prompts": 2, "loss_type": loss_type}  # fmt: skip
+    rows, held_out = (unpaired(PAIRS[:8]), unpaired(PAIRS[8:])) if loss_type == "kto" else (PAIRS[:8], PAIRS[8:])
+    plain = dpo(make(DpoConfig, name="plain", **shared), rows)
+    run = dpo(make(DpoConfig, name="own", **shared, eval_data=[write(tmp_path / "mine.jsonl", held_out)]), rows)
+    assert reader.tensor_bytes(run) == reader.tensor_bytes(plain)
+    lines = reader.lines(run)
+    names = {"eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins"}
+    assert names <= lines[0].keys() and not any(key.startswith("eval_") for key in reader.lines(plain)[0])
+    summary = reader.summary(run)
+    assert {name: summary[name] for name in names} == {name: lines[-1][name] for name in names}
+    assert {row["prompt"] for row in reader.lines(run, "samples.jsonl")} == {row["prompt"] for row in PAIRS[8:10]}
+    losses = {line["step"]: line["eval_loss"] for line in lines}
+    kept = {int(p.name[5:]) for p in (Path(str(run)) / "checkpoints").iterdir()}
+    assert kept == {6, min(losses, key=lambda step: (losses[step], -step))}
+    if loss_type == "kto":
+        return
+    policy, reference = (lambda row, path=path: -nll(path, [row]) for path in (run, Path(sft_run)))
+    _, tokenizer = load_run(sft_run)
+    gaps = []
+    for row in held_out:
+        sums = []
+        for side in ("chosen", "rejected"):
+            text = {"prompt": row["prompt"], "completion": row[side]}
+            sums.append((policy(text) - reference(text)) * len(tokenizer.response_ids(row[side])))
+        gaps.append(0.1 * (sums[0] - sums[1]))
+    assert summary["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps), rel=1e-4)
+    assert summary["eval_rewards/accuracies"] == sum(gap > 0 for gap in gaps) / len(gaps)
+
+
+def test_a_resumed_run_has_the_same_held_out_figures(
+    tiny_llama: Path, sft_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    shared = {"model": str(tiny_llama), "actor": sft_run, "steps": 4, "batch_size": 4, "save_every": 1, "keep": 4, "eval_every": 2,
+              "eval_prompts": 2, "eval_data": [write(tmp_path / "mine.jsonl", PAIRS[8:])]}  # fmt: skip
+    (tmp_path / "again").mkdir()
+    whole = dpo(make(DpoConfig, name="x", out=str(tmp_path), **shared), PAIRS[:8])
+    part = reader.interrupted_copy(whole, tmp_path / "again" / "x", 2)
+    assert dpo(make(DpoConfig, name="x", out=str(tmp_path / "again"), resume=True, **shared), PAIRS[:8]) == part
+    assert reader.lines(part) == reader.lines(Path(str(whole)))
+    same = [{k: v for k, v in reader.summary(run).items() if k != "wall_seconds"} for run in (part, whole)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("verb", ["ppo", "grpo", "dpo"])
+def test_policies_show_what_they_write_to_ones_own_prompts(
+    verb: str, tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    kinds: dict[str, tuple[type, Callable[..., Path | None], dict[str, Any]]] = {
+        "ppo": (PpoConfig, ppo, {}), "grpo": (GrpoConfig, grpo, {"samples": 2}),
+        "dpo": (DpoConfig, dpo, {"online": True, "samples": 2}),
+    }  # fmt: skip
+    kind, train, more = kinds[verb]
+    asked = [{"prompt": f"pun: moon {i}"} for i in range(5)]
+    config = make(kind, name=verb, out=str(tmp_path), model=str(tiny_llama), actor=sft_run, reward_model=reward_run, steps=2,
+                  batch_size=4, max_new_tokens=6, eval_prompts=3, eval_data=[write(tmp_path / "asked.jsonl", asked)], **more)  # fmt: skip
+    run = train(config)
+    held_out = [row["prompt"] for row in reader.lines(run, "samples.jsonl") if row.get("held_out")]
+    assert held_out == ["pun: moon 0", "pun: moon 1", "pun: moon 2"]
+
+
+def test_reward_models_are_measured_on_what_is_named_alone(tiny_llama: Path, tmp_path: Path, make: Make, reader: Any) -> None:
+    shared = {
+        "out": str(tmp_path),
+        "model": str(tiny_llama),
+        "steps": 2,
+        "batch_size": 4,
+        "normalise_samples": 0,
+        "test_limit": 1,
+    }
+    own = [{**pair, "source": "mine"} for pair in PAIRS[8:]]
+    run = train_reward(make(RewardConfig, name="own", **shared, eval_data=[write(tmp_path / "mine.jsonl", own)]), PAIRS[:8])
+    both = train_reward(
+        make(RewardConfig, name="both", **shared, eval_data=["embedded", str(tmp_path / "mine.jsonl")]), PAIRS[:8]
+    )
+    python = train_reward(make(RewardConfig, name="python", **shared), PAIRS[:8], eval_rows=own)
+    unnamed = train_reward(make(RewardConfig, name="unnamed", **shared), PAIRS[:8], eval_rows=PAIRS[8:])
+    lengths = {"longer right", "shorter right", "equally long"}
+    sources = [set(reader.summary(run)["reliability"]) - lengths for run in (run, both, python, unnamed)]
+    assert sources == [{"mine"}, {"mine", "embedded"}, {"mine"}, {"no source named"}]
+    assert reader.values(run, "eval_accuracy") == reader.values(python, "eval_accuracy")
