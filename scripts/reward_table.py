@@ -163,7 +163,7 @@ def by_run(run: str, own_prompts: bool) -> Score:
 def training_rows(config: RewardConfig) -> list[Row]:
     """What `punster reward` with this configuration learns from (without samples of a policy), pre-training included."""
     from punster.model.role import Role
-    from punster.train.reward import judged_rows
+    from punster.train.lessons import judged_rows
     from punster.train.setup import open_base
 
     base, tokenizer = open_base(config)

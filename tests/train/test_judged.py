@@ -40,8 +40,9 @@ from punster.train.judged import (
     shuffled,
     weighed,
 )
+from punster.train.lessons import bag, judged_rows
 from punster.train.optim import seeded
-from punster.train.reward import bag, judged_rows, train_reward
+from punster.train.reward import train_reward
 from punster.train.setup import fits
 
 Make = Callable[..., Any]
@@ -342,7 +343,7 @@ def test_score_prints_score_and_spread_in_order(ensemble: Path, tmp_path: Path, 
 
 def test_normalised_ensemble_has_mean_0_and_std_1(ensemble: Path, sft_run: str) -> None:
     from punster.data import corpus
-    from punster.train.reward import sft_samples
+    from punster.train.lessons import sft_samples
 
     role, tokenizer = load_run(ensemble)
     prompts = list(dict.fromkeys(corpus.prompts("train")))

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +16,31 @@ import torch
 
 from punster.config import RewardConfig
 from punster.data import corpus
-from punster.data.batch import Example, epoch_order
+from punster.data.batch import Example
 from punster.data.schema import Row
-from punster.errors import UserError, near_matches
+from punster.errors import UserError
 from punster.model import fused
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
-from punster.model.transformer import Decoder
-from punster.rollout.sampler import Decoding, generate
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.halves import halves_of
 from punster.train.held_out import pair_table
 from punster.train.judged import (
     Item,
-    balanced,
     calibration,
     encode_items,
-    families,
     item_batches,
     item_loss,
-    neutral,
-    pass_shares,
     reliability,
     share_right,
-    shuffled,
-    source_of,
-    weighed,
 )
+from punster.train.lessons import Lessons, judged_pairs, lesson_rows, sft_samples
 from punster.train.optim import (
-    Cursor,
     learning_rate,
     make_optimizer,
     optimizer_step,
-    rows_used,
     seeded,
-    total_steps,
     within_memory,
 )
 from punster.train.plan import announce, training_seconds
@@ -62,11 +49,9 @@ from punster.train.setup import (
     extend,
     fits,
     layer_count,
-    load_rows,
     open_start,
     plain_base,
     speaker,
-    without_long_contrasts,
 )
 
 
@@ -77,72 +62,35 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
     """
     started = check_name(config, "reward")
     sampled_from, tokenizer = open_start(config.pretrained or "base", config)
-    plain = Role(plain_base(sampled_from, config))
-    start = sampled_from if config.start == "sft" else plain
-
-    def judged(found: Sequence[Row]) -> list[Row]:
-        found = of_half(config, found)
-        found = balanced(found, tokenizer) if config.balance else found
-        return weighed(neutral(shuffled(found, config), config.neutral, config.seed))
-
-    first = named_rows(config, config.pretrain, sampled_from, tokenizer) if config.pretrain else []
-    given = named_rows(config, rows if rows is not None else config.data, sampled_from, tokenizer)
-    check_without(config, first + given)  # a source may be in one of the two alone
-    first, given = judged(first) if first else [], judged(given)
-    if not given:
-        raise UserError("there is no data to train on")
-    examples, items = encode_items(first + given, tokenizer, start.model)
+    start = sampled_from if config.start == "sft" else Role(plain_base(sampled_from, config))
+    first, given = lesson_rows(config, rows, sampled_from, tokenizer)
+    lessons = Lessons.of(config, first, given, tokenizer, start.model)
     held_out = judged_pairs(config, eval_rows, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
-    # What a step draws, of the first rows and of the rest: families, or single rows.
-    units = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
-    units[1] = [[len(first) + place for place in unit] for unit in units[1]]
-    shares = pass_shares(first + given, units[1])  # --pretrain is passed whole
-    for unit, share in zip(units[1], shares, strict=True):
-        for row in unit:  # what is drawn less often counts more when it is
-            items[row] = replace(items[row], weight=items[row].weight / share)
-    # Rows for which a drawn unit stands, on average; bags are alike in that.
-    rows_a_unit = len(first) / max(1, len(units[0])), len(given) / sum(shares)
-    bags = [bag(len(units[1]), config, number) for number in range(config.members)]
-    uneven = min(shares) < 1
-    bag_shares = [[shares[place] for place in places] if uneven else [] for places in bags]
-    members = [new_member(start, config, number, items) for number in range(config.members)]
+    members = [new_member(start, config, number, lessons.items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)
-    # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
-    texts, per_pass = (list(dict.fromkeys(examples)), 0.5) if config.families else (examples, 1.0)
-    lengths = [sum(e.length for e in {examples[text] for row in unit for text in items[row].texts}) for unit in chain(*units)]
-    drawn_in = [1.0] * len(units[0]) + shares
-    per_pass *= sum(length * share for length, share in zip(lengths, drawn_in, strict=True)) / sum(lengths)
-
-    def counted(wanted: RewardConfig) -> tuple[int, int, float]:
-        """Steps of --pretrain, of the whole, and passes over all tokens."""
-        first_steps = math.ceil(len(units[0]) / wanted.batch_size)
-        steps = wanted.steps or first_steps + total_steps(wanted, sum(shares) * len(bags[0]) / len(shares), wanted.epochs)
-        return first_steps, steps, per_pass * steps * wanted.batch_size * wanted.members / sum(drawn_in)
 
     def needed(wanted: RewardConfig) -> float:
         """Minutes, by a speed check that is long enough to see beyond a busy moment."""
-        return training_seconds(wanted, model, texts, counted(wanted)[2], check=8.0) / 60
+        return training_seconds(wanted, model, *lessons.work(wanted), check=8.0) / 60
 
     asked, config = config.epochs, within_minutes(config, needed)
-    first_steps, steps, passes = counted(config)
+    first_steps, steps = lessons.steps(config)
     if steps <= first_steps:
         raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
-    if announce(config, "reward", model, steps, texts, passes):
+    if announce(config, "reward", model, steps, *lessons.work(config)):
         return None
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    cursors: dict[str, Cursor] = {}
-    for number, member in enumerate(members):
-        label = f"reward{number + 1 if number else ''}"
-        optimizers[label] = make_optimizer(member, config.lr, config.weight_decay)
-        if units[0]:
-            cursors[f"{label}|first"] = Cursor(len(units[0]), seeded(config.seed + number, "data"))
-        cursors[f"{label}|data"] = Cursor(len(bags[number]), seeded(config.seed + number, "data"), bag_shares[number])
-    generators = {name: cursor.generator for name, cursor in cursors.items()}
+    labels = [f"reward{number + 1 if number else ''}" for number in range(config.members)]
+    optimizers = {
+        label: make_optimizer(member, config.lr, config.weight_decay) for label, member in zip(labels, members, strict=True)
+    }
+    cursors = [lessons.cursors(number, config.seed) for number in range(config.members)]
+    named = {f"{label}|{kind}": cursor for label, own in zip(labels, cursors, strict=True) for kind, cursor in own.items()}
     draws = config.normalise_samples or ("sampled" in config.negatives and config.sampled_rows)
     state = State(
-        model, optimizers, generators, cursors, given=[*examples, *([shares] if uneven else [])],
-        judged=[(item.ratings, item.margin, item.weight, item.label, item.rating) for item in items],
+        model, optimizers, {name: cursor.generator for name, cursor in named.items()}, named,
+        given=[*lessons.examples, *([lessons.shares] if lessons.uneven else [])],
+        judged=[(item.ratings, item.margin, item.weight, item.label, item.rating) for item in lessons.items],
         drawn_from=sampled_from if draws else None, described={"normalised": False} if config.normalise_samples else {},
     )  # fmt: skip
     if config.int8 and not fused.quantises(model.model, model.frozen_depth):
@@ -160,14 +108,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
         restore(run, state)
         if config.epochs != asked:
             run.note("shortened", asked=asked, epochs=config.epochs, batch_size=config.batch_size)
-        seen = {row for unit in units[0] for row in unit}  # and what any member draws of the rest
-        for number, places in enumerate(bags):
-            count = (steps - first_steps) * config.batch_size
-            for place in rows_used(len(places), config.seed + number, count, bag_shares[number]):
-                seen.update(units[1][places[place]])
-        used = {text for row in seen for text in items[row].texts}
+        used = lessons.texts_used(config)
         depths = [model.frozen_depth]
-        trunk = within_memory(state, lambda tokens: Trunk.compute(model, examples, depths, tokens, used), "trunk_tokens")
+        trunk = within_memory(state, lambda tokens: Trunk.compute(model, lessons.examples, depths, tokens, used), "trunk_tokens")
         known = within_memory(state, lambda tokens: Trunk.compute(model, validation, depths, tokens), "trunk_tokens")
         gaps: list[float] = []
         for step in range(run.step + 1, steps + 1):
@@ -176,14 +119,9 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
             rate = learning_rate(config.lr, step - 1, steps, config.warmup)
             sums = dict.fromkeys(("grad_norm", "loss", "accuracy", "margin"), 0.0)
             skipped = 0.0
-            for number, (member, (label, optimizer)) in enumerate(zip(members, optimizers.items(), strict=True)):
-                if step <= first_steps:
-                    drawn, part = cursors[f"{label}|first"].next(config.batch_size), 0
-                else:
-                    drawn, part = [bags[number][place] for place in cursors[f"{label}|data"].next(config.batch_size)], 1
-                batch = [items[row] for place in drawn for row in units[part][place]]
-                each = len(drawn) * rows_a_unit[part]
-                found = within_memory(state, partial(train_step, config, member, trunk, examples, batch, each))
+            for number, (member, optimizer) in enumerate(zip(members, optimizers.values(), strict=True)):
+                batch, each = lessons.draw(number, cursors[number], step <= first_steps, config.batch_size)
+                found = within_memory(state, partial(train_step, config, member, trunk, lessons.examples, batch, each))
                 found |= optimizer_step(optimizer, rate, config.max_grad_norm)
                 sums = {name: total + found[name] / len(members) for name, total in sums.items()}
                 skipped += found["skipped_steps"]
@@ -252,66 +190,6 @@ def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[I
     return replace(role, head=head.trainable(), pooling=config.pooling, aux=aux)
 
 
-def judged_rows(
-    config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
-) -> list[Row]:
-    """The rows that are named, less those of the other half and of the sources in --without."""
-    rows = named_rows(config, sources, sampled_from, tokenizer)
-    check_without(config, rows)
-    return of_half(config, rows)
-
-
-def named_rows(
-    config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
-) -> list[Row]:
-    """All rows that are named, negatives included that are sampled from the SFT model."""
-    rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, config.quiet)
-    return without_long_contrasts(rows, tokenizer, sampled_from.model, config.quiet)
-
-
-def check_without(config: RewardConfig, rows: Sequence[Row]) -> None:
-    """Refuse a source in --without that no row is of."""
-    sources = {source_of(row) for row in rows} - {""}
-    for name in config.without:
-        if name not in sources:
-            raise UserError(
-                f"--without {name}: no row is of this source.{near_matches(name, sources)} Found: {', '.join(sorted(sources))}"
-            )
-
-
-def of_half(config: RewardConfig, rows: Sequence[Row]) -> list[Row]:
-    """The rows of --half, less those of the sources in --without."""
-    kept = list(rows)
-    if config.half:
-        halves = halves_of(rows)
-        kept = [row for row, half in zip(rows, halves, strict=True) if half == config.half]
-        nowhere = halves.count(0)
-        told = f", {nowhere} are in neither half (pairs of two texts that fell apart)" if nowhere else ""
-        speaker(config.quiet)(f"  half {config.half}: {len(kept)} of {len(rows)} rows{told}")
-    kept = [row for row in kept if source_of(row) not in config.without]
-    if not kept:
-        half, without = config.half and f" in half {config.half}", config.without and f" without {', '.join(config.without)}"
-        raise UserError(f"no row is left{half or ''}{without or ''}")
-    return kept
-
-
-def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
-    """The rows that a member learns from: all of them, or of an ensemble's a drawn four fifths."""
-    if config.members == 1:
-        return range(rows)
-    return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
-
-
-def judged_pairs(config: RewardConfig, given: Sequence[Row] | None, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
-    """Held-out pairs of which both texts fit into the context: those of --eval-data, by default of the embedded corpus."""
-    embedded = lambda: corpus.preference_rows(("literal", "off_topic"), "val")
-    source = given if given is not None else config.eval_data or ["embedded"]
-    rows = [r for r in load_rows(source, "judged", embedded, config.columns, config.quiet, training=False) if "chosen" in r]
-    if not rows:
-        raise UserError("--eval-data: no pairs (chosen and rejected) in it")
-    return [row for row in rows if fits(row, tokenizer, model)]
-
-
 def train_step(
     config: RewardConfig, member: Role, trunk: Trunk, examples: Sequence[Example], batch: Sequence[Item],
     each: float, max_tokens: int,
@@ -327,41 +205,6 @@ def train_step(
         for name, value in found.items():
             sums[name] += value / ranked
     return sums
-
-
-def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:
-    """Pairs of the embedded corpus; the kind "sampled" puts human puns against samples of the SFT model."""
-    rows = corpus.preference_rows([kind for kind in config.negatives if kind in corpus.NEGATIVES], config.split, config.seed)
-    if config.rows_per_kind:
-        order = epoch_order(len(rows), seeded(config.seed, "rows"))
-        by_kind = {kind: [rows[i] for i in order if rows[i]["kind"] == kind][: config.rows_per_kind] for kind in config.negatives}
-        rows = [row for kind in config.negatives for row in by_kind[kind]]
-    rows += corpus.template_rows() if "template" in config.negatives and config.split == "train" else ()
-    if "sampled" in config.negatives and config.sampled_rows:
-        room = policy.model.config.max_positions - 40
-        people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
-        people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
-        examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
-        written: list[Row] = [
-            {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"],
-             "_rejected_ids": list(example.response)}  # kept, so that the rejected text is what the policy emitted
-            for record, example in zip(people, examples, strict=True) if (text := tokenizer.decode(example.response))
-        ]  # fmt: skip
-        rows += balanced(written, tokenizer)
-    if not rows and not config.sampled_rows:
-        raise UserError("--sampled-rows 0 leaves no pair of the embedded corpus; give more of them, or other --negatives")
-    return rows
-
-
-def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
-    """One sample of the SFT model to each prompt that leaves room for it."""
-    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
-    ids = [prompt for prompt in ids if len(prompt) + 40 <= policy.model.config.max_positions]
-    if not ids:
-        raise UserError(
-            "no prompt leaves room for a sample of 40 tokens, which the score is normalised on; use --normalise-samples 0"
-        )
-    return generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).closed
 
 
 def pair_gaps(model: Role, examples: Sequence[Example], trunk: Trunk | None = None) -> list[float]:
