@@ -163,11 +163,11 @@ def by_run(run: str, own_prompts: bool) -> Score:
 def training_rows(config: RewardConfig) -> list[Row]:
     """What `punster reward` with this configuration learns from (without samples of a policy), pre-training included."""
     from punster.model.role import Role
-    from punster.train.lessons import judged_rows
+    from punster.train.lessons import named_rows, of_half
     from punster.train.setup import open_base
 
     base, tokenizer = open_base(config)
-    return judged_rows(config, [*config.pretrain, *config.data], Role(base), tokenizer)
+    return of_half(config, named_rows(config, [*config.pretrain, *config.data], Role(base), tokenizer))
 
 
 def from_source(row: Row, source: str | None) -> bool:

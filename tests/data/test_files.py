@@ -137,7 +137,7 @@ def test_what_prepare_held_out_is_not_trained_on_with_its_folder(tmp_path: Path,
     # What is measured on is what was held out, where anything was; a file that is named itself is taken as it is.
     assert load_prompts(str(tmp_path), "val") == ["puneval.sft.val"]
     told = capsys.readouterr().err
-    assert "4 of 5 files are not held out and not read (mine.sft.val.jsonl, " in told and "named itself is" in told, told
+    assert "4 of 5 files are no val files and not read (mine.sft.val.jsonl, " in told and "named itself is" in told, told
     assert len(load_rows([str(tmp_path)], "sft", list, training=False)) == 1 and len(read_rows(tmp_path, "sft")) == 5
     capsys.readouterr()
     assert len(load_rows([str(tmp_path / "puneval.sft.val.jsonl")], "sft", list)) == 1

@@ -20,8 +20,10 @@ from punster.cli import main
 from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.evaluate.compare import best_of_row, exact_kl, not_held_out, picked, shared_depths, training_texts
+from punster.evaluate.compare import best_of_row, exact_kl, picked, shared_depths
 from punster.evaluate.folder import read_config
+from punster.evaluate.lineage import not_held_out, training_texts
+from punster.evaluate.table import judge_sentences
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.setup import open_policy_role, open_reward_model
@@ -240,6 +242,9 @@ def test_copies_are_of_all_that_any_model_was_taught(tmp_path: Path) -> None:
     assert named(run("shows", "dpo", online=False, pairs="data", **shows)) == {}
     assert named(run("learns", "dpo", online=False, pairs="sampled", **shows)) == {"not_held_out": ["it"]}
     assert named(sft, best_of=4, proxy=str(pipeline / "gold")) == {"not_held_out": ["best_of_4"]}
+    orphan = run("orphan", "ppo", actor=str(tmp_path / "gone" / "sft"))  # which may have begun with anything
+    assert named(orphan) == {"lineage_unknown": ["it"]}
+    assert "PPO began with a run that is not here any more" in judge_sentences({"lineage_unknown": ["ppo"]})[0]
 
 
 def test_a_best_text_is_never_the_one_that_a_judge_compares_it_with(runs: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from punster.cli import main
 from punster.evaluate.folder import read_run
 from punster.evaluate.report import write_comparison
-from punster.evaluate.seeds import common_name, grouped, mean_entry, over_seeds, recipe_of, rows_of_runs, student
+from punster.evaluate.seeds import Measured, common_name, mean_entry, over_seeds, recipe_of, rows_of, rows_of_runs, student
 
 
 def test_students_quantiles() -> None:
@@ -58,12 +58,54 @@ def test_what_makes_a_recipe(tmp_path: Path) -> None:
     recipes = {p.name: recipe_of(p) for p in sorted(tmp_path.iterdir())}
     assert recipes["ppo-1"] == recipes["ppo-2"] and recipes["sft-1"] == recipes["sft-2"]
     assert len({recipes[name] for name in ("ppo-1", "ppo-3", "grpo-1", "sft-1", "sft-3")}) == 5
-    assert recipe_of(tmp_path / "ppo-1" / "checkpoints" / "step-4") == recipes["ppo-1"]
-    seeds = {name: (recipe, name[-1]) for name, recipe in recipes.items()}
-    assert sorted(grouped(seeds)) == [["ppo-1", "ppo-2"], ["sft-1", "sft-2"]]
-    assert grouped({"a": ("same", 1), "again": ("same", 1)}) == []  # one seed twice says nothing of another
+    # What changes nothing of what is learned, and an option that an older file does not have yet, are alike, too.
+    settings(tmp_path / "ppo-4", seed=4, actor=str(tmp_path / "sft-1"), beta=0.1, eval_every=5, keep=9, critic_warmup=1)
+    assert recipe_of(tmp_path / "ppo-4") == recipes["ppo-1"]
+    # Of checkpoints those of one step, also of the runs that they began with.
+    first, second = (tmp_path / name / "checkpoints" for name in ("ppo-1", "ppo-2"))
+    assert recipe_of(first / "step-4") == recipe_of(second / "step-4") != recipes["ppo-1"]
+    assert recipe_of(first / "step-4") != recipe_of(first / "step-8")
+    begun = [settings(tmp_path / f"b{step}", seed=1, actor=str(tmp_path / f"sft-1/checkpoints/step-{step}")) for step in (1, 2)]
+    assert recipe_of(begun[0]) != recipe_of(begun[1])
+
+
+def test_what_came_from_python_is_told_by_its_hash(tmp_path: Path) -> None:
+    made = []
+    for name, data in (("a", "rows"), ("b", "rows"), ("c", "other rows"), ("d", None)):
+        folder = settings(tmp_path / name, "sft", seed=len(made), data=["(given from Python)"])
+        made.append(folder)
+        if data:
+            (folder / "checkpoints" / "step-2").mkdir(parents=True)
+            (folder / "checkpoints" / "step-2" / "state.json").write_text(json.dumps({"keys": {"data": [data]}}))
+    a, b, c, d = map(recipe_of, made)
+    assert a == b and len({a, c, d}) == 3
+    rewarded = [settings(tmp_path / f"p{i}", seed=i, reward=["(given from Python)"]) for i in (1, 2)]
+    assert recipe_of(rewarded[0]) != recipe_of(rewarded[1])  # nobody knows what it pays for
+
+
+def test_pipelines_that_were_moved_are_still_of_one_recipe(tmp_path: Path) -> None:
+    for seed, name in ((1, "demo"), (2, "demo-2")):
+        settings(tmp_path / "new" / name, "run", seed=seed, name=name, out="runs")
+        settings(tmp_path / "new" / name / "sft", "sft", seed=seed, out=f"runs/{name}")
+        settings(tmp_path / "new" / name / "ppo", seed=seed, out=f"runs/{name}", actor=f"runs/{name}/sft")
+    assert recipe_of(tmp_path / "new" / "demo" / "ppo") == recipe_of(tmp_path / "new" / "demo-2" / "ppo")
+
+
+def test_rows_are_of_one_recipe_each_and_have_names_of_their_own() -> None:
+    model = lambda name, recipe, seed: Measured(name, recipe, seed, {"length": float(len(name))})
+    rows = rows_of([model("low-1/ppo", "low", "1"), model("low-2/ppo", "low", "2"), model("high-1/ppo", "high", "1"),
+                    model("high-2/ppo", "high", "2"), model("again", "low", "2"), model("alone", "other", "1")])  # fmt: skip
+    assert list(rows) == ["PPO (2 seeds)", "PPO (2 seeds): high-1/ppo, high-2/ppo"]  # one seed twice says nothing of another
+    assert rows["PPO (2 seeds)"]["runs"] == ["low-1/ppo", "low-2/ppo"]
     assert common_name(["ppo-s1", "ppo-s2"]) == "ppo-s (2 seeds)" and common_name(["a/ppo", "b/ppo"]) == "PPO (2 seeds)"
     assert common_name(["x", "y", "z"]) == "x (3 seeds)"
+
+
+def test_intervals_stay_where_the_figure_can_be() -> None:
+    found = mean_entry(
+        [{"eos_rate": 0.9, "length": 2.0, "held_out_reward": 0.1}, {"eos_rate": 1.0, "length": 4.0, "held_out_reward": 1.0}]
+    )
+    assert (found["eos_rate"]["high"], found["length"]["low"]) == (1.0, 0.0) and found["held_out_reward"]["low"] < 0
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +139,9 @@ def test_two_seeds_become_a_row(runs: Path, tmp_path: Path, capsys: pytest.Captu
     spread = 12.706 * abs(rewards[0]["mean"] - rewards[1]["mean"]) / 2
     half = (row["held_out_reward"]["high"] - row["held_out_reward"]["low"]) / 2
     assert half == pytest.approx(math.hypot(spread, sum(r["high"] - r["low"] for r in rewards) / 4))
+    assert main([*asked(runs)[:3], "--reference", str(runs / "s1" / "more"), *asked(runs)[5:], "--out", str(tmp_path / "r")]) == 0
+    assert "over_seeds" not in json.loads((tmp_path / "r" / "summary.json").read_text())  # the reference is no figure of its own
+    capsys.readouterr()
     shutil.copytree(runs / "s1", tmp_path / "elsewhere" / "s1")
     assert main([*asked(runs)[:3], str(tmp_path / "elsewhere" / "s1" / "more"), *asked(runs)[3:]]) == 2
     assert "two different runs are called s1/more" in capsys.readouterr().err
@@ -132,8 +177,13 @@ def test_pipelines_of_three_seeds_on_one_page(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "demo-1" / "summary.json", other / "summary.json")
     folders = [tmp_path / name for name in ("demo-1", "demo-2", "demo-3", "other")]
     rows = rows_of_runs([read_run(folder) for folder in folders])
-    assert list(rows) == ["SFT (3 seeds)", "PPO (3 seeds)"] and rows["PPO (3 seeds)"]["runs"] == ["demo-1", "demo-2", "demo-3"]
+    assert list(rows) == ["SFT (3 seeds)", "PPO (3 seeds)"]
+    assert rows["PPO (3 seeds)"]["runs"] == ["demo-1/ppo", "demo-2/ppo", "demo-3/ppo"]
     assert rows["PPO (3 seeds)"]["held_out_reward"]["mean"] == pytest.approx(0.5)
     page = write_comparison(folders, tmp_path / "page.html").read_text()
     assert "Means over seeds" in page and "PPO (3 seeds)" in page and "13.0" in page
     assert "Means over seeds" not in write_comparison(folders[2:], tmp_path / "two.html").read_text()
+    for folder in folders:  # evaluations of the same runs: another seed of theirs is no other training
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(text.replace("# punster run", "# punster evaluate"))
+    assert rows_of_runs([read_run(folder) for folder in folders]) == {}

@@ -20,7 +20,7 @@ from punster.data.batch import Example
 from punster.model.role import Trunk, score_examples
 from punster.train import setup
 from punster.train.checkpoint import load_run
-from punster.train.dpo import dpo, response_log_probs, unpaired
+from punster.train.dpo import dpo, response_log_probs
 from punster.train.grpo import grpo
 from punster.train.judged import encode_items
 from punster.train.ppo import ppo
@@ -147,7 +147,7 @@ def test_dpo_separates_held_out_pairs(loss_type: str, start: str, options: dict[
         name=loss_type, **options, actor=start, steps=30, batch_size=16, lr=3e-3, beta=0.3, loss_type=kind, label_smoothing=smoothing
     )  # fmt: skip
     given = pairs(200, seed=3)
-    run = dpo(config, unpaired(given) if loss_type == "kto" else given)
+    run = dpo(config, corpus.unpaired(given) if loss_type == "kto" else given)
     role, tokenizer = load_run(start)
     held_out = pairs(100, seed=4)
     seen = {row["chosen"] for row in pairs(200, seed=3)}

@@ -15,11 +15,12 @@ import punster.train.dpo as dpo_module
 from punster.config import DpoConfig, RewardConfig, SftConfig
 from punster.config.train import DpoLoss
 from punster.data.batch import Example, collate
+from punster.data.corpus import unpaired
 from punster.errors import UserError
 from punster.model.role import Trunk, score_examples
 from punster.rollout.sampler import Rollout
 from punster.train.checkpoint import load_run
-from punster.train.dpo import dpo, encode_given, response_log_probs, sampled_pairs, summed, unpaired
+from punster.train.dpo import dpo, encode_given, response_log_probs, sampled_pairs, summed
 from punster.train.judged import encode_items
 from punster.train.optim import seeded
 from punster.train.reward import train_reward

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
+import punster.train.dpo as dpo_module
+from punster.config import DistillConfig, DpoConfig, GrpoConfig, PipelineConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data.batch import collate
+from punster.data.corpus import unpaired
+from punster.errors import UserError
 from punster.evaluate.figures import curves_of
 from punster.evaluate.folder import read_run
 from punster.rollout.logprobs import token_log_probs
 from punster.train.checkpoint import load_run
-from punster.train.dpo import dpo, unpaired
+from punster.train.distill import distill
+from punster.train.dpo import dpo, encode_given
 from punster.train.grpo import grpo
+from punster.train.pipeline import run_pipeline
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
 from punster.train.setup import encode
@@ -52,8 +58,12 @@ def test_sft_is_measured_on_rows_of_ones_own(
     plain = sft(make(SftConfig, name="plain", **shared), ROWS[:8])
     file = write(tmp_path / "mine.jsonl", [{"question": r["prompt"], "answer": r["completion"]} for r in ROWS[8:]])
     named = {"data": [write(tmp_path / "rows.jsonl", ROWS[:8])], "eval_data": [file]}
-    with pytest.raises(Exception, match=r"mine\.jsonl, line 1: field 'prompt' is missing"):
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 1: field 'prompt' is missing"):
         sft(make(SftConfig, name="wrong", **shared, **named))
+    columns = ["prompt=question", "completion=answer"]  # which all files of a command have
+    question = write(tmp_path / "train.jsonl", [{"question": r["prompt"], "answer": r["completion"]} for r in ROWS[:8]])
+    both = sft(make(SftConfig, name="both", **shared, data=[question], eval_data=[file], columns=columns))
+    assert reader.summary(both)["eval_loss"] == pytest.approx(nll(both, ROWS[8:]), rel=1e-5)
     renamed = write(tmp_path / "mine.jsonl", ROWS[8:])
     run = sft(make(SftConfig, name="own", **shared, data=named["data"], eval_data=[renamed]))
     assert reader.tensor_bytes(run) == reader.tensor_bytes(plain)  # what is looked at changes nothing
@@ -64,7 +74,7 @@ def test_sft_is_measured_on_rows_of_ones_own(
     assert "eval_loss" in {curve.metric for curve, _ in curves_of(read_run(Path(str(run))))}
     capsys.readouterr()
     from_python = sft(make(SftConfig, name="python", **{**shared, "quiet": False}), ROWS[:8], eval_rows=ROWS[6:])
-    assert "note: 2 of 6 rows of --eval-data have a text that is trained on" in capsys.readouterr().err
+    assert "note: 2 of 6 rows of --eval-data are trained on, too" in capsys.readouterr().err
     assert reader.summary(from_python)["eval_loss"] == pytest.approx(nll(from_python, ROWS[6:]), rel=1e-5)
     assert (
         "(given from Python)"
@@ -79,7 +89,10 @@ def test_dpo_is_measured_on_held_out_pairs(
     """As TRL names them; the sigmoid loss and the accuracy against sums over single texts, without the trunk."""
     shared = {"out": str(tmp_path), "model": str(tiny_llama), "actor": sft_run, "steps": 6, "batch_size": 4, "lr": 1e-2,
               "eval_every": 1, "save_every": 1, "keep": 1, "eval_prompts": 2, "loss_type": loss_type}  # fmt: skip
-    rows, held_out = (unpaired(PAIRS[:8]), unpaired(PAIRS[8:])) if loss_type == "kto" else (PAIRS[:8], PAIRS[8:])
+    # What is held out wants the opposite, so that its loss is best at the first step and that of training is not.
+    rows, held_out = PAIRS[:8], [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS[8:]]
+    if loss_type == "kto":
+        rows, held_out = unpaired(rows), unpaired(held_out)
     plain = dpo(make(DpoConfig, name="plain", **shared), rows)
     run = dpo(make(DpoConfig, name="own", **shared, eval_data=[write(tmp_path / "mine.jsonl", held_out)]), rows)
     assert reader.tensor_bytes(run) == reader.tensor_bytes(plain)
@@ -91,7 +104,11 @@ def test_dpo_is_measured_on_held_out_pairs(
     assert {row["prompt"] for row in reader.lines(run, "samples.jsonl")} == {row["prompt"] for row in PAIRS[8:10]}
     losses = {line["step"]: line["eval_loss"] for line in lines}
     kept = {int(p.name[5:]) for p in (Path(str(run)) / "checkpoints").iterdir()}
-    assert kept == {6, min(losses, key=lambda step: (losses[step], -step))}
+    best = min(losses, key=lambda step: (losses[step], -step))
+    assert kept == {6, best} and best != min(lines, key=lambda line: line["loss"])["step"]
+    once = dpo(make(DpoConfig, name="once", **{**shared, "eval_every": 0}, eval_data=[str(tmp_path / "mine.jsonl")]), rows)
+    training = {line["step"]: line["loss"] for line in reader.lines(once)}  # a held-out loss of the last step chooses nothing
+    assert {int(p.name[5:]) for p in (Path(str(once)) / "checkpoints").iterdir()} == {6, min(training, key=lambda s: training[s])}
     if loss_type == "kto":
         return
     policy, reference = (lambda row, path=path: -nll(path, [row]) for path in (run, Path(sft_run)))
@@ -158,3 +175,88 @@ def test_reward_models_are_measured_on_what_is_named_alone(tiny_llama: Path, tmp
     sources = [set(reader.summary(run)["reliability"]) - lengths for run in (run, both, python, unnamed)]
     assert sources == [{"mine"}, {"mine", "embedded"}, {"mine"}, {"no source named"}]
     assert reader.values(run, "eval_accuracy") == reader.values(python, "eval_accuracy")
+
+
+def test_too_long_pairs_of_a_reward_models_eval_data_are_said(
+    tiny_llama: Path, tmp_path: Path, make: Make, reader: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {
+        "out": str(tmp_path),
+        "model": str(tiny_llama),
+        "steps": 1,
+        "batch_size": 4,
+        "normalise_samples": 0,
+        "test_limit": 1,
+    }
+    long = {"prompt": "pun: " + "sea " * 150, "chosen": "tide", "rejected": "dull"}
+    train_reward(make(RewardConfig, name="some", **{**shared, "quiet": False}), PAIRS[:8], eval_rows=[long, *PAIRS[6:]])
+    told = capsys.readouterr().err
+    assert (
+        "1 of 7 pairs of --eval-data left out: longer" in told and "note: 2 of 7 rows of --eval-data are trained on, too" in told
+    )
+    with pytest.raises(UserError, match=r"--eval-data: no pairs .* fit into the model's context"):
+        train_reward(make(RewardConfig, name="none", **shared), PAIRS[:8], eval_rows=[long])
+
+
+@pytest.mark.parametrize("verb", ["sft", "distill", "dpo", "sampled", "ppo", "run"])
+def test_a_mistake_in_eval_data_costs_no_work(
+    verb: str, tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found before anything is sampled, trained or written, --dry-run and sections of a recipe included."""
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("sampled")
+
+    for module in ("distill", "dpo", "experience"):
+        monkeypatch.setattr(f"punster.train.{module}.generate", never)
+    missing = [str(tmp_path / "nowhere.jsonl")]
+    shared = {"name": "x", "out": str(tmp_path / "runs"), "model": str(tiny_llama), "eval_data": missing}
+    policy = {**shared, "actor": sft_run, "reward_model": reward_run}
+    calls: dict[str, Callable[[], Any]] = {
+        "sft": lambda: sft(make(SftConfig, **shared, dry_run=True)),
+        "distill": lambda: distill(make(DistillConfig, **policy)),
+        "dpo": lambda: dpo(make(DpoConfig, **{**policy, "reward_model": None}, dry_run=True)),
+        "sampled": lambda: dpo(make(DpoConfig, **policy, pairs="sampled")),
+        "ppo": lambda: ppo(make(PpoConfig, **policy, dry_run=True)),
+        "run": lambda: run_pipeline(PipelineConfig(name="x", out=str(tmp_path / "runs"), model=str(tiny_llama), stages=["sft", "gold"],
+                                                   gold={"eval_data": missing}, dtype="fp32", quiet=True)),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
+        calls[verb]()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_labels_of_texts_follow_the_rows_that_are_kept(tiny_llama: Path, sft_run: str, make: Make) -> None:
+    role, tokenizer = load_run(sft_run)
+    rows = [
+        {"prompt": "sea", "completion": text, "label": wanted}
+        for text, wanted in (("tide", True), ("dull " * 60, True), ("dull", False))
+    ]
+    examples, labels = encode_given(make(DpoConfig, name="x", loss_type="kto", max_length=40), rows, role.model, tokenizer)
+    assert labels is not None and labels.tolist() == [True, False] and len(examples) == 2
+
+
+def test_held_out_texts_of_kto_are_drawn(tiny_llama: Path, sft_run: str, tmp_path: Path, make: Make, reader: Any) -> None:
+    """Its z puts each text beside another's prompt; rows of pairs stand together in a file, with one prompt."""
+    shared = {
+        "out": str(tmp_path),
+        "model": str(tiny_llama),
+        "actor": sft_run,
+        "steps": 2,
+        "batch_size": 4,
+        "lr": 3e-2,
+        "loss_type": "kto",
+    }
+    seen: list[list[str]] = []
+    real = dpo_module.mismatched_kl
+
+    def spied(policy: Any, reference: Any, examples: Any, max_tokens: int) -> Any:
+        seen.append([example.prompt for example in examples])
+        return real(policy, reference, examples, max_tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_module, "mismatched_kl", spied)
+        dpo(make(DpoConfig, name="x", **shared), unpaired(PAIRS[:8]), eval_rows=unpaired(PAIRS))
+    held_out = next(prompts for prompts in seen if len(prompts) == 2 * len(PAIRS))
+    same = sum(a == b for a, b in pairwise(held_out))
+    assert same < len(PAIRS) / 2

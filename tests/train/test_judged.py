@@ -40,7 +40,7 @@ from punster.train.judged import (
     shuffled,
     weighed,
 )
-from punster.train.lessons import bag, judged_rows
+from punster.train.lessons import bag, named_rows
 from punster.train.optim import seeded
 from punster.train.reward import train_reward
 from punster.train.setup import fits
@@ -230,7 +230,7 @@ def test_labels_train_the_score_and_ratings_a_head_of_their_own(untrained: tuple
 def test_contrasts_that_a_short_context_has_no_room_for_are_left_out(untrained: tuple[Role, Any], make: Make) -> None:
     role, tokenizer = untrained
     longest = role.model.config.max_positions
-    rows = judged_rows(make(RewardConfig, name="a"), contrast_rows("synonym_swap", 2), Role(role.model), tokenizer)
+    rows = named_rows(make(RewardConfig, name="a"), contrast_rows("synonym_swap", 2), Role(role.model), tokenizer)
     lengths = [
         len(tokenizer.prompt_ids(r["prompt"]) + tokenizer.response_ids(text))
         for r in rows

@@ -11,7 +11,6 @@ from punster.data import corpus
 from punster.data.schema import texts_of
 from punster.errors import UserError
 from punster.train import estimate
-from punster.train.dpo import given_pairs
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     assert count(SftConfig(data=[rows])) == (7, 1)  # the completion; what is chosen or rejected is for other verbs
     assert count(SftConfig(data=["embedded", rows])) == (train + 7, train + 1)
     assert count(DpoConfig(data=[rows])) == (7, 2)
-    assert count(DpoConfig()) == (2 * train, len({text for row in given_pairs() for text in texts_of(row)}))
+    assert count(DpoConfig()) == (2 * train, len({text for row in corpus.pairs() for text in texts_of(row)}))
     assert count(DpoConfig(data=[rows], loss_type="kto"))[0] == 4  # two texts for a pair
     assert count(DpoConfig(online=True, reward_model="r")) == (0, 0)
     assert count(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself

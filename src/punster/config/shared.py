@@ -15,6 +15,10 @@ from punster.errors import UserError
 
 DEFAULT_MODEL = "smollm2-135m-instruct-q4"  # built in: model/load.py
 FROM_PYTHON = "(given from Python)"  # in config.yaml: rows, prompts or a reward that no file has
+# Settings that change nothing of what is learned.
+WITHOUT_EFFECT = frozenset((
+    "resume", "quiet", "dry_run", "save_every", "keep", "keep_best", "eval_every", "eval_data", "out", "max_tokens", "reward_timeout",
+))  # fmt: skip
 CONFIG_VERSION = 1  # goes up when a setting changes its name or its meaning
 
 
@@ -28,6 +32,11 @@ def opt(default: Any, help: str = "", short: str | None = None, **limits: float)
 
 def default_of(item: Field[Any]) -> Any:
     return item.default_factory() if callable(item.default_factory) else item.default
+
+
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """All defaults of a dataclass of settings, by name; none of None."""
+    return {item.name: default_of(item) for item in fields(kind)} if kind else {}
 
 
 def require(fine: bool, message: str) -> None:

@@ -247,6 +247,11 @@ class DpoConfig(TrainConfig):
     epochs: float = opt(1.0, "passes over the pairs", above=0)
     lr: float = opt(1e-4, "learning rate; linear to 0 after warm-up", above=0)
 
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether pairs are made of samples that the reward model ranks."""
+        return self.online or self.pairs == "sampled"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         fine = self.pairs_per_prompt <= self.samples // 2
@@ -257,7 +262,7 @@ class DpoConfig(TrainConfig):
         require(smooth, f"--label-smoothing belongs to sigmoid and robust; --loss-type is {self.loss_type}")
         fine = self.loss_type not in ("kto", "orpo") or self.sft_coef == 0
         require(fine, f"--sft-coef: {self.loss_type} has its own place for wanted texts")
-        given = not (self.online or self.pairs == "sampled")
+        given = not self.makes_pairs
         require(given or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
         fine = given or (self.data in ([], ["embedded"]) and not self.columns)
         require(fine, "--online and --pairs sampled pair samples to --prompts: they have no use for --data and --columns")

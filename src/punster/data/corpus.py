@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import zip_longest
@@ -172,6 +172,19 @@ def preference_rows(negatives: Iterable[str], split: str = "train", seed: int = 
     return [
         {"prompt": r["prompt"], "chosen": r["pun"], "rejected": rejected(kind, index), "kind": kind, "id": r["id"]}
         for kind in negatives for index, r in enumerate(chosen)
+    ]  # fmt: skip
+
+
+def pairs(split: str = "train") -> list[Row]:
+    """Puns over their literal twins, and over puns on other topics: what "embedded" stands for among pairs."""
+    return preference_rows(("literal", "off_topic"), split)
+
+
+def unpaired(rows: Sequence[Row]) -> list[Row]:
+    """KTO's rows out of pairs: the chosen text is desirable, the rejected one is not."""
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows for side in ("chosen", "rejected")
     ]  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def located_rows(path: str | Path, training: bool | None = None, say: Say | None
         if not kept:
             raise UserError(f"{path}: the files in this folder are all held out ({some}); name one itself to train on it")
         if left and say:
-            what = "held out and not read" if training else "not held out and not read"
+            what = "held out and not read" if training else "no val files and not read"
             say(f"  {path}: {len(left)} of {len(found)} files are {what} ({some}); a file that is named itself is")
         for file in kept:
             yield from _rows_of(file)

@@ -17,13 +17,13 @@ import yaml
 
 from punster.algorithms.bestofn import best_of_n, best_of_win_share, kl_bound
 from punster.config import EvaluateConfig
-from punster.data import corpus
 from punster.data.batch import Example, prefix_batches
 from punster.data.files import read_rows
 from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
-from punster.evaluate.folder import home, lineage, located, read_config
+from punster.evaluate.folder import home, read_config
+from punster.evaluate.lineage import not_held_out, sibling, training_texts
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.evaluate.seeds import rows_of_models
 from punster.evaluate.success import Calls
@@ -35,7 +35,14 @@ from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.optim import seeded
 from punster.train.run import config_dict
-from punster.train.setup import check_prompts, load_prompts, load_rows, open_policy_role, open_reward_model, open_role, plain_base
+from punster.train.setup import (
+    check_prompts,
+    load_prompts,
+    open_policy_role,
+    open_reward_model,
+    open_role,
+    plain_base,
+)
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         summary["called_puns"] = calls.about
         for label, each in sampled.items():
             results[label]["called_puns"] = calls.rate(each.texts, config.seed)
-    if rows := rows_of_models(results, paths):
-        summary["over_seeds"] = rows
     save(config, summary, [line for each in sampled.values() for line in sample_lines(each, texts)])
+    if rows := rows_of_models(results, {name: path for name, path in paths.items() if name != reference_label}):
+        summary["over_seeds"] = rows
+        save(config, summary)
     if client is not None:
         from punster.evaluate.judge import judge_texts
 
@@ -163,20 +171,13 @@ def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[s
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------
-def sibling(models: Sequence[str], name: str) -> str | None:
-    """The run of this name beside any of the runs."""
-    for path in models:
-        if path != "base" and (Path(path).parent / name / "checkpoints").is_dir():
-            return str(Path(path).parent / name)
-    return None
-
-
 def labels_of(paths: Sequence[str]) -> dict[str, str]:
     """{path: name in the tables}: the folder's or file's own; where two of them would share it, with the folder that it lies in."""
     own, there = {path: label_of(path) for path in paths}, {path: Path(path).resolve() for path in paths}
     shared = lambda names: {name for name in names.values() if len({there[path] for path in paths if names[path] == name}) > 1}
     clash = shared(own)
-    named = {path: f"{Path(path).parent.name}/{name}" if name in clash else name for path, name in own.items()}
+    owner = lambda path: home(there[path]) if home(there[path]) != there[path] else there[path].parent
+    named = {path: f"{owner(path).name}/{name}" if name in clash and path != "base" else name for path, name in own.items()}
     if still := shared(named):
         raise UserError(f"two different runs are called {still.pop()}: the table could not tell them apart; copy or rename one")
     return named
@@ -211,53 +212,6 @@ def opened(label: str, path: str, reference: Role, config: EvaluateConfig, token
     if role.head is not None:
         raise UserError(f"{path} is a reward model, not a policy")
     return role
-
-
-def training_texts(paths: Sequence[str]) -> list[str] | None:
-    """What these runs, and the runs that they began with, were taught to write; None if one of them cannot be read any more."""
-    from punster.train.dpo import given_pairs, unpaired
-
-    settings, missing = lineage([Path(path) for path in paths if path != "base"], ("actor", "pretrained"))
-    if missing:
-        return None
-    rows: list[str] = []
-    try:
-        for each in settings:
-            columns = each.get("columns") or []
-            if "loss_type" in each and makes_pairs(each):
-                continue
-            if each.get("loss_type") == "kto":
-                found = load_rows(each["data"], "unpaired", lambda: unpaired(given_pairs()), columns, quiet=True)
-                rows += [row["completion"] for row in found if row["label"]]
-            elif "loss_type" in each:  # DPO and its relatives
-                rows += [row["chosen"] for row in load_rows(each["data"], "preference", given_pairs, columns, quiet=True)]
-            elif each.get("sft_coef"):  # PPO with a supervised term
-                rows += [row["completion"] for row in load_rows(each["sft_data"], "sft", corpus.sft_rows, quiet=True)]
-            elif "actor" not in each:  # supervised fine-tuning
-                rows += [row["completion"] for row in load_rows(each["data"], "sft", corpus.sft_rows, columns, quiet=True)]
-    except (OSError, KeyError, UserError):
-        return None
-    return list(dict.fromkeys(rows)) or None
-
-
-def makes_pairs(settings: dict[str, Any]) -> bool:
-    """Whether a run of DPO learned from samples that the reward model ranked."""
-    return bool(settings.get("online")) or settings.get("pairs") == "sampled"
-
-
-def not_held_out(paths: dict[str, str], gold: str, config: EvaluateConfig) -> dict[str, list[str]]:
-    """{"not_held_out": the models that the yardstick was trained into, or chooses the texts of}, empty if there are none."""
-    yardstick = home(Path(gold)).resolve()
-    same = lambda path: bool(path) and located(Path(str(path)), yardstick.parent).resolve() == yardstick
-    found = []
-    for name, path in paths.items():
-        settings, _ = lineage([Path(path)] if path != "base" and not path.endswith(".jsonl") else [], ("actor", "pretrained"))
-        # DPO on given pairs has a reward model for the scores that it shows, and learns nothing from it.
-        if any(same(each.get("reward_model")) for each in settings if "loss_type" not in each or makes_pairs(each)):
-            found.append(name)
-    chooser = config.proxy or sibling(config.models, "reward")
-    found += [f"best_of_{config.best_of}"] if config.best_of and same(chooser) else []
-    return {"not_held_out": found} if found else {}
 
 
 def kl_entry(kls: Sequence[float], config: EvaluateConfig) -> dict[str, Any]:

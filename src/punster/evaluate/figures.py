@@ -42,8 +42,10 @@ CURVES = (
     Curve("loss", ("dpo",), "Loss of DPO", "loss", "With the sigmoid loss it starts at ln 2 = 0.69 and falls."),
     Curve("rewards/margins", ("dpo",), "Margins of DPO", "implicit reward, preferred - rejected",
      "It starts at 0 and should rise. Very large margins mean that the pairs are memorised."),
-    Curve("eval_loss", ("sft", "distill", "dpo"), "Loss on held-out rows", "loss",
-     "It should fall with the loss of training. Where it turns up while that goes on falling, the rows are being memorised: stop there."),
+    Curve("eval_loss", ("sft", "distill"), "Loss on held-out rows", "nats per token",
+     "Of --eval-data, else of the embedded corpus's puns. Where it turns up while the loss of training falls, the rows are being memorised, or are unlike these."),
+    Curve("eval_loss", ("dpo",), "Loss of DPO on held-out pairs", "loss",
+     "Of --eval-data. Where it turns up while the loss of training falls, the pairs are being memorised: stop there."),
     Curve("eval_accuracy", ("reward",), "Held-out accuracy of the reward models", "share of pairs",
      "Of pairs that are not trained on. What training pairs gain beyond it is learnt by heart."),
 )  # fmt: skip

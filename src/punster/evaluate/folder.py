@@ -346,24 +346,12 @@ def _data_name(given: str) -> str:
 def chain(run: RunData, keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The settings of all stages and of the runs that these keys name, theirs included; names of those that cannot be read."""
     owners = (run.place.name, str(run.config.get("name"))) if run.pipeline else ()
-    return _followed(
+    return followed(
         [s.config for s in run.stages], keys, {f"{owner}/{s.name}" for s in run.stages for owner in owners}, run.place.parent
     )
 
 
-def lineage(paths: Sequence[Path], keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The settings of these runs and of the runs that these keys name, theirs included; names of those that cannot be read."""
-    settings: list[dict[str, Any]] = []
-    missing: list[str] = []
-    for path in (home(path.resolve()) for path in paths):
-        found = read_config(path / "config.yaml")[0]
-        each, lost = _followed([found] if found else [], keys, {str(path)}, path.parent)
-        settings += [one for one in each if one not in settings]
-        missing += lost if found else [path.name]
-    return settings, missing
-
-
-def _followed(
+def followed(
     settings: list[dict[str, Any]], keys: Sequence[str], known: set[str], beside: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:  # fmt: skip
     """known: paths, or "folder/name", of runs whose settings these are; beside: the folder in which the runs of a pipeline lie now."""

@@ -106,7 +106,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     text = (
         f"{len(runs)} runs compared: {run.name}. Each has its own reference, gold reward model and training reward: compare gold "
         "rewards, scores, ratings, win rates and KL within a run; lengths, distinct-2 and other shares also between runs, as far as "
-        "prompts and decoding agree."
+        "prompts and decoding agree." + " Means over seeds are of each run's own figures." * bool(run.summary["over_seeds"])
     )
     judge = [f"{one.name}: {line}" for one in runs for line in judge_sentences(one.summary)]
     command = "punster report " + " ".join(one.path() for one in runs)

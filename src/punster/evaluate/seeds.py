@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from punster.evaluate.folder import RunData, home, read_config
+import punster.config
+from punster.config.shared import FROM_PYTHON, WITHOUT_EFFECT, defaults_of
+from punster.evaluate.folder import RunData, home, located, read_config
 from punster.evaluate.table import as_dict, label, number
 from punster.evaluate.winrate import LEVEL, Interval
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, a normal's with the first terms of its expansion.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-OWN = ("seed", "name", "out", "resume", "quiet", "dry_run")  # of a run, whatever recipe it follows
+OWN = WITHOUT_EFFECT | {"seed", "name"}  # of a run, whatever recipe it follows
 BEGUN_WITH = ("actor", "pretrained", "reward_model")
+UNBOUNDED = ("held_out_reward", "exposure_gap")  # any other figure is at least 0
+SHARES = (
+    "win_rate_vs_sft",
+    "success_rate",
+    "called_puns",
+    "distinct_2",
+    "mauve",
+    "seq_rep_4",
+    "unique_share",
+    "nearest_training",
+)
+
+
+class Measured(NamedTuple):
+    """A model as it was evaluated: the recipe that it was made by, its seed, and its figures."""
+
+    name: str
+    recipe: str
+    seed: str
+    entry: Mapping[str, Any]
 
 
 def student(degrees: int) -> float:
@@ -26,11 +49,11 @@ def student(degrees: int) -> float:
     return STUDENT[degrees - 1] if degrees <= len(STUDENT) else expanded
 
 
-def over_seeds(values: Sequence[Any]) -> Interval | None:
+def over_seeds(values: Sequence[Any], key: str = "held_out_reward") -> Interval | None:
     """The mean of a figure over runs of different seeds, numbers or intervals; None if there are not two.
 
     Half an interval is the root of two squares: Student's t over the runs, and the mean of their own halves, since all of them
-    were measured on the same prompts, whose choice the runs do not tell of.
+    were measured on the same prompts, whose choice the runs do not tell of. It is cut where the figure (`key`) cannot be.
     """
     means = [value for value in map(number, values) if value is not None]
     if len(means) < len(values) or len(means) < 2:
@@ -39,32 +62,58 @@ def over_seeds(values: Sequence[Any]) -> Interval | None:
     own = [(high - low) / 2 for low, high in ends if low is not None and high is not None]
     half = math.hypot(student(len(means) - 1) * stdev(means) / math.sqrt(len(means)), mean(own) if own else 0.0)
     centre = mean(means)
-    return {"mean": centre, "low": centre - half, "high": centre + half}
+    lowest = -math.inf if key in UNBOUNDED else 0.0
+    highest = 1.0 if key in SHARES or key.endswith("_rate") else math.inf
+    return {"mean": centre, "low": max(lowest, centre - half), "high": min(highest, centre + half)}
 
 
 def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What models say of one another's figures, key by key; a rating or a test of one of them has no mean."""
     keys = [key for key in entries[0] if key != "rating" and all(key in entry for entry in entries)]
-    found = {key: over_seeds([entry[key] for entry in entries]) for key in keys}
+    found = {key: over_seeds([entry[key] for entry in entries], key) for key in keys}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def recipe_of(path: Path, depth: int = 3) -> str:
-    """A run's settings without its seed and its own names, those of the runs that it began with in the place of their paths."""
-    settings, verb = read_config(home(path) / "config.yaml")
-    if not settings or not depth:
+    """A run's settings, or a checkpoint's with its step, without its seed and its own names; those of the runs that it began with,
+    and what came from Python by its hash, in the place of their names. Of what cannot be known alike the path itself."""
+    run = home(path)
+    settings, verb = read_config(run / "config.yaml")
+    if not settings or not depth or FROM_PYTHON in settings.get("reward", []):
         return str(path)
-    followed = {key: recipe_of(Path(str(settings[key])), depth - 1) for key in BEGUN_WITH if settings.get(key)}
-    kept = {key: value for key, value in settings.items() if key not in OWN}
-    return repr((verb, sorted((kept | followed).items(), key=lambda item: item[0])))
+    kept = defaults_of(getattr(punster.config, f"{verb.capitalize()}Config", None)) | settings
+    beside = run.resolve().parent
+    for key in (key for key in BEGUN_WITH if kept.get(key)):
+        path_there = Path(str(kept[key]))
+        kept[key] = recipe_of(located(path_there, beside) / path_there.relative_to(home(path_there)), depth - 1)
+    if FROM_PYTHON in str(kept):
+        kept["given"] = given_hash(run)
+    step = path.name if path != run else ""
+    return repr((verb, step, sorted((key, str(value)) for key, value in kept.items() if key not in OWN)))
 
 
-def grouped(recipes: Mapping[str, tuple[str, Any]]) -> list[list[str]]:
-    """Names whose recipe is the same and whose seeds differ, of {name: (recipe, seed)}."""
-    found: dict[str, dict[str, str]] = {}
-    for name, (recipe, seed) in recipes.items():
-        found.setdefault(recipe, {}).setdefault(str(seed), name)
-    return [list(names.values()) for names in found.values() if len(names) > 1]
+def given_hash(run: Path) -> str:
+    """The hash of what a run was given, as its checkpoints hold it for --resume; the run's path where there is none."""
+    try:
+        newest = max(run.glob("checkpoints/step-*/state.json"), key=lambda file: int(file.parent.name[5:]))
+        keys = json.loads(newest.read_text(encoding="utf-8"))["keys"]
+        return str((keys["data"], keys.get("judged")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(run)
+
+
+def rows_of(models: Sequence[Measured]) -> dict[str, Any]:
+    """{name: means} of the models of one recipe with different seeds, each seed once."""
+    groups: dict[str, dict[str, Measured]] = {}
+    for model in models:
+        groups.setdefault(model.recipe, {}).setdefault(model.seed, model)
+    rows: dict[str, Any] = {}
+    for group in (list(group.values()) for group in groups.values() if len(group) > 1):
+        names = [model.name for model in group]
+        row = common_name(names)
+        row = row if row not in rows else f"{row}: {', '.join(names)}"
+        rows[row] = {"runs": names, **mean_entry([model.entry for model in group])}
+    return rows
 
 
 def common_name(names: Sequence[str]) -> str:
@@ -76,21 +125,17 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def rows_of_models(models: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
-    """{name: means} of an evaluation's models that are runs (`paths`) of one recipe with different seeds."""
-    runs = {name: Path(paths[name]) for name in models if name in paths and (home(Path(paths[name])) / "config.yaml").is_file()}
-    recipes = {name: (recipe_of(path), read_config(home(path) / "config.yaml")[0].get("seed")) for name, path in runs.items()}
-    return {common_name(names): {"runs": names, **mean_entry([models[name] for name in names])} for names in grouped(recipes)}
+    """Of an evaluation's models that are runs (`paths`)."""
+    runs = {name: Path(path) for name, path in paths.items() if (home(Path(path)) / "config.yaml").is_file()}
+    seed = lambda path: str(read_config(home(path) / "config.yaml")[0].get("seed"))
+    return rows_of([Measured(name, recipe_of(path), seed(path), models[name]) for name, path in runs.items()])
 
 
 def rows_of_runs(runs: Sequence[RunData]) -> dict[str, Any]:
-    """The same of whole pipelines that differ in their seed: of each model that all of them have."""
-    recipes = {str(place): (repr(sorted((k, str(v)) for k, v in run.config.items() if k not in OWN)), run.config.get("seed"))
-               for place, run in enumerate(runs) if run.config}  # fmt: skip
-    rows: dict[str, Any] = {}
-    for places in grouped(recipes):
-        some = [runs[int(place)] for place in places]
-        for name in (n for n in some[0].models if all(n in run.models for run in some)):
-            row = f"{label(name)} ({len(some)} seeds)"
-            row = row if row not in rows else f"{some[0].name}: {row}"
-            rows[row] = {"runs": [run.name for run in some], **mean_entry([run.models[name] for run in some])}
-    return rows
+    """Of whole pipelines that differ in their seed: each model that they have."""
+    found = []
+    for run in (run for run in runs if run.verb == "run"):
+        recipe = repr(sorted((key, str(value)) for key, value in run.config.items() if key not in OWN))
+        seed = str(run.config.get("seed"))
+        found += [Measured(f"{run.name}/{name}", f"{name} {recipe}", seed, entry) for name, entry in run.models.items()]
+    return rows_of(found)

@@ -185,6 +185,11 @@ def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
             f"NOT held out: {', '.join(label(str(name)) for name in trained)} learned from this very yardstick, or is chosen by it; its "
             "rewards, win rates and ratings show how well that was learned, not how good the texts are."
         )
+    if (unknown := summary.get("lineage_unknown")) and isinstance(unknown, list):
+        lines.append(
+            f"Not known whether held out: {', '.join(label(str(name)) for name in unknown)} began with a run that is not here any more, so "
+            "nothing can tell what that learned from."
+        )
     if calls := as_dict(summary.get("called_puns")):
         lines.append(
             f"Called puns: the yardstick calls as many of {show(calls.get('outputs'), 0)} machine outputs puns as people do "

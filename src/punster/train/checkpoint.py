@@ -170,6 +170,7 @@ def save_checkpoint(
     # A damaged one of a later step does not count: it would push out a good one.
     kept = sorted(s for s in steps_of(run.folder) if s <= step)
     metrics = BEST.get(run.verb, ()) if run.config.keep_best == "auto" else (run.config.keep_best,)
+    metrics = metrics if run.config.eval_every else metrics[-1:]  # a held-out loss of the last step alone chooses nothing
     best = next((found for metric in metrics if (found := best_step(run.folder, metric)) is not None), None)
     for old in kept[: -run.config.keep]:
         if old != best:

@@ -12,6 +12,7 @@ from punster.config import DistillConfig
 from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
+from punster.train.held_out import own_rows
 from punster.train.optim import seeded
 from punster.train.run import check_name
 from punster.train.setup import check_prompts, load_prompts, open_reward_model, open_start
@@ -26,6 +27,7 @@ def distill(config: DistillConfig) -> Path | None:
     policy, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
     prompts = load_prompts(config.prompts, quiet=config.quiet)
+    own_rows(config)  # a mistake in --eval-data must not cost the samples
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
     rows = []
     if config.dry_run:

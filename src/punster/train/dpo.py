@@ -19,9 +19,8 @@ from torch import Tensor
 
 from punster.algorithms.losses import kto_loss, preference_loss
 from punster.config import DpoConfig
-from punster.data import corpus
-from punster.data.batch import Batch, Example, token_batches
-from punster.data.schema import Row, texts_of
+from punster.data.batch import Batch, Example, epoch_order, token_batches
+from punster.data.schema import Row
 from punster.errors import UserError
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
@@ -30,14 +29,16 @@ from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.held_out import first, own_prompts, own_rows, sample_table
+from punster.train.held_out import first, own_rows, sample_table
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import (
     check_prompts,
+    embedded_rows,
     encode,
     extend,
+    kind_of_rows,
     load_prompts,
     load_rows,
     open_reward_model,
@@ -57,15 +58,20 @@ def dpo(
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
     started = check_name(config, "dpo")
-    if not (rows is None and eval_rows is None) and (config.online or config.pairs == "sampled"):
+    if not (rows is None and eval_rows is None) and config.makes_pairs:
         raise UserError("rows were given, but --online and --pairs sampled make pairs of samples: they have no use for them")
     reference, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, reference, tokenizer) if config.reward_model else None
     policy = extend(reference, config, "policy")
     prompts: list[Any] = []
-    if config.online or config.pairs == "sampled":
+    if config.makes_pairs:
         prompts = load_prompts(config.prompts, quiet=config.quiet)[: config.prompt_limit or None]
     given = [] if prompts else given_rows(config, rows)
+    own = own_rows(config, given or [{"prompt": prompt} for prompt in prompts], eval_rows)
+    held_out, held_out_labels = (
+        ([], None) if prompts or not own else encode_given(config, own, reference.model, tokenizer, "row of --eval-data")
+    )
+    shown = first([row["prompt"] for row in own] or load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
     if config.dry_run:
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
@@ -88,10 +94,6 @@ def dpo(
         policy, {"policy": optimizer}, {"data": cursor.generator, "sampling": sampling}, {"data": cursor},
         numbers={"loss": 0.0}, fixed=[judge], given=given_data,
     )  # fmt: skip
-    own = held_out_rows(config, given, eval_rows) if given else []
-    held_out, held_out_labels = encode_given(config, own, reference.model, tokenizer, "row of --eval-data") if own else ([], None)
-    to_show = [row["prompt"] for row in own] if given else own_prompts(config)
-    shown = first(to_show or load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
 
     def prepared(examples: Sequence[Example], tokens: int) -> tuple[Trunk, Tensor]:
         trunk = Trunk.compute(policy, examples, [policy.frozen_depth], tokens)
@@ -114,7 +116,8 @@ def dpo(
             decoding = Decoding(config.max_new_tokens, config.temperature)
             found = sample_table(run, step, policy, tokenizer, shown, decoding, score=score, reference=reference)
             if held_out and "eval_loss" not in found:
-                every = list(range(len(held_out) // unit))
+                # Drawn, as KTO puts each text beside the next one's prompt, and a file may have those of one prompt together.
+                every = epoch_order(len(held_out) // unit, seeded(config.seed, "evaluation"))
                 with torch.no_grad():
                     looked_at = within_memory(state, partial(losses, held_out, held_out_labels, every, known))
                 found |= {f"eval_{name}": value for name, value in looked_at.items()}
@@ -154,24 +157,12 @@ def dpo(
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
-def given_pairs() -> list[Row]:
-    return corpus.preference_rows(("literal", "off_topic"), "train")
-
-
-def unpaired(rows: Sequence[Row]) -> list[Row]:
-    """KTO's rows out of pairs: the chosen text is desirable, the rejected one is not."""
-    return [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in rows for side in ("chosen", "rejected")
-    ]  # fmt: skip
-
-
 def given_rows(config: DpoConfig, rows: Sequence[Row] | None) -> list[Row]:
     """Pairs, or, for KTO, single texts with their labels."""
-    source = rows if rows is not None else config.data
-    if config.loss_type == "kto":
-        return load_rows(source, "unpaired", lambda: unpaired(given_pairs()), config.columns, quiet=config.quiet)
-    return load_rows(source, "preference", given_pairs, config.columns, quiet=config.quiet)
+    kind = kind_of_rows(config)
+    return load_rows(
+        config.data if rows is None else rows, kind, partial(embedded_rows, kind), config.columns, quiet=config.quiet
+    )
 
 
 def load_examples(
@@ -193,15 +184,6 @@ def load_examples(
             )
         return examples, torch.arange(len(examples)) % 2 == 0 if kto else None
     return encode_given(config, given, reference.model, tokenizer)
-
-
-def held_out_rows(config: DpoConfig, given: Sequence[Row], eval_rows: Sequence[Row] | None) -> list[Row]:
-    """The rows of --eval-data, or given from Python, beside these that are trained on."""
-    trained = (texts_of(row)[0] for row in given)
-    embedded = lambda: corpus.preference_rows(("literal", "off_topic"), "val")
-    if config.loss_type == "kto":
-        return own_rows(config, eval_rows, "unpaired", lambda: unpaired(embedded()), trained, config.columns)
-    return own_rows(config, eval_rows, "preference", embedded, trained, config.columns)
 
 
 def encode_given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from punster.config import (
     DpoConfig,
@@ -16,7 +17,7 @@ from punster.config import (
 from punster.data import corpus
 from punster.data.schema import Row, texts_of
 from punster.train.plan import PROMPT, RESPONSE, block_size, layers_of, measured_speed, stage_work
-from punster.train.setup import load_rows, shared_base
+from punster.train.setup import embedded_rows, kind_of_rows, load_rows, shared_base
 
 Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts of a pass, by what was read
 
@@ -43,18 +44,13 @@ def given(stage: TrainConfig, counts: Counts) -> tuple[int, int]:
 
     (0, 0) where pairs are sampled; --pretrain is not counted. counts: of data read before.
     """
-    from punster.train.dpo import given_pairs, unpaired
-
-    if isinstance(stage, SftConfig):
-        return counted(counts, stage.data, "sft", corpus.sft_rows, stage.columns)
-    if isinstance(stage, DpoConfig) and not stage.online and stage.pairs == "data":
-        if stage.loss_type != "kto":
-            return counted(counts, stage.data, "preference", given_pairs, stage.columns)
-        rows, texts = counted(counts, stage.data, "unpaired", lambda: unpaired(given_pairs()), stage.columns)
-        return math.ceil(rows / 2), texts  # two texts cost what a pair does
+    kind = kind_of_rows(stage)
+    if isinstance(stage, SftConfig | DpoConfig) and kind != "prompt":
+        rows, texts = counted(counts, stage.data, kind, partial(embedded_rows, kind), stage.columns)
+        return math.ceil(rows / 2) if kind == "unpaired" else rows, texts  # two texts cost what a pair does
     if isinstance(stage, RewardConfig):
         named = [name for name in stage.data if name != "embedded"]
-        return counted(counts, named, "judged", list, stage.columns) if named else (0, 0)
+        return counted(counts, named, kind, list, stage.columns) if named else (0, 0)
     return 0, 0
 
 

@@ -3,7 +3,8 @@ counts, and shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
 from punster.train.run import Run
-from punster.train.setup import load_prompts, load_rows, speaker
+from punster.train.setup import embedded_rows, kind_of_rows, load_prompts, load_rows, speaker
 
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 
@@ -28,28 +29,24 @@ def first(prompts: Sequence[Any], count: int) -> list[Any]:
     return list({str(prompt): prompt for prompt in prompts}.values())[:count]
 
 
-def own_rows(
-    config: TrainConfig, given: Sequence[Row] | None, kind: str, embedded: Callable[[], list[Row]], trained: Iterable[str],
-    columns: Sequence[str],
-) -> list[Row]:  # fmt: skip
-    """Held-out rows as given from Python, or those of --eval-data; none without. Those that are trained on are counted, and said.
+def own_rows(config: TrainConfig, trained: Sequence[Row] = (), given: Sequence[Row] | None = None) -> list[Row]:
+    """The rows of --eval-data, or as given from Python, of the kind that the verb learns from; none without.
 
-    embedded: makes what "embedded" stands for; trained: texts.
+    Those whose (preferred) text, or of prompts alone the prompt, is trained on are counted, and said.
     """
     if given is None and not config.eval_data:
         return []
-    rows = load_rows(config.eval_data if given is None else given, kind, embedded, columns, config.quiet, training=False)
-    known = set(trained)
-    if shared := sum(texts_of(row)[0] in known for row in rows):
-        speaker(config.quiet)(
-            f"note: {shared} of {len(rows)} rows of --eval-data have a text that is trained on, so they are not held out"
-        )
+    kind, columns = kind_of_rows(config), getattr(config, "columns", [])
+    if kind == "prompt":
+        rows: list[Row] = [{"prompt": p} for name in config.eval_data for p in load_prompts(name, "val", config.quiet)]
+    else:
+        source = config.eval_data if given is None else given
+        rows = load_rows(source, kind, partial(embedded_rows, kind, "val"), columns, config.quiet, training=False)
+    told = lambda row: (texts_of(row) or [str(row["prompt"])])[0]
+    known = {told(row) for row in trained}
+    if shared := sum(told(row) in known for row in rows):
+        speaker(config.quiet)(f"note: {shared} of {len(rows)} rows of --eval-data are trained on, too, so they are not held out")
     return rows
-
-
-def own_prompts(config: TrainConfig) -> list[Any]:
-    """The prompts of --eval-data."""
-    return [prompt for source in config.eval_data for prompt in load_prompts(source, "val", config.quiet)]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.halves import halves_of
+from punster.train.held_out import own_rows
 from punster.train.judged import Item, balanced, encode_items, families, neutral, pass_shares, shuffled, source_of, weighed
 from punster.train.optim import Cursor, rows_used, seeded, total_steps
 from punster.train.setup import fits, load_rows, speaker, without_long_contrasts
@@ -118,15 +119,6 @@ def lesson_rows(
     return prepared[0], prepared[1]
 
 
-def judged_rows(
-    config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
-) -> list[Row]:
-    """The rows that are named, less those of the other half and of the sources in --without."""
-    rows = named_rows(config, sources, sampled_from, tokenizer)
-    check_without(config, rows)
-    return of_half(config, rows)
-
-
 def named_rows(
     config: RewardConfig, sources: Sequence[str] | Sequence[Row], sampled_from: Role, tokenizer: Tokenizer
 ) -> list[Row]:
@@ -168,14 +160,20 @@ def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
 
 
-def judged_pairs(config: RewardConfig, given: Sequence[Row] | None, tokenizer: Tokenizer, model: Decoder) -> list[Row]:
+def judged_pairs(
+    config: RewardConfig, trained: Sequence[Row], given: Sequence[Row] | None, tokenizer: Tokenizer, model: Decoder
+) -> list[Row]:
     """Held-out pairs of which both texts fit into the context: those of --eval-data, by default of the embedded corpus."""
-    embedded = lambda: corpus.preference_rows(("literal", "off_topic"), "val")
-    source = given if given is not None else config.eval_data or ["embedded"]
-    rows = [r for r in load_rows(source, "judged", embedded, config.columns, config.quiet, training=False) if "chosen" in r]
-    if not rows:
-        raise UserError("--eval-data: no pairs (chosen and rejected) in it")
-    return [row for row in rows if fits(row, tokenizer, model)]
+    own = own_rows(config, trained, given)
+    pairs = [row for row in own or corpus.pairs("val") if "chosen" in row]
+    kept = [row for row in pairs if fits(row, tokenizer, model)]
+    if own and len(kept) < len(pairs):
+        speaker(config.quiet)(
+            f"  {len(pairs) - len(kept)} of {len(pairs)} pairs of --eval-data left out: longer than the model's context"
+        )
+    if own and not kept:
+        raise UserError("--eval-data: no pairs (chosen and rejected) in it that fit into the model's context")
+    return kept
 
 
 def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> list[Row]:

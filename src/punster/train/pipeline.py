@@ -34,6 +34,7 @@ from punster.train.checkpoint import clear_partial
 from punster.train.dpo import dpo
 from punster.train.estimate import Counts, pipeline_seconds
 from punster.train.grpo import grpo
+from punster.train.held_out import own_rows
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
 from punster.train.run import changed_settings, claim, config_dict, crash_report, note, release, saved_settings
@@ -158,6 +159,8 @@ def run_pipeline(config: PipelineConfig) -> None:
     counts: Counts = {}
     config = fitted(config, counts)
     stages, evaluation = parts_of(config)
+    for settings in stages.values():  # a mistake in one's --eval-data is found now, and not when its turn has come
+        own_rows(replace(settings, quiet=True))
     if config.dry_run:
         plan(config, stages, time_left(config, stages, evaluation, counts))
         return

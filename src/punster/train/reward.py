@@ -65,7 +65,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
     start = sampled_from if config.start == "sft" else Role(plain_base(sampled_from, config))
     first, given = lesson_rows(config, rows, sampled_from, tokenizer)
     lessons = Lessons.of(config, first, given, tokenizer, start.model)
-    held_out = judged_pairs(config, eval_rows, tokenizer, start.model)
+    held_out = judged_pairs(config, first + given, eval_rows, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
     members = [new_member(start, config, number, lessons.items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)

@@ -27,9 +27,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from punster.config import TrainConfig
-from punster.config.shared import FROM_PYTHON, default_of
+from punster.config.shared import FROM_PYTHON, WITHOUT_EFFECT, defaults_of
 from punster.disk import write_json, write_text
 from punster.errors import Aborted, UserError
+from punster.machine import machine, versions
 from punster.safe import json_line, redact, scrub
 from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, writing
 from punster.train.optim import out_of_memory
@@ -214,7 +215,8 @@ class Run:
         for key, value in self.held_out[1].items():
             self._picture("add_scalar", key, value, self.held_out[0])
         with writing(self.folder / "summary.json"):
-            write_json(self.folder / "summary.json", {**summary, "wall_seconds": round(time.monotonic() - self.started, 1)})
+            known = {"wall_seconds": round(time.monotonic() - self.started, 1), "machine": machine()}
+            write_json(self.folder / "summary.json", {**summary, **known})
 
 
 def check_name(config: TrainConfig, verb: str) -> float:
@@ -263,8 +265,6 @@ def release(lock: FileLock) -> None:
 
 def crash_report(folder: Path, error: BaseException, **known: Any) -> None:
     """Write crash.json, where that can be written: what a bug report needs, without secrets. The error then names it."""
-    from punster.machine import machine, versions
-
     report = {"time": datetime.now(UTC).isoformat(), "arguments": sys.argv[1:], "machine": machine(), "versions": versions(), **known,
               "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exception(error)}  # fmt: skip
     with suppress(OSError):
@@ -274,11 +274,8 @@ def crash_report(folder: Path, error: BaseException, **known: Any) -> None:
 
 def changed_settings(folder: Path, config: TrainConfig) -> str:
     """How a run's saved settings differ from these, as text; what does not change the result is left aside."""
-    defaults = {item.name: default_of(item) for item in dataclasses.fields(config)}
-    saved = defaults | saved_settings(folder)  # options newer than the file: as by default
-    ignored = {
-        "resume", "quiet", "dry_run", "save_every", "keep", "keep_best", "eval_every", "out", "max_tokens", "reward_timeout",
-    }  # fmt: skip
+    saved = defaults_of(type(config)) | saved_settings(folder)  # options newer than the file: as by default
+    ignored = set(WITHOUT_EFFECT)
     if saved["dtype"] == "auto":  # what it came to is in the checkpoint
         ignored.add("dtype")
     if getattr(config, "target_kl", None) is None:

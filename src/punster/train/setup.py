@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from punster.config import SftConfig, TrainConfig
+from punster.config import DpoConfig, PolicyConfig, RewardConfig, SftConfig, TrainConfig
 from punster.config.shared import DEFAULT_MODEL
 from punster.data import corpus
 from punster.data.batch import Example
@@ -186,6 +186,26 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
+def kind_of_rows(config: TrainConfig) -> str:
+    """The schema of what a verb learns from: "sft", "preference", "unpaired" (KTO), "judged", or "prompt" alone."""
+    if isinstance(config, RewardConfig):
+        return "judged"
+    if isinstance(config, PolicyConfig) or (isinstance(config, DpoConfig) and config.makes_pairs):
+        return "prompt"
+    if isinstance(config, DpoConfig):
+        return "unpaired" if config.loss_type == "kto" else "preference"
+    return "sft"
+
+
+def embedded_rows(kind: str, split: str = "train") -> list[Row]:
+    """What "embedded" stands for (but for reward models, which have --negatives to train on)."""
+    if kind == "sft":
+        return corpus.sft_rows(split)
+    if kind == "prompt":
+        return [{"prompt": prompt} for prompt in corpus.prompts(split)]
+    return corpus.unpaired(corpus.pairs(split)) if kind == "unpaired" else corpus.pairs(split)
+
+
 def load_rows(
     sources: Sequence[str] | Sequence[Row],
     kind: str,

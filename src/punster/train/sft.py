@@ -58,7 +58,7 @@ def sft(
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     given, examples = encode_rows(tokenizer, start.model, given, config.quiet)
     known = [row["completion"] for row in given]
-    held_out = own_rows(config, eval_rows, "sft", lambda: corpus.sft_rows("val"), known, config.columns)
+    held_out = own_rows(config, given, eval_rows)
     named = config.prompts if isinstance(config, DistillConfig) else held_out_name(config.data) if rows is None else ""
     if held_out or not named:
         shown = first([row["prompt"] for row in held_out or given], config.eval_prompts)

@@ -1,0 +1,83 @@
+"""What compared models learned from: copies are looked for in it, and a yardstick that is part of it is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from punster.config import EvaluateConfig
+from punster.data import corpus
+from punster.errors import UserError
+from punster.evaluate.folder import followed, home, located, read_config
+from punster.train.setup import embedded_rows, load_rows
+
+
+def sibling(models: Sequence[str], name: str) -> str | None:
+    """The run of this name beside any of the runs."""
+    for path in models:
+        if path != "base" and (Path(path).parent / name / "checkpoints").is_dir():
+            return str(Path(path).parent / name)
+    return None
+
+
+def lineage(paths: Sequence[Path], keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The settings of these runs and of the runs that these keys name, theirs included; names of those that cannot be read."""
+    settings: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for path in (home(path.resolve()) for path in paths):
+        found = read_config(path / "config.yaml")[0]
+        each, lost = followed([found] if found else [], keys, {str(path)}, path.parent)
+        settings += [one for one in each if one not in settings]
+        missing += lost if found else [path.name]
+    return settings, missing
+
+
+def training_texts(paths: Sequence[str]) -> list[str] | None:
+    """What these runs, and the runs that they began with, were taught to write; None if one of them cannot be read any more."""
+    settings, missing = lineage([Path(path) for path in paths if path != "base"], ("actor", "pretrained"))
+    if missing:
+        return None
+    rows: list[str] = []
+    try:
+        for each in settings:
+            columns = each.get("columns") or []
+            if "loss_type" in each and makes_pairs(each):
+                continue
+            if "loss_type" in each:  # DPO and its relatives
+                kind = "unpaired" if each["loss_type"] == "kto" else "preference"
+                found = load_rows(each["data"], kind, partial(embedded_rows, kind), columns, quiet=True)
+                rows += [row["completion"] if kind == "unpaired" else row["chosen"] for row in found if row.get("label", True)]
+            elif each.get("sft_coef"):  # PPO with a supervised term
+                rows += [row["completion"] for row in load_rows(each["sft_data"], "sft", corpus.sft_rows, quiet=True)]
+            elif "actor" not in each:  # supervised fine-tuning
+                rows += [row["completion"] for row in load_rows(each["data"], "sft", corpus.sft_rows, columns, quiet=True)]
+    except (OSError, KeyError, UserError):
+        return None
+    return list(dict.fromkeys(rows)) or None
+
+
+def makes_pairs(settings: dict[str, Any]) -> bool:
+    """Whether a run of DPO learned from samples that the reward model ranked."""
+    return bool(settings.get("online")) or settings.get("pairs") == "sampled"
+
+
+def not_held_out(paths: dict[str, str], gold: str, config: EvaluateConfig) -> dict[str, list[str]]:
+    """{"not_held_out": the models that the yardstick was trained into, or chooses the texts of; "lineage_unknown": models of which
+    nobody can know, as a run that they began with is not there any more}, without what is empty."""
+    yardstick = home(Path(gold)).resolve()
+    same = lambda path: bool(path) and located(Path(str(path)), yardstick.parent).resolve() == yardstick
+    found, unknown = [], []
+    for name, path in paths.items():
+        settings, missing = lineage(
+            [Path(path)] if path != "base" and not path.endswith(".jsonl") else [], ("actor", "pretrained")
+        )
+        # DPO on given pairs has a reward model for the scores that it shows, and learns nothing from it.
+        if any(same(each.get("reward_model")) for each in settings if "loss_type" not in each or makes_pairs(each)):
+            found.append(name)
+        elif missing:
+            unknown.append(name)
+    chooser = config.proxy or sibling(config.models, "reward")
+    found += [f"best_of_{config.best_of}"] if config.best_of and same(chooser) else []
+    return {key: names for key, names in (("not_held_out", found), ("lineage_unknown", unknown)) if names}
