@@ -13,9 +13,20 @@ import pytest
 import yaml
 
 from punster.cli import main
-from punster.evaluate.folder import read_run
+from punster.evaluate.figures import bands, curves_of, smoothed
+from punster.evaluate.folder import compared, read_run
 from punster.evaluate.report import write_comparison
-from punster.evaluate.seeds import Measured, common_name, mean_entry, over_seeds, recipe_of, rows_of, rows_of_runs, student
+from punster.evaluate.seeds import (
+    Measured,
+    common_name,
+    mean_entry,
+    over_seeds,
+    recipe_of,
+    rows_of,
+    rows_of_runs,
+    stages_of,
+    student,
+)
 
 
 def test_students_quantiles() -> None:
@@ -187,3 +198,34 @@ def test_pipelines_of_three_seeds_on_one_page(tmp_path: Path) -> None:
         text = (folder / "config.yaml").read_text()
         (folder / "config.yaml").write_text(text.replace("# punster run", "# punster evaluate"))
     assert rows_of_runs([read_run(folder) for folder in folders]) == {}
+
+
+def test_curves_of_several_seeds_are_one_with_a_band(tmp_path: Path) -> None:
+    """The mean over the steps that all runs have, from the lowest to the highest; other runs stay as they are."""
+    for seed in (1, 2, 3):
+        folder = settings(tmp_path / f"ppo-{seed}", seed=seed, beta=0.1 if seed < 3 else 0.2)
+        rows = [{"step": step, "objective/scores": float(seed * step)} for step in range(1, 6 - seed)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [read_run(tmp_path / f"ppo-{seed}") for seed in (1, 2, 3)]
+    page = write_comparison([run.place for run in runs], tmp_path / "page.html").read_text()
+    assert "PPO (2 seeds) 1.5 to 4.5; ppo-3 3 to 6." in page and "Of several seeds the mean, with a band" in page
+    together = compared(runs)
+    together.seeds = stages_of(together.stages)
+    [(_, lines)] = curves_of(together)
+    both, third = bands(together, lines)
+    assert (both.steps, both.mean, both.low, both.high) == ([1, 2, 3], [1.5, 3, 4.5], [1, 2, 3], [2, 4, 6])
+    assert (third.name, third.steps, third.low) == ("ppo-3", [1, 2], [3, 6])
+    assert both.hue != third.hue
+    for seed in (1, 2):  # of pipelines the same stages
+        folder = settings(tmp_path / f"demo-{seed}", "run", seed=seed)
+        for stage in ("sft", "ppo"):
+            settings(folder / stage, stage, seed=seed, out=str(folder))
+    pipelines = compared([read_run(tmp_path / f"demo-{seed}") for seed in (1, 2)])
+    assert stages_of(pipelines.stages) == {
+        "SFT (2 seeds)": ["demo-1: SFT", "demo-2: SFT"], "PPO (2 seeds)": ["demo-1: PPO", "demo-2: PPO"],
+    }  # fmt: skip
+
+
+def test_running_means_are_not_bent_at_the_ends() -> None:
+    assert smoothed([0.0, 3.0, 6.0, 9.0], 2) == [0.0, 3.0, 6.0, 9.0]
+    assert smoothed([0.0, 3.0, 0.0, 3.0, 0.0], 1) == [0.0, 1.0, 2.0, 1.0, 0.0]

@@ -105,29 +105,64 @@ def curves_of(run: RunData) -> Iterator[tuple[Curve, list[tuple[Stage, Points]]]
             yield curve, found
 
 
+class Band(NamedTuple):
+    """A curve, or of runs that differ in their seed the mean of theirs, from the lowest of them to the highest."""
+
+    name: str
+    hue: int
+    steps: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def bands(run: RunData, lines: list[tuple[Stage, Points]]) -> list[Band]:
+    """Curves, those of several seeds as one, over the steps that all of these have."""
+    known, found = {stage.name: dict(points) for stage, points in lines}, []
+    together = {name: [member for member in members if member in known] for name, members in run.seeds.items()}
+    single = set(known).difference(*together.values())
+    for name, members in [*together.items(), *((name, [name]) for name in known if name in single)]:
+        if members:
+            steps = sorted(set.intersection(*(set(known[member]) for member in members)))
+            values = [[known[member][step] for member in members] for step in steps]
+            mean = [sum(each) / len(each) for each in values]
+            found.append(Band(name, run.hue(members[0]), steps, mean, list(map(min, values)), list(map(max, values))))
+    return [band for band in found if len(band.steps) > 1]
+
+
+def smoothed(values: list[float], width: int) -> list[float]:
+    """A running mean, symmetric, so that the ends are not bent."""
+    reach = [min(width, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
+
+
 def curve_figure(run: RunData, curve: Curve, lines: list[tuple[Stage, Points]]) -> dict[str, str]:
-    """Lines over steps; long noisy ones pale, with a running mean on top."""
+    """Lines over steps, of several seeds with a band; long noisy ones pale, with a running mean on top."""
+    drawn = bands(run, lines)
 
     def draw(axes: Any) -> None:
-        for stage, points in lines:
-            hue = run.hue(stage.name)
-            xs, ys = zip(*points, strict=True)
-            width = len(ys) // 12
+        for band in drawn:
+            hue, width = band.hue, len(band.steps) // 12
             # Marker and dashes tell lines apart without colour.
             style = {"color": colour(hue), "linestyle": ("-", "--")[hue % 2]}
+            smooth = (lambda values, width=width: smoothed(values, width)) if width >= 3 else list
+            if band.low != band.high:
+                axes.fill_between(band.steps, smooth(band.low), smooth(band.high), color=style["color"], alpha=0.18, linewidth=0)
             if width < 3:
-                size = 3.5 if len(ys) <= 30 else 0
-                axes.plot(xs, ys, label=label(stage.name), linewidth=1.6, marker=MARKERS[hue], markersize=size, **style)
+                size = 3.5 if len(band.steps) <= 30 else 0
+                axes.plot(
+                    band.steps, band.mean, label=label(band.name), linewidth=1.6, marker=MARKERS[hue], markersize=size, **style
+                )
                 continue
-            reach = [min(width, i, len(ys) - 1 - i) for i in range(len(ys))]  # symmetric, so that the ends are not bent
-            means = [sum(ys[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
-            axes.plot(xs, ys, color=style["color"], linewidth=0.7, alpha=0.45)
-            axes.plot(xs, means, label=label(stage.name), linewidth=1.8, **style)
+            if band.low == band.high:
+                axes.plot(band.steps, band.mean, color=style["color"], linewidth=0.7, alpha=0.45)
+            axes.plot(band.steps, smooth(band.mean), label=label(band.name), linewidth=1.8, **style)
 
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    ends = "; ".join(f"{label(s.name)} {points[0][1]:.3g} to {points[-1][1]:.3g}" for s, points in lines)
+    ends = "; ".join(f"{label(band.name)} {band.mean[0]:.3g} to {band.mean[-1]:.3g}" for band in drawn)
     caption = f"{curve.caption} First to last: {ends}."
+    caption += " Of several seeds the mean, with a band from the lowest to the highest." * any(b.low != b.high for b in drawn)
     return figure(f"curve{CURVES.index(curve)}", curve.title, caption, draw, "step", curve.unit)
 
 

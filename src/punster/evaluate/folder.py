@@ -59,6 +59,7 @@ class Stage:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    place: Path = Path()
 
 
 @dataclass
@@ -76,6 +77,9 @@ class RunData:
     config_sha256: str = ""
     place: Path = Path()
     hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
+    seeds: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # of a comparison: stages that differ in their seed, by their name together
 
     def path(self, part: str = "") -> str:
         """The folder, or something in it, as a word of a shell line."""
@@ -182,7 +186,7 @@ def differences(runs: Sequence[RunData]) -> list[list[str]]:
 def _read_stage(folder: Path, name: str) -> Stage:
     config, verb = read_config(folder / "config.yaml")
     verb = verb or VERB_OF_STAGE.get(name, name if name in STAGES else "")
-    return Stage(scrub(name), verb, config, read_lines(folder / "metrics.jsonl"), _read_json(folder / "summary.json"))
+    return Stage(scrub(name), verb, config, read_lines(folder / "metrics.jsonl"), _read_json(folder / "summary.json"), folder)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], str]:

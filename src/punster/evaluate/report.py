@@ -13,7 +13,7 @@ from typing import Any
 from punster.evaluate import folder as folder_data
 from punster.evaluate.figures import curve_figure, curves_of, frontier_figure, overoptimisation_figure
 from punster.evaluate.folder import RunData
-from punster.evaluate.seeds import rows_of_runs
+from punster.evaluate.seeds import rows_of_runs, stages_of
 from punster.evaluate.table import as_dict, judge_sentences, label, number, result_tables, show, show_kl
 
 SAMPLED_PROMPTS = 20
@@ -102,7 +102,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     """Several runs on one page."""
     runs = [folder_data.read_run(Path(folder)) for folder in folders]
     run = folder_data.compared(runs)
-    run.summary["over_seeds"] = rows_of_runs(runs)
+    run.summary["over_seeds"], run.seeds = rows_of_runs(runs), stages_of(run.stages)
     text = (
         f"{len(runs)} runs compared: {run.name}. Each has its own reference, gold reward model and training reward: compare gold "
         "rewards, scores, ratings, win rates and KL within a run; lengths, distinct-2 and other shares also between runs, as far as "

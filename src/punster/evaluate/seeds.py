@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import punster.config
 from punster.config.shared import FROM_PYTHON, WITHOUT_EFFECT, defaults_of
-from punster.evaluate.folder import RunData, home, located, read_config
+from punster.evaluate.folder import RunData, Stage, home, located, read_config
 from punster.evaluate.table import as_dict, label, number
 from punster.evaluate.winrate import LEVEL, Interval
 
@@ -102,26 +102,38 @@ def given_hash(run: Path) -> str:
         return str(run)
 
 
-def rows_of(models: Sequence[Measured]) -> dict[str, Any]:
-    """{name: means} of the models of one recipe with different seeds, each seed once."""
-    groups: dict[str, dict[str, Measured]] = {}
+def groups_of(models: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """The models of one recipe with different seeds, each seed once, by a name of their own."""
+    recipes: dict[str, dict[str, Measured]] = {}
     for model in models:
-        groups.setdefault(model.recipe, {}).setdefault(model.seed, model)
-    rows: dict[str, Any] = {}
-    for group in (list(group.values()) for group in groups.values() if len(group) > 1):
+        recipes.setdefault(model.recipe, {}).setdefault(model.seed, model)
+    groups: dict[str, list[Measured]] = {}
+    for group in (list(seeds.values()) for seeds in recipes.values() if len(seeds) > 1):
         names = [model.name for model in group]
-        row = common_name(names)
-        row = row if row not in rows else f"{row}: {', '.join(names)}"
-        rows[row] = {"runs": names, **mean_entry([model.entry for model in group])}
-    return rows
+        shared = common_name(names)
+        groups[shared if shared not in groups else f"{shared}: {', '.join(names)}"] = group
+    return groups
+
+
+def rows_of(models: Sequence[Measured]) -> dict[str, Any]:
+    """{name: means} of such models."""
+    return {name: {"runs": [model.name for model in group], **mean_entry([model.entry for model in group])}
+            for name, group in groups_of(models).items()}  # fmt: skip
+
+
+def stages_of(stages: Sequence[Stage]) -> dict[str, list[str]]:
+    """The names of stages of several runs that differ in their seed alone, by a name for them together."""
+    shown = {f"{s.place.parent.name}/{s.place.name}": s for s in stages if s.config}
+    known = [Measured(name, recipe_of(s.place), str(s.config.get("seed")), {}) for name, s in shown.items()]
+    return {name: [shown[model.name].name for model in group] for name, group in groups_of(known).items()}
 
 
 def common_name(names: Sequence[str]) -> str:
-    """What runs have in common in their names: the last part of their paths, or how they all begin."""
-    last = {Path(name).name for name in names}
-    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    start = last.pop() if len(last) == 1 else "".join(letters[0] for letters in alike).rstrip("-_./ :0123456789")
-    return f"{label(start or names[0])} ({len(names)} seeds)"
+    """What runs have in common in the last parts of their paths: all of it, or how they begin."""
+    last = [Path(name).name for name in names]
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*last, strict=False))
+    start = last[0] if len(set(last)) == 1 else "".join(letters[0] for letters in alike).rstrip("-_./ :0123456789")
+    return f"{label(start or last[0])} ({len(names)} seeds)"
 
 
 def rows_of_models(models: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
