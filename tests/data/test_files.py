@@ -11,7 +11,7 @@ import pytest
 
 from punster.cli import main
 from punster.config import SftConfig
-from punster.data.files import hub_rows, is_held_out, read_rows
+from punster.data.files import hub_rows, is_held_out, read_rows, read_texts
 from punster.data.schema import check_row, kind_of, texts_of
 from punster.errors import UserError
 
@@ -187,3 +187,60 @@ def test_dialogues_with_their_prompt_beside_them() -> None:
     ):
         with pytest.raises(UserError, match=f"here: .*{message}"):
             check_row({**row, "prompt": prompt}, "preference", "here")
+
+
+def test_texts_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.train.setup import load_prompts, load_rows
+
+    path = tmp_path / "puns.txt"
+    path.write_text("  Bakers trade recipes on a knead-to-know basis.\r\n\nOh, why not?\n", encoding="utf-8-sig")
+    texts = ["Bakers trade recipes on a knead-to-know basis.", "Oh, why not?"]
+    assert [row["completion"] for row in read_texts(path)] == texts == load_prompts(str(path))
+    rows = load_rows([str(path)], "sft", list)
+    assert [(row["prompt"], row["completion"]) for row in rows] == [
+        ("make a pun about recipes", texts[0]),
+        ("make a pun", texts[1]),
+    ]
+    assert (
+        "2 of 2 rows have no prompt; one is made of a noun of the text (the first: 'make a pun about recipes')"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match=r"puns\.txt, line 1: field 'prompt' is missing"):
+        read_rows(path, "preference")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n")
+    assert [row["completion"] for row in read_rows(tmp_path, "sft")] == ["c"]  # in a folder it may be a licence
+
+
+def test_rows_with_a_text_alone_are_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TRL's plain schema, with a prompt beside it or not; what has a completion, or messages, has no use for a text."""
+    from punster.train.setup import load_rows
+
+    chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": ANSWER}]
+    given = [{"text": "Bees hum.", "completion": None, "prompt": None}, {"text": "It hums.", "prompt": "about bees"},
+             {"text": "rendered", "messages": chat}, {"text": "other", "prompt": "p", "completion": "c"}]  # fmt: skip
+    rows = load_rows(given, "sft", list)
+    assert [(row["prompt"], row["completion"]) for row in rows] == [
+        ("make a pun about bees", "Bees hum."), ("about bees", "It hums."), (chat[:1], ANSWER), ("p", "c"),
+    ]  # fmt: skip
+    assert "1 of 4 rows have no prompt" in capsys.readouterr().err
+    load_rows(given, "sft", list, quiet=True)
+    assert capsys.readouterr().err == ""
+    for bad, found in ((["x"], "found list"), ({"prompt": "p"}, "or text alone"), ({"text": " "}, "'text' is empty"),
+                       ({"text": "t", "prompt": 3}, "prompt must be text")):  # fmt: skip
+        with pytest.raises(UserError, match=found):
+            check_row(bad, "written", "here")
+    file = tmp_path / "mine.txt"
+    file.write_text("Bees hum.\nIt hums.\n")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("kind: sft\nparts:\n- {file: mine.txt}\n")
+    assert {row["completion"] for row in load_rows([str(recipe)], "sft", list, quiet=True)} == {"Bees hum.", "It hums."}
+
+
+def test_topics_of_the_held_out_part_are_not_given_to_own_texts() -> None:
+    from punster.data import corpus
+    from punster.data.prompts import topic_key, topics_in
+    from punster.train.setup import load_rows
+
+    record = next(r for r in corpus.part("test") if topic_key(r["topic"]) in {topic_key(t) for t in topics_in(r["pun"], None)})
+    [row] = load_rows([{"text": record["pun"]}], "sft", list, quiet=True)
+    assert row["topic"] is None or topic_key(row["topic"]) not in corpus.held_out_topics()

@@ -172,7 +172,8 @@ def test_files_that_are_not_there_or_empty_or_of_another_kind(tmp_path: Path) ->
     refused(tmp_path, "sft", "files in this folder")
     refused(jsonl(tmp_path / "empty.jsonl"), "sft", "no rows in this file")
     refused(jsonl(tmp_path / "blank.jsonl", "", " "), "sft", "no rows in this file")
-    refused(jsonl(tmp_path / "rows.txt", "x"), "sft", "unknown kind of file; expected .jsonl, .json, .csv or .parquet")
+    refused(jsonl(tmp_path / "rows.md", "x"), "sft", "unknown kind of file; expected .jsonl, .json, .csv, .parquet or .txt")
+    refused(jsonl(tmp_path / "rows.txt", {"text": "x"}), "sft", "line 1: this looks like JSON; name the file .jsonl")
     path = tmp_path / "latin.jsonl"
     path.write_bytes(json.dumps(ROWS["sft"], ensure_ascii=False).replace("dough", "d\xf6ugh").encode("latin-1"))
     refused(path, "sft", "not UTF-8 text")

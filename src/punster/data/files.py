@@ -1,4 +1,4 @@
-"""People's own data: JSONL, JSON, CSV, Parquet, a folder of such files, or a data set of the hub; rows with their places."""
+"""People's own data: JSONL, JSON, CSV, Parquet, texts a line, a folder of files, or a data set of the hub; rows with their places."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ def read_rows(
 ) -> list[Row]:
     """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
 
-    columns: "FIELD=COLUMN" for fields that have another name there. training, say: as in `located_rows`.
+    The lines of a .txt file are texts, or prompts where these are wanted. columns: "FIELD=COLUMN" for fields that have another name there. training, say: as in `located_rows`.
     """
     located = located_rows(path, training, say)
+    if kind == "prompt" and str(path).endswith(".txt"):
+        located = ((place, {"prompt": row["text"]}) for place, row in located)
     return _some([check_row(renamed(row, columns, place), kind, place) for place, row in located], path)
 
 
@@ -75,7 +77,7 @@ def located_rows(path: str | Path, training: bool | None = None, say: Say | None
             yield from _rows_of(file)
     elif path.exists():
         yield from _rows_of(path)
-    elif path.suffix not in SUFFIXES and not path.parent.is_dir() and HUB_ID.fullmatch(given):
+    elif path.suffix not in (*SUFFIXES, ".txt") and not path.parent.is_dir() and HUB_ID.fullmatch(given):
         yield from hub_rows(given)
     else:
         raise UserError(f"{path}: no such file or folder")
@@ -90,8 +92,13 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _csv_rows(path)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
+    elif path.suffix == ".txt":  # named itself: in a folder it may be anything
+        for place, line in lines(path):
+            if line.lstrip().startswith('{"'):
+                raise UserError(f"{place}: this looks like JSON; name the file .jsonl (of a .txt each line is a text)")
+            yield str(place), {"text": line.strip()}
     else:
-        raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)} or .txt")
 
 
 def json_row(line: str, place: str) -> Any:

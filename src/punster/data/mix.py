@@ -297,7 +297,7 @@ def _part(
 def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say | None) -> tuple[list[Row], str, bool, bool]:
     """(rows, licence, open, rude) of a part before anything is left out."""
     if part.file:
-        kind = "judged" if recipe.kind == "preference" else recipe.kind
+        kind = {"preference": "judged", "sft": "written"}.get(recipe.kind, recipe.kind)
         rows = read_rows(part.file, kind, part.columns, recipe.split == "train", say)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]

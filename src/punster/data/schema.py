@@ -69,19 +69,26 @@ def _is_chat(value: Any) -> bool:
 def check_row(row: Any, kind: str, where: str) -> Row:
     """The row with its texts as plain strings (prompts may stay chat messages); UserError if it does not fit.
 
-    kind "judged": a pair, a ranked group or a labelled text, whichever the row's fields suggest.
+    kind "judged": a pair, a ranked group or a labelled text, whichever the row's fields suggest; "written": prompt and completion,
+    or a text, perhaps with a prompt.
     """
+    expected = {"judged": "preference", "written": "sft"}.get(kind, kind)
     if not isinstance(row, dict):
-        expected = ", ".join(FIELDS["preference" if kind == "judged" else kind])
-        raise UserError(f"{where}: found {type(row).__name__}, expected an object with {expected}")
+        raise UserError(f"{where}: found {type(row).__name__}, expected an object with {', '.join(FIELDS[expected])}")
+    alone = " (or text alone)" * (kind == "written")
     if kind == "judged":
         kind = found if (found := kind_of(row)) in ("group", "unpaired") else "preference"
+    if kind == "written":
+        whole = row.get("completion") is not None or _is_chat(row.get("messages"))
+        kind = "text" if row.get("text") is not None and not whole else "sft"
     given, row = row, explicit(row, kind, where)
     for name in FIELDS[kind]:
         if row.get(name) is None:
             present = ", ".join(sorted(str(key) for key in row)) or "nothing"
-            raise UserError(f"{where}: field {name!r} is missing (found: {present}; expected: {', '.join(FIELDS[kind])})")
+            raise UserError(f"{where}: field {name!r} is missing (found: {present}; expected: {', '.join(FIELDS[kind])}{alone})")
     checked = dict(row)
+    if kind == "text" and row.get("prompt") is not None:
+        checked["prompt"] = _prompt(row["prompt"], where)
     for name in FIELDS[kind]:
         value = row[name]
         if name == "label":

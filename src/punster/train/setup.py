@@ -18,6 +18,7 @@ from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.files import read_rows
 from punster.data.mix import is_mixture, mixture
+from punster.data.prompts import with_prompts
 from punster.data.schema import Row, check_row, texts_of
 from punster.errors import UserError
 from punster.model import kernels
@@ -219,13 +220,14 @@ def load_rows(
     quiet: without what mixtures tell of themselves, and folders of what is left out. training: of a folder as `located_rows` has it.
     """
     rows: list[Row] = []
+    schema = "written" if kind == "sft" else kind
     for source in sources:
         if isinstance(source, dict):
-            rows.append(check_row(source, kind, f"row {len(rows) + 1}"))
+            rows.append(check_row(source, schema, f"row {len(rows) + 1}"))
         elif source == "embedded":
             rows += embedded()
         elif not is_mixture(source):
-            rows += read_rows(source, kind, columns, training, speaker(quiet))
+            rows += read_rows(source, schema, columns, training, speaker(quiet))
         else:
             found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet))
             if kind == "preference" and not all("chosen" in row for row in found):
@@ -235,7 +237,19 @@ def load_rows(
             rows += found
     if not rows:
         raise UserError("no rows of data were given")
-    return rows
+    return asked(rows, quiet) if kind == "sft" else rows
+
+
+def asked(rows: Sequence[Row], quiet: bool) -> list[Row]:
+    """Texts without a prompt get one, as in a mixture: on a noun of theirs, but on no topic of the held-out part."""
+    bare = [place for place, row in enumerate(rows) if row.get("completion") is None]
+    made = dict(zip(bare, with_prompts([rows[place] for place in bare], corpus.held_out_topics()), strict=True))
+    if without := [place for place in bare if rows[place].get("prompt") is None]:
+        first = made[without[0]]["prompt"]
+        speaker(quiet)(
+            f"  {len(without)} of {len(rows)} rows have no prompt; one is made of a noun of the text (the first: {first!r})"
+        )
+    return [made.get(place, row) for place, row in enumerate(rows)]
 
 
 def speaker(quiet: bool) -> Callable[[str], None]:
