@@ -204,7 +204,11 @@ def generate_verb(rest: list[str]) -> int:
 def score_verb(rest: list[str]) -> int:
     parser = simple_parser("score", "Score texts with a reward model: one {score, spread} a line, order kept.")
     parser.add_argument("model", type=str, help="a reward-model run")
-    parser.add_argument("file", type=str, help='JSONL with {"text"} or {"prompt", "completion"} a line')
+    parser.add_argument(
+        "file",
+        type=str,
+        help='{"text"} or {"prompt", "completion"} a line (JSONL, JSON, CSV, Parquet), or a .txt with a text a line',
+    )
     parser.add_argument("--out", type=str | None, default=None, help="write here instead of to the terminal")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument(

@@ -201,10 +201,12 @@ def test_texts_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("make a pun about recipes", texts[0]),
         ("make a pun", texts[1]),
     ]
-    assert (
-        "2 of 2 rows have no prompt; one is made of a noun of the text (the first: 'make a pun about recipes')"
-        in capsys.readouterr().err
-    )
+    assert "2 of 2 rows have no prompt and get one (the first: 'make a pun about recipes')" in capsys.readouterr().err
+    table = tmp_path / "rows.csv"
+    table.write_text("q,a\nask,answer\n")
+    both = load_rows([str(table), str(path)], "sft", list, ["prompt=q", "completion=a"], quiet=True)
+    assert [row["completion"] for row in both] == ["answer", *texts]  # it has no columns to be renamed
+    table.unlink()
     with pytest.raises(UserError, match=r"puns\.txt, line 1: field 'prompt' is missing"):
         read_rows(path, "preference")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n")
@@ -243,4 +245,33 @@ def test_topics_of_the_held_out_part_are_not_given_to_own_texts() -> None:
 
     record = next(r for r in corpus.part("test") if topic_key(r["topic"]) in {topic_key(t) for t in topics_in(r["pun"], None)})
     [row] = load_rows([{"text": record["pun"]}], "sft", list, quiet=True)
-    assert row["topic"] is None or topic_key(row["topic"]) not in corpus.held_out_topics()
+    topic = row["prompt"].removeprefix("make a pun").removeprefix(" about ")
+    assert topic != record["topic"] and (not topic or topic_key(topic) not in corpus.held_out_topics())
+
+
+@pytest.mark.parametrize("more", [
+    {"topic": "insects"}, {"topic": 3}, {"topic": " "}, {"keywords": None}, {"keywords": ["a", 2]}, {"pun_word": 7}, {"id": 1},
+    {"topic": None, "prompt": ""},
+])  # fmt: skip
+def test_other_columns_of_own_texts_mean_nothing_to_us(more: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.train.setup import load_rows
+
+    [row] = load_rows([{"text": "Bees hum.", **more}], "sft", list)
+    assert (row["prompt"], row["completion"]) == ("make a pun about bees", "Bees hum.") and "text" not in row
+    assert {name: row[name] for name in more if name != "prompt"} == {name: more[name] for name in more if name != "prompt"}
+    assert "1 of 1 rows have no prompt and get one" in capsys.readouterr().err
+    [row] = load_rows([{"text": "Bees hum.", **more, "prompt": "tell me a joke"}], "sft", list)
+    assert row["prompt"] == "tell me a joke" and capsys.readouterr().err == ""
+
+
+def test_a_mixture_of_own_texts_keeps_off_the_held_out_topics(tmp_path: Path) -> None:
+    from punster.data import corpus
+    from punster.data.mix import build, load_mixture
+    from punster.data.prompts import topic_key
+
+    topics = sorted({r["topic"] for r in corpus.part("test") if " " not in r["topic"]})[:40]
+    (tmp_path / "mine.txt").write_text("".join(f"Nobody likes the {topic}.\n" for topic in topics))
+    (tmp_path / "mine.yaml").write_text("kind: sft\nguard: false\nrepeats: 0\nparts:\n- {file: mine.txt}\n")
+    rows, _ = build(load_mixture(str(tmp_path / "mine.yaml")))
+    assert len(rows) == len(topics)
+    assert not {topic_key(row["topic"]) for row in rows if row.get("topic")} & corpus.held_out_topics()

@@ -244,7 +244,7 @@ def test_copies_are_of_all_that_any_model_was_taught(tmp_path: Path) -> None:
     assert named(sft, best_of=4, proxy=str(pipeline / "gold")) == {"not_held_out": ["best_of_4"]}
     orphan = run("orphan", "ppo", actor=str(tmp_path / "gone" / "sft"))  # which may have begun with anything
     assert named(orphan) == {"lineage_unknown": ["it"]}
-    assert "PPO began with a run that is not here any more" in judge_sentences({"lineage_unknown": ["ppo"]})[0]
+    assert "PPO, as the settings of a run that this began with" in judge_sentences({"lineage_unknown": ["ppo"]})[0]
 
 
 def test_a_best_text_is_never_the_one_that_a_judge_compares_it_with(runs: Path) -> None:

@@ -216,14 +216,33 @@ def test_curves_of_several_seeds_are_one_with_a_band(tmp_path: Path) -> None:
     assert (both.steps, both.mean, both.low, both.high) == ([1, 2, 3], [1.5, 3, 4.5], [1, 2, 3], [2, 4, 6])
     assert (third.name, third.steps, third.low) == ("ppo-3", [1, 2], [3, 6])
     assert both.hue != third.hue
+    (tmp_path / "ppo-2" / "metrics.jsonl").write_text(json.dumps({"step": 4, "objective/scores": 1.0}) + "\n")
+    alone = compared([read_run(tmp_path / f"ppo-{seed}") for seed in (1, 2)])
+    alone.seeds = stages_of(alone.stages)
+    [(_, lines)] = curves_of(alone)
+    assert [(band.name, band.low == band.high) for band in bands(alone, lines)] == [("ppo-1", True)]  # one has no curve
+    rows = [{"step": step, "objective/scores": 1.0} for step in (7, 8)]
+    (tmp_path / "ppo-2" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    apart = compared([read_run(tmp_path / f"ppo-{seed}") for seed in (1, 2)])
+    apart.seeds = stages_of(apart.stages)
+    assert [band.name for band in bands(apart, next(curves_of(apart))[1])] == ["ppo-1", "ppo-2"]  # they share no step
     for seed in (1, 2):  # of pipelines the same stages
         folder = settings(tmp_path / f"demo-{seed}", "run", seed=seed)
         for stage in ("sft", "ppo"):
             settings(folder / stage, stage, seed=seed, out=str(folder))
+        for stage, own in (("reward", seed), ("gold", seed + 1)):
+            settings(folder / stage, "reward", seed=own, out=str(folder))
     pipelines = compared([read_run(tmp_path / f"demo-{seed}") for seed in (1, 2)])
     assert stages_of(pipelines.stages) == {
         "SFT (2 seeds)": ["demo-1: SFT", "demo-2: SFT"], "PPO (2 seeds)": ["demo-1: PPO", "demo-2: PPO"],
+        "reward (2 seeds)": ["demo-1: reward", "demo-2: reward"], "gold (2 seeds)": ["demo-1: gold", "demo-2: gold"],
     }  # fmt: skip
+    for place, seed in (("x", 1), ("y", 2)):  # of one name and parent
+        settings(tmp_path / place / "runs" / "ppo", seed=seed)
+    twins = compared([read_run(tmp_path / place / "runs" / "ppo") for place in ("x", "y")])
+    assert [len(members) for members in stages_of(twins.stages).values()] == [2]
+    settings(tmp_path / "z", seed=3, reward=None, eval_data=["mine.jsonl"])  # measured on other rows
+    assert stages_of(compared([read_run(tmp_path / "z"), read_run(tmp_path / "x" / "runs" / "ppo")]).stages) == {}
 
 
 def test_running_means_are_not_bent_at_the_ends() -> None:

@@ -194,11 +194,11 @@ def test_too_long_pairs_of_a_reward_models_eval_data_are_said(
     assert (
         "1 of 7 pairs of --eval-data left out: longer" in told and "note: 2 of 7 rows of --eval-data are trained on, too" in told
     )
-    with pytest.raises(UserError, match=r"--eval-data: no pairs .* fit into the model's context"):
+    with pytest.raises(UserError, match="--eval-data: none of its pairs fits"):
         train_reward(make(RewardConfig, name="none", **shared), PAIRS[:8], eval_rows=[long])
 
 
-@pytest.mark.parametrize("verb", ["sft", "distill", "dpo", "sampled", "ppo", "run"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "distill", "dpo", "sampled", "ppo", "run"])
 def test_a_mistake_in_eval_data_costs_no_work(
     verb: str, tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,13 +207,14 @@ def test_a_mistake_in_eval_data_costs_no_work(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("sampled")
 
-    for module in ("distill", "dpo", "experience"):
+    for module in ("distill", "dpo", "experience", "lessons"):
         monkeypatch.setattr(f"punster.train.{module}.generate", never)
     missing = [str(tmp_path / "nowhere.jsonl")]
     shared = {"name": "x", "out": str(tmp_path / "runs"), "model": str(tiny_llama), "eval_data": missing}
     policy = {**shared, "actor": sft_run, "reward_model": reward_run}
     calls: dict[str, Callable[[], Any]] = {
         "sft": lambda: sft(make(SftConfig, **shared, dry_run=True)),
+        "reward": lambda: train_reward(make(RewardConfig, **shared, pretrained=sft_run, negatives=["sampled"])),
         "distill": lambda: distill(make(DistillConfig, **policy)),
         "dpo": lambda: dpo(make(DpoConfig, **{**policy, "reward_model": None}, dry_run=True)),
         "sampled": lambda: dpo(make(DpoConfig, **policy, pairs="sampled")),

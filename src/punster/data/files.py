@@ -26,8 +26,9 @@ def read_rows(
     The lines of a .txt file are texts, or prompts where these are wanted. columns: "FIELD=COLUMN" for fields that have another name there. training, say: as in `located_rows`.
     """
     located = located_rows(path, training, say)
-    if kind == "prompt" and str(path).endswith(".txt"):
-        located = ((place, {"prompt": row["text"]}) for place, row in located)
+    if str(path).endswith(".txt") and Path(path).is_file():
+        columns = ()  # which it has none of: those of another file of the same command
+        located = ((place, {"prompt": row["text"]} if kind == "prompt" else row) for place, row in located)
     return _some([check_row(renamed(row, columns, place), kind, place) for place, row in located], path)
 
 
@@ -94,7 +95,7 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _parquet_rows(path)
     elif path.suffix == ".txt":  # named itself: in a folder it may be anything
         for place, line in lines(path):
-            if line.lstrip().startswith('{"'):
+            if re.match(r'\s*(\{\s*"|\[\s*\{)', line):
                 raise UserError(f"{place}: this looks like JSON; name the file .jsonl (of a .txt each line is a text)")
             yield str(place), {"text": line.strip()}
     else:

@@ -206,7 +206,7 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Say | None = No
         rows = [row for row in rows if id(row) in stays]
     held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
     avoid = frozenset(topic_key(row["topic"]) for row in held_out)
-    if recipe.kind != "preference" and any(part.source == "contrasts" for part in recipe.parts):
+    if recipe.kind != "preference" and recipe.split == "train" and any(p.file or p.source == "contrasts" for p in recipe.parts):
         avoid |= corpus.held_out_topics()
     if recipe.kind in ("sft", "prompt"):
         written = [row for row in rows if "completion" in row or "text" in row]

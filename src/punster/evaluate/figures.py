@@ -118,16 +118,21 @@ class Band(NamedTuple):
 
 def bands(run: RunData, lines: list[tuple[Stage, Points]]) -> list[Band]:
     """Curves, those of several seeds as one, over the steps that all of these have."""
-    known, found = {stage.name: dict(points) for stage, points in lines}, []
-    together = {name: [member for member in members if member in known] for name, members in run.seeds.items()}
-    single = set(known).difference(*together.values())
-    for name, members in [*together.items(), *((name, [name]) for name in known if name in single)]:
-        if members:
-            steps = sorted(set.intersection(*(set(known[member]) for member in members)))
-            values = [[known[member][step] for member in members] for step in steps]
-            mean = [sum(each) / len(each) for each in values]
-            found.append(Band(name, run.hue(members[0]), steps, mean, list(map(min, values)), list(map(max, values))))
-    return [band for band in found if len(band.steps) > 1]
+    known = {stage.name: dict(points) for stage, points in lines}
+    shared = lambda members: sorted(set.intersection(*(set(known[member]) for member in members)))
+    drawn: list[tuple[str, list[str]]] = []
+    for name, group in run.seeds.items():
+        members = [member for member in group if member in known]
+        if len(members) > 1 and len(shared(members)) > 1:
+            drawn.append((re.sub(r"\(\d+ seeds\)", f"({len(members)} seeds)", name), members))
+    single = set(known).difference(*(members for _, members in drawn))
+    found = []
+    for name, members in [*drawn, *((name, [name]) for name in known if name in single)]:
+        steps = shared(members)
+        values = [[known[member][step] for member in members] for step in steps]
+        mean = [sum(each) / len(each) for each in values]
+        found.append(Band(name, run.hue(members[0]), steps, mean, list(map(min, values)), list(map(max, values))))
+    return found
 
 
 def smoothed(values: list[float], width: int) -> list[float]:

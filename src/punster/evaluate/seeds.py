@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import punster.config
 from punster.config.shared import FROM_PYTHON, WITHOUT_EFFECT, defaults_of
-from punster.evaluate.folder import RunData, Stage, home, located, read_config
+from punster.evaluate.folder import STAGES, RunData, Stage, home, listed, located, read_config
 from punster.evaluate.table import as_dict, label, number
 from punster.evaluate.winrate import LEVEL, Interval
 
@@ -79,7 +79,7 @@ def recipe_of(path: Path, depth: int = 3) -> str:
     and what came from Python by its hash, in the place of their names. Of what cannot be known alike the path itself."""
     run = home(path)
     settings, verb = read_config(run / "config.yaml")
-    if not settings or not depth or FROM_PYTHON in settings.get("reward", []):
+    if not settings or not depth or FROM_PYTHON in listed(settings.get("reward")):
         return str(path)
     kept = defaults_of(getattr(punster.config, f"{verb.capitalize()}Config", None)) | settings
     beside = run.resolve().parent
@@ -122,10 +122,16 @@ def rows_of(models: Sequence[Measured]) -> dict[str, Any]:
 
 
 def stages_of(stages: Sequence[Stage]) -> dict[str, list[str]]:
-    """The names of stages of several runs that differ in their seed alone, by a name for them together."""
-    shown = {f"{s.place.parent.name}/{s.place.name}": s for s in stages if s.config}
-    known = [Measured(name, recipe_of(s.place), str(s.config.get("seed")), {}) for name, s in shown.items()]
-    return {name: [shown[model.name].name for model in group] for name, group in groups_of(known).items()}
+    """The names of stages of several runs that differ in their seed alone, by a name for them together.
+
+    What is measured while training hangs on --eval-data, too, and a pipeline's reward model is not its yardstick.
+    """
+    known = []
+    for stage in (stage for stage in stages if stage.config):
+        place, own = stage.place, stage.place.name if stage.place.name in STAGES else ""
+        recipe = f"{own} {stage.config.get('eval_data')} {recipe_of(place)}"
+        known.append(Measured(f"{place.parent.name}/{place.name}", recipe, str(stage.config.get("seed")), {"stage": stage.name}))
+    return {name: [model.entry["stage"] for model in group] for name, group in groups_of(known).items()}
 
 
 def common_name(names: Sequence[str]) -> str:

@@ -187,8 +187,8 @@ def judge_sentences(summary: Mapping[str, Any]) -> list[str]:
         )
     if (unknown := summary.get("lineage_unknown")) and isinstance(unknown, list):
         lines.append(
-            f"Not known whether held out: {', '.join(label(str(name)) for name in unknown)} began with a run that is not here any more, so "
-            "nothing can tell what that learned from."
+            f"Not known whether held out: {', '.join(label(str(name)) for name in unknown)}, as the settings of a run that this began with, "
+            "or its own, are not here any more: nothing can tell what was learned from."
         )
     if calls := as_dict(summary.get("called_puns")):
         lines.append(

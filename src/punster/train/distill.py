@@ -27,7 +27,7 @@ def distill(config: DistillConfig) -> Path | None:
     policy, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
     prompts = load_prompts(config.prompts, quiet=config.quiet)
-    own_rows(config)  # a mistake in --eval-data must not cost the samples
+    own_rows(replace(config, quiet=True))  # a mistake in --eval-data must not cost the samples
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
     rows = []
     if config.dry_run:

@@ -29,7 +29,7 @@ from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.held_out import first, own_rows, sample_table
+from punster.train.held_out import first, own_rows, sample_table, say_shared
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
 from punster.train.run import Run, check_name, marked
@@ -67,7 +67,8 @@ def dpo(
     if config.makes_pairs:
         prompts = load_prompts(config.prompts, quiet=config.quiet)[: config.prompt_limit or None]
     given = [] if prompts else given_rows(config, rows)
-    own = own_rows(config, given or [{"prompt": prompt} for prompt in prompts], eval_rows)
+    own = own_rows(config, eval_rows)
+    say_shared(config, own, given or [{"prompt": prompt} for prompt in prompts])
     held_out, held_out_labels = (
         ([], None) if prompts or not own else encode_given(config, own, reference.model, tokenizer, "row of --eval-data")
     )

@@ -12,6 +12,7 @@ import torch
 from punster.config import TrainConfig
 from punster.data.batch import Example
 from punster.data.schema import Row, texts_of
+from punster.errors import UserError
 from punster.evaluate.compare import exact_kl, shared_depths
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.model.role import Role, score_examples
@@ -29,24 +30,26 @@ def first(prompts: Sequence[Any], count: int) -> list[Any]:
     return list({str(prompt): prompt for prompt in prompts}.values())[:count]
 
 
-def own_rows(config: TrainConfig, trained: Sequence[Row] = (), given: Sequence[Row] | None = None) -> list[Row]:
-    """The rows of --eval-data, or as given from Python, of the kind that the verb learns from; none without.
-
-    Those whose (preferred) text, or of prompts alone the prompt, is trained on are counted, and said.
-    """
+def own_rows(config: TrainConfig, given: Sequence[Row] | None = None) -> list[Row]:
+    """The rows of --eval-data, or as given from Python, of the kind that the verb learns from; none without."""
     if given is None and not config.eval_data:
         return []
     kind, columns = kind_of_rows(config), getattr(config, "columns", [])
     if kind == "prompt":
-        rows: list[Row] = [{"prompt": p} for name in config.eval_data for p in load_prompts(name, "val", config.quiet)]
-    else:
-        source = config.eval_data if given is None else given
-        rows = load_rows(source, kind, partial(embedded_rows, kind, "val"), columns, config.quiet, training=False)
-    told = lambda row: (texts_of(row) or [str(row["prompt"])])[0]
-    known = {told(row) for row in trained}
-    if shared := sum(told(row) in known for row in rows):
-        speaker(config.quiet)(f"note: {shared} of {len(rows)} rows of --eval-data are trained on, too, so they are not held out")
+        return [{"prompt": prompt} for name in config.eval_data for prompt in load_prompts(name, "val", config.quiet)]
+    source = config.eval_data if given is None else given
+    rows = load_rows(source, kind, partial(embedded_rows, kind, "val"), columns, config.quiet, training=False)
+    if kind == "judged" and not any("chosen" in row for row in rows):
+        raise UserError("--eval-data: no pairs (chosen and rejected) in it")
     return rows
+
+
+def say_shared(config: TrainConfig, own: Sequence[Row], trained: Sequence[Row]) -> None:
+    """How many rows of --eval-data are no held-out ones: their (preferred) text, or of prompts alone the prompt, is trained on."""
+    told = lambda row: (texts_of(row) or [str(row["prompt"])])[0]
+    known = {told(row) for row in trained} if own else set()
+    if shared := sum(told(row) in known for row in own):
+        speaker(config.quiet)(f"note: {shared} of {len(own)} rows of --eval-data are trained on, too, so they are not held out")
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.halves import halves_of
-from punster.train.held_out import own_rows
 from punster.train.judged import Item, balanced, encode_items, families, neutral, pass_shares, shuffled, source_of, weighed
 from punster.train.optim import Cursor, rows_used, seeded, total_steps
 from punster.train.setup import fits, load_rows, speaker, without_long_contrasts
@@ -160,11 +159,8 @@ def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
 
 
-def judged_pairs(
-    config: RewardConfig, trained: Sequence[Row], given: Sequence[Row] | None, tokenizer: Tokenizer, model: Decoder
-) -> list[Row]:
-    """Held-out pairs of which both texts fit into the context: those of --eval-data, by default of the embedded corpus."""
-    own = own_rows(config, trained, given)
+def judged_pairs(config: RewardConfig, own: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> list[Row]:
+    """Held-out pairs of which both texts fit into the context: those of --eval-data (`own`), else of the embedded corpus."""
     pairs = [row for row in own or corpus.pairs("val") if "chosen" in row]
     kept = [row for row in pairs if fits(row, tokenizer, model)]
     if own and len(kept) < len(pairs):
@@ -172,7 +168,7 @@ def judged_pairs(
             f"  {len(pairs) - len(kept)} of {len(pairs)} pairs of --eval-data left out: longer than the model's context"
         )
     if own and not kept:
-        raise UserError("--eval-data: no pairs (chosen and rejected) in it that fit into the model's context")
+        raise UserError("--eval-data: none of its pairs fits into the model's context")
     return kept
 
 

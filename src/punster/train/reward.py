@@ -25,7 +25,7 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.held_out import pair_table
+from punster.train.held_out import own_rows, pair_table, say_shared
 from punster.train.judged import (
     Item,
     calibration,
@@ -63,9 +63,11 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
     started = check_name(config, "reward")
     sampled_from, tokenizer = open_start(config.pretrained or "base", config)
     start = sampled_from if config.start == "sft" else Role(plain_base(sampled_from, config))
+    own = own_rows(config, eval_rows)  # before anything is sampled
     first, given = lesson_rows(config, rows, sampled_from, tokenizer)
+    say_shared(config, own, first + given)
     lessons = Lessons.of(config, first, given, tokenizer, start.model)
-    held_out = judged_pairs(config, first + given, eval_rows, tokenizer, start.model)
+    held_out = judged_pairs(config, own, tokenizer, start.model)
     validation, _ = encode_items(held_out, tokenizer, start.model)
     members = [new_member(start, config, number, lessons.items) for number in range(config.members)]
     model = replace(members[0], others=tuple(members[1:]), combine=config.combine, caution=config.caution)

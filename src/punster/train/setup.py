@@ -241,15 +241,24 @@ def load_rows(
 
 
 def asked(rows: Sequence[Row], quiet: bool) -> list[Row]:
-    """Texts without a prompt get one, as in a mixture: on a noun of theirs, but on no topic of the held-out part."""
-    bare = [place for place, row in enumerate(rows) if row.get("completion") is None]
-    made = dict(zip(bare, with_prompts([rows[place] for place in bare], corpus.held_out_topics()), strict=True))
-    if without := [place for place in bare if rows[place].get("prompt") is None]:
-        first = made[without[0]]["prompt"]
-        speaker(quiet)(
-            f"  {len(without)} of {len(rows)} rows have no prompt; one is made of a noun of the text (the first: {first!r})"
-        )
-    return [made.get(place, row) for place, row in enumerate(rows)]
+    """Texts as completions; one without a prompt gets one as in a mixture, on no topic of the embedded held-out part."""
+    found = list(rows)
+    texts = [place for place, row in enumerate(rows) if row.get("completion") is None]
+    for place in texts:
+        found[place] = {
+            **{name: value for name, value in rows[place].items() if name != "text"},
+            "completion": rows[place]["text"],
+        }
+    bare = [place for place in texts if not found[place].get("prompt")]
+    if not bare:
+        return found
+    # People's other columns, such as a topic, may mean anything.
+    words = [word if isinstance(word := found[place].get("pun_word"), str) and word.strip() else None for place in bare]
+    given = [{"text": found[place]["completion"], "pun_word": word} for place, word in zip(bare, words, strict=True)]
+    for place, row in zip(bare, with_prompts(given, corpus.held_out_topics()), strict=True):
+        found[place]["prompt"] = row["prompt"]
+    speaker(quiet)(f"  {len(bare)} of {len(rows)} rows have no prompt and get one (the first: {found[bare[0]]['prompt']!r})")
+    return found
 
 
 def speaker(quiet: bool) -> Callable[[str], None]:

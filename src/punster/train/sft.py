@@ -20,7 +20,7 @@ from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding
 from punster.train.checkpoint import State, restore, save_checkpoint
 from punster.train.guard import keep_begun
-from punster.train.held_out import first, own_rows, sample_table
+from punster.train.held_out import first, own_rows, sample_table, say_shared
 from punster.train.optim import (
     Cursor,
     learning_rate,
@@ -58,7 +58,8 @@ def sft(
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
     given, examples = encode_rows(tokenizer, start.model, given, config.quiet)
     known = [row["completion"] for row in given]
-    held_out = own_rows(config, given, eval_rows)
+    held_out = own_rows(config, eval_rows)
+    say_shared(config, held_out, given)
     named = config.prompts if isinstance(config, DistillConfig) else held_out_name(config.data) if rows is None else ""
     if held_out or not named:
         shown = first([row["prompt"] for row in held_out or given], config.eval_prompts)
