@@ -275,3 +275,38 @@ def test_a_mixture_of_own_texts_keeps_off_the_held_out_topics(tmp_path: Path) ->
     rows, _ = build(load_mixture(str(tmp_path / "mine.yaml")))
     assert len(rows) == len(topics)
     assert not {topic_key(row["topic"]) for row in rows if row.get("topic")} & corpus.held_out_topics()
+
+
+def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from punster.train.setup import load_rows
+
+    rows = [{"text": "Bees hum."}, {"text": "It rains.", "is_pun": False}, {"text": "It snows.", "label": False},
+            {"text": "Fish swim.", "source": "puneval", "system": "gpt-4"}, {"text": "Fish sing.", "system": "mine", "pun_word": 3},
+            {"prompt": "p", "completion": "as given", "label": False}]  # fmt: skip
+    texts = ["Bees hum.", "Fish sing.", "as given"]
+    assert [row["completion"] for row in load_rows(rows, "sft", list)] == texts
+    told = capsys.readouterr().err
+    assert "2 of 6 rows left out: their text is no pun" in told and "1 of 6 rows left out: their text is a machine's" in told
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text("kind: sft\nguard: false\nrepeats: 0\nparts:\n- {file: mine.jsonl}\n")
+    found = load_rows([str(tmp_path / "mine.yaml")], "sft", list, quiet=True)
+    assert sorted(row["completion"] for row in found) == sorted(texts)
+    with pytest.raises(UserError, match="no row is left: no text is a pun"):
+        load_rows(rows[1:3], "sft", list, quiet=True)
+
+
+def test_prompts_of_prepared_rows_in_a_file_stay_as_they_are(tmp_path: Path) -> None:
+    from punster.data import corpus
+    from punster.train.setup import load_rows
+
+    topic = next(r["topic"] for r in corpus.part("test") if " " not in r["topic"])
+    row = {
+        "prompt": f"make a pun about {topic}",
+        "topic": topic,
+        "completion": "An oak nut told a corny joke.",
+        "source": "cup_context_situated",
+    }
+    (tmp_path / "cup.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "cup.yaml").write_text("kind: sft\nguard: false\nparts:\n- {file: cup.jsonl}\n")
+    assert [found["prompt"] for found in load_rows([str(tmp_path / "cup.yaml")], "sft", list, quiet=True)] == [row["prompt"]]

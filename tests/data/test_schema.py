@@ -173,7 +173,7 @@ def test_files_that_are_not_there_or_empty_or_of_another_kind(tmp_path: Path) ->
     refused(jsonl(tmp_path / "empty.jsonl"), "sft", "no rows in this file")
     refused(jsonl(tmp_path / "blank.jsonl", "", " "), "sft", "no rows in this file")
     refused(jsonl(tmp_path / "rows.md", "x"), "sft", "unknown kind of file; expected .jsonl, .json, .csv, .parquet or .txt")
-    for line in ('{"text": "x"}', ' { "text": "x"}', '[{"text": "x"}]'):
+    for line in ('{"text": "x"}', ' { "text": "x"}', '[{"text": "x"}]', '[\n  {\n    "text": "x"\n  }\n]', '{\n"text": "x"}'):
         (tmp_path / "rows.txt").write_text(line)
         refused(tmp_path / "rows.txt", "sft", "line 1: this looks like JSON; name the file .jsonl")
     (tmp_path / "folder.txt").mkdir()

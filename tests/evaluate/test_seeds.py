@@ -239,8 +239,17 @@ def test_curves_of_several_seeds_are_one_with_a_band(tmp_path: Path) -> None:
     }  # fmt: skip
     for place, seed in (("x", 1), ("y", 2)):  # of one name and parent
         settings(tmp_path / place / "runs" / "ppo", seed=seed)
+        rows = [{"step": step, "objective/scores": float(seed * step)} for step in (1, 2)]
+        (tmp_path / place / "runs" / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     twins = compared([read_run(tmp_path / place / "runs" / "ppo") for place in ("x", "y")])
-    assert [len(members) for members in stages_of(twins.stages).values()] == [2]
+    twins.seeds = stages_of(twins.stages)
+    [band] = bands(twins, next(curves_of(twins))[1])
+    assert (band.name, band.mean, band.low) == ("PPO (2 seeds)", [1.5, 3.0], [1.0, 2.0])
+    # Runs of a verb alone may be called as a stage is; an option that a file is too old to know is as by default.
+    settings(tmp_path / "runs" / "ppo", seed=1)
+    settings(tmp_path / "runs" / "ppo-2", seed=2, eval_data=[])
+    named = compared([read_run(tmp_path / "runs" / name) for name in ("ppo", "ppo-2")])
+    assert stages_of(named.stages) == {"PPO (2 seeds)": ["ppo", "ppo-2"]}
     settings(tmp_path / "z", seed=3, reward=None, eval_data=["mine.jsonl"])  # measured on other rows
     assert stages_of(compared([read_run(tmp_path / "z"), read_run(tmp_path / "x" / "runs" / "ppo")]).stages) == {}
 

@@ -19,7 +19,7 @@ class SftConfig(TrainConfig):
 
     data: list[str] = opt(
         ["embedded"],
-        "embedded, puns (public sources), a mixture.yaml, a file or folder (JSONL, JSON, CSV, Parquet; .txt: a text a line), a hub data set",
+        "embedded, puns (public sources), a mixture.yaml, a file or folder (JSONL, JSON, CSV, Parquet), a .txt with a text a line, a hub data set",
     )
     columns: list[str] = opt([], COLUMNS_HELP)
     pretrained: str | None = opt(None, "start from the adapter of this run", short="-p")

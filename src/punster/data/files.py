@@ -95,7 +95,7 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _parquet_rows(path)
     elif path.suffix == ".txt":  # named itself: in a folder it may be anything
         for place, line in lines(path):
-            if re.match(r'\s*(\{\s*"|\[\s*\{)', line):
+            if re.match(r'\s*(\{\s*("|$)|\[\s*(\{|$))', line):
                 raise UserError(f"{place}: this looks like JSON; name the file .jsonl (of a .txt each line is a text)")
             yield str(place), {"text": line.strip()}
     else:
@@ -141,6 +141,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as parquet ({reason})") from None
+
+
+def not_written(row: Row) -> str | None:
+    """Why a text without a completion beside it is not learned to be written: "no pun", or "a machine's"; else None."""
+    if row.get("completion") is not None:
+        return None
+    if row.get("is_pun") is False or row.get("label") is False:
+        return "no pun"
+    return "a machine's" if row.get("source") in SOURCES and row.get("system", "human") != "human" else None
 
 
 def hub_rows(name: str) -> Iterator[tuple[str, Row]]:

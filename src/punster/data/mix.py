@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from punster.data import corpus
-from punster.data.files import Say, read_rows
+from punster.data.files import Say, not_written, read_rows
 from punster.data.leakage import Index, without_repeats
 from punster.data.offence import offensive
 from punster.data.pairs import from_group, labelled, length_matched, ranked
 from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
-from punster.data.prompts import GENERIC_PROMPT, pun_word_share, retopic, topic_key, with_prompts
+from punster.data.prompts import GENERIC_PROMPT, prompted, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.replace import chosen_pairs, foreign_pairs
 from punster.data.schema import FIELDS, Row, is_number, kind_of, texts_of
 from punster.data.sources import SOURCES, find_source
@@ -206,7 +206,7 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Say | None = No
         rows = [row for row in rows if id(row) in stays]
     held_out = pool.held_out_prompts if pool and recipe.split == "train" else ()
     avoid = frozenset(topic_key(row["topic"]) for row in held_out)
-    if recipe.kind != "preference" and recipe.split == "train" and any(p.file or p.source == "contrasts" for p in recipe.parts):
+    if recipe.kind != "preference" and any(part.source == "contrasts" for part in recipe.parts):
         avoid |= corpus.held_out_topics()
     if recipe.kind in ("sft", "prompt"):
         written = [row for row in rows if "completion" in row or "text" in row]
@@ -301,8 +301,10 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
         rows = read_rows(part.file, kind, part.columns, recipe.split == "train", say)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
+        rows = [row for row in rows if recipe.kind != "sft" or not_written(row) is None]
         ours = lambda row, name: name in KEPT or row.get("source") in SOURCES
         rows = [{name: value for name, value in row.items() if ours(row, name) and value is not None} for row in rows]
+        rows = prompted(rows, corpus.held_out_topics())[0] if recipe.kind == "sft" else rows
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
         made = corpus.contrast_rows(part.use, part.half) if recipe.kind == "preference" else corpus.contrast_puns(part.half)

@@ -125,6 +125,21 @@ def with_prompts(rows: Sequence[Row], avoid: frozenset[str] = frozenset(), share
     return found
 
 
+def prompted(rows: Sequence[Row], avoid: frozenset[str]) -> tuple[list[Row], list[Row]]:
+    """People's own texts as completions, and those of them that had no prompt and got one; rows with a completion as they are.
+
+    Their other columns, such as a topic, may mean anything, and are not read.
+    """
+    found = [row if row.get("completion") is not None else {**row, "completion": row["text"]} for row in rows]
+    found = [{name: value for name, value in row.items() if name != "text"} for row in found]
+    bare = [row for row in found if not row.get("prompt")]
+    words = [word if isinstance(word := row.get("pun_word"), str) and word.strip() else None for row in bare]
+    given = [{"text": row["completion"], "pun_word": word} for row, word in zip(bare, words, strict=True)]
+    for row, made in zip(bare, with_prompts(given, avoid) if bare else [], strict=True):
+        row["prompt"] = made["prompt"]
+    return found, bare
+
+
 def held_out_prompts(rows: Sequence[Row], count: int = 10_000) -> list[Row]:
     """One prompt for each topic that the held-out rows give, nouns only; at most one a row until all rows had their turn."""
     chosen: dict[str, Row] = {}

@@ -152,7 +152,8 @@ def read_run(folder: Path) -> RunData:
 def compared(runs: Sequence[RunData]) -> RunData:
     """Several runs as one: stages and models are named after their run, so that they share tables and figures."""
     names = [run.name for run in runs]
-    names = names if len(set(names)) == len(names) else [run.shown for run in runs]
+    shown, placed = [run.shown for run in runs], [str(run.place) for run in runs]
+    names = next(each for each in (names, shown, placed) if len(set(each)) == len(each) or each is placed)
     titled = lambda owner, name: owner if name == owner else f"{owner}: {label(name)}"
     models: dict[str, dict[str, Any]] = {}
     rewards: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import punster.config
 from punster.config.shared import FROM_PYTHON, WITHOUT_EFFECT, defaults_of
-from punster.evaluate.folder import STAGES, RunData, Stage, home, listed, located, read_config
+from punster.evaluate.folder import RunData, Stage, home, listed, located, read_config
 from punster.evaluate.table import as_dict, label, number
 from punster.evaluate.winrate import LEVEL, Interval
 
@@ -128,8 +128,9 @@ def stages_of(stages: Sequence[Stage]) -> dict[str, list[str]]:
     """
     known = []
     for stage in (stage for stage in stages if stage.config):
-        place, own = stage.place, stage.place.name if stage.place.name in STAGES else ""
-        recipe = f"{own} {stage.config.get('eval_data')} {recipe_of(place)}"
+        place = stage.place
+        own = place.name if read_config(place.parent / "config.yaml")[1] == "run" else ""
+        recipe = f"{own} {stage.config.get('eval_data') or []} {recipe_of(place)}"
         known.append(Measured(f"{place.parent.name}/{place.name}", recipe, str(stage.config.get("seed")), {"stage": stage.name}))
     return {name: [model.entry["stage"] for model in group] for name, group in groups_of(known).items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,9 +17,9 @@ from punster.config import DpoConfig, PolicyConfig, RewardConfig, SftConfig, Tra
 from punster.config.shared import DEFAULT_MODEL
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.data.files import read_rows
+from punster.data.files import not_written, read_rows
 from punster.data.mix import is_mixture, mixture
-from punster.data.prompts import with_prompts
+from punster.data.prompts import prompted
 from punster.data.schema import Row, check_row, texts_of
 from punster.errors import UserError
 from punster.model import kernels
@@ -241,23 +242,17 @@ def load_rows(
 
 
 def asked(rows: Sequence[Row], quiet: bool) -> list[Row]:
-    """Texts as completions; one without a prompt gets one as in a mixture, on no topic of the embedded held-out part."""
-    found = list(rows)
-    texts = [place for place, row in enumerate(rows) if row.get("completion") is None]
-    for place in texts:
-        found[place] = {
-            **{name: value for name, value in rows[place].items() if name != "text"},
-            "completion": rows[place]["text"],
-        }
-    bare = [place for place in texts if not found[place].get("prompt")]
-    if not bare:
-        return found
-    # People's other columns, such as a topic, may mean anything.
-    words = [word if isinstance(word := found[place].get("pun_word"), str) and word.strip() else None for place in bare]
-    given = [{"text": found[place]["completion"], "pun_word": word} for place, word in zip(bare, words, strict=True)]
-    for place, row in zip(bare, with_prompts(given, corpus.held_out_topics()), strict=True):
-        found[place]["prompt"] = row["prompt"]
-    speaker(quiet)(f"  {len(bare)} of {len(rows)} rows have no prompt and get one (the first: {found[bare[0]]['prompt']!r})")
+    """Texts as completions, as in a mixture: with a prompt, on no topic of the embedded held-out part, and without what is no pun."""
+    if all(row.get("completion") is not None for row in rows):
+        return list(rows)
+    reasons = Counter(filter(None, map(not_written, rows)))
+    found, bare = prompted([row for row in rows if not_written(row) is None], corpus.held_out_topics())
+    for reason, count in reasons.items():
+        speaker(quiet)(f"  {count} of {len(rows)} rows left out: their text is {reason}")
+    if bare:
+        speaker(quiet)(f"  {len(bare)} of {len(rows)} rows have no prompt and get one (the first: {bare[0]['prompt']!r})")
+    if not found:
+        raise UserError("no row is left: no text is a pun that a person wrote")
     return found
 
 
