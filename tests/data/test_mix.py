@@ -206,10 +206,11 @@ def test_held_out_files_of_a_folder_are_in_no_training_mixture(tmp_path: Path) -
     for part, text in (("train", "a text of the training part"), ("val", "one that is held out")):
         (folder / f"puneval.sft.{part}.jsonl").write_text(json.dumps({"prompt": "p", "completion": text}) + "\n")
     told: list[str] = []
-    for split, count in (("train", 1), ("val", 2)):
+    for split, text in (("train", "a text of the training part"), ("val", "one that is held out")):
         recipe = Recipe("sft", split, parts=[Ingredient(file=str(folder))])
-        assert len(build(recipe, say=told.append)[0]) == count
-    assert sum("1 of 2 files are held out and not read (puneval.sft.val.jsonl)" in line for line in told) == 1
+        assert [row["completion"] for row in build(recipe, say=told.append)[0]] == [text]
+    for left in ("held out and not read (puneval.sft.val.jsonl)", "no val files and not read (puneval.sft.train.jsonl)"):
+        assert sum(f"1 of 2 files are {left}" in line for line in told) == 1
 
 
 @pytest.mark.parametrize(
