@@ -207,7 +207,7 @@ def test_copies_are_of_all_that_any_model_was_taught(tmp_path: Path) -> None:
     sft = run("sft", "sft", data=rows("a.jsonl", {"prompt": "p", "completion": "first"}), pretrained=None)
     more = run("more", "sft", data=rows("b.jsonl", {"prompt": "p", "completion": "second"}), pretrained=sft)
     ppo = run("ppo", "ppo", actor=more, sft_coef=0.1, sft_data=rows("c.jsonl", {"prompt": "p", "completion": "third"}))
-    given = rows("d.jsonl", {"prompt": "p", "chosen": "fourth", "rejected": "never"})
+    given = rows("d.jsonl", {"prompt": "p", "chosen": "fourth", "rejected": "never", "label": None})  # as Parquet has columns
     dpo = run("dpo", "dpo", actor=sft, loss_type="sigmoid", online=False, pairs="data", data=given)
     online = run("online", "dpo", actor=sft, loss_type="sigmoid", online=True, pairs="data", data=["no such file"])
     assert training_texts([sft, online]) == ["first"]

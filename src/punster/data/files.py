@@ -23,7 +23,8 @@ def read_rows(
 ) -> list[Row]:
     """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
 
-    The lines of a .txt file are texts, or prompts where these are wanted. columns: "FIELD=COLUMN" for fields that have another name there. training, say: as in `located_rows`.
+    The lines of a .txt file are texts, or prompts where these are wanted, and have no columns. columns: "FIELD=COLUMN" for fields
+    that have another name there. training, say: as in `located_rows`.
     """
     located = located_rows(path, training, say)
     if str(path).endswith(".txt") and Path(path).is_file():

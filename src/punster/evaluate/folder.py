@@ -77,9 +77,7 @@ class RunData:
     config_sha256: str = ""
     place: Path = Path()
     hues: dict[str, int] = field(default_factory=dict)  # of the names of a comparison, which are nobody's standing ones
-    seeds: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # of a comparison: stages that differ in their seed, by their name together
+    seeds: dict[str, list[str]] = field(default_factory=dict)  # of a comparison: stages that differ in their seed, by a name
 
     def path(self, part: str = "") -> str:
         """The folder, or something in it, as a word of a shell line."""

@@ -48,7 +48,11 @@ def training_texts(paths: Sequence[str]) -> list[str] | None:
             if "loss_type" in each:  # DPO and its relatives
                 kind = "unpaired" if each["loss_type"] == "kto" else "preference"
                 found = load_rows(each["data"], kind, partial(embedded_rows, kind), columns, quiet=True)
-                rows += [row["completion"] if kind == "unpaired" else row["chosen"] for row in found if row.get("label", True)]
+                rows += [
+                    row["completion"] if kind == "unpaired" else row["chosen"]
+                    for row in found
+                    if kind == "preference" or row["label"]
+                ]
             elif each.get("sft_coef"):  # PPO with a supervised term
                 rows += [row["completion"] for row in load_rows(each["sft_data"], "sft", corpus.sft_rows, quiet=True)]
             elif "actor" not in each:  # supervised fine-tuning
