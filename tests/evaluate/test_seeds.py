@@ -160,7 +160,8 @@ def test_two_seeds_become_a_row(runs: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_truncated_samples_have_no_exact_kl(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(asked(runs, "--out", str(tmp_path), "--temperature", "0.8", "--min-p", "0.05", "--top-k", "40")) == 0
-    assert "T = 0.8, top-k 40, min-p 0.05" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "T = 0.8, top-k 40, min-p 0.05" in printed and "no exact KL of truncated samples" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["decoding"] == {
         "max_new_tokens": 8, "temperature": 0.8, "top_k": 40, "top_p": 1.0, "min_p": 0.05, "repetition_penalty": 1.0,

@@ -246,10 +246,9 @@ def print_table(summary: dict[str, Any]) -> None:
     for place, found in enumerate(result_tables(summary)):
         title = size if place == 0 else found.title
         console.print(text_table(title, ["model", *(column.short for column in found.columns)], found.rows))
-    print(
-        "held-out reward: yardstick reward model, 95 % bootstrap over prompts; exact KL to "
-        f"{label(reference_of(summary))} in nats a response; EOS: share that ends"
-    )
+    known = any(number(as_dict(entry).get("exact_kl")) is not None for entry in summary["models"].values())
+    kl = f"exact KL to {label(reference_of(summary))} in nats a response" if known else "no exact KL of truncated samples"
+    print(f"held-out reward: yardstick reward model, 95 % bootstrap over prompts; {kl}; EOS: share that ends")
     for line in judge_sentences(summary):
         print(line)
 
