@@ -227,6 +227,21 @@ def test_a_mistake_in_eval_data_costs_no_work(
     assert not (tmp_path / "runs").exists()
 
 
+def test_eval_data_of_a_stage_that_is_done_may_be_gone(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "x" / "gold"
+    place.mkdir(parents=True)
+    missing = {"eval_data": [str(tmp_path / "nowhere.jsonl")]}
+    config = PipelineConfig(name="x", out=str(tmp_path), model=str(tiny_llama), stages=["sft", "gold"], gold=missing, dtype="fp32",
+                            resume=True, dry_run=True)  # fmt: skip
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
+        run_pipeline(config)
+    (place / "summary.json").write_text(json.dumps({"wall_seconds": 1.0}))
+    run_pipeline(config)
+    assert "sft" in capsys.readouterr().out
+
+
 def test_labels_of_texts_follow_the_rows_that_are_kept(tiny_llama: Path, sft_run: str, make: Make) -> None:
     role, tokenizer = load_run(sft_run)
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -33,6 +34,7 @@ class Lessons:
     units: list[list[int]]  # the same of --data
     shares: list[float]  # with which a pass has each of these
     bags: list[Sequence[int]]  # of these, what each member learns from
+    in_families: bool
 
     @classmethod
     def of(
@@ -45,9 +47,8 @@ class Lessons:
         for unit, share in zip(units, shares, strict=True):
             for row in unit:  # what is drawn less often counts more when it is
                 items[row] = replace(items[row], weight=items[row].weight / share)
-        return cls(
-            examples, items, parts[0], units, shares, [bag(len(units), config, number) for number in range(config.members)]
-        )
+        bags = [bag(len(units), config, number) for number in range(config.members)]
+        return cls(examples, items, parts[0], units, shares, bags, config.families)
 
     @property
     def uneven(self) -> bool:
@@ -64,15 +65,21 @@ class Lessons:
         drawn = sum(self.shares) * len(self.bags[0]) / len(self.shares)
         return first, config.steps or first + total_steps(config, drawn, config.epochs)
 
-    def work(self, config: RewardConfig) -> tuple[list[Example], float]:
-        """Texts, and how many passes over all of their tokens the steps make."""
+    @cached_property
+    def whole(self) -> tuple[list[Example], float, float]:
+        """Texts; how many passes over all of their tokens one pass makes; and how many units that draws."""
         # In families each text runs once a step, and about half of its tokens are a prefix of another (as in `stage_work`).
-        texts, once = (list(dict.fromkeys(self.examples)), 0.5) if config.families else (self.examples, 1.0)
+        texts, once = (list(dict.fromkeys(self.examples)), 0.5) if self.in_families else (self.examples, 1.0)
         lengths = [sum(e.length for e in {self.examples[text] for row in unit for text in self.items[row].texts})
                    for unit in chain(self.first, self.units)]  # fmt: skip
         shares = [1.0] * len(self.first) + self.shares
         once *= sum(length * share for length, share in zip(lengths, shares, strict=True)) / sum(lengths)
-        return texts, once * self.steps(config)[1] * config.batch_size * config.members / sum(shares)
+        return texts, once, sum(shares)
+
+    def work(self, config: RewardConfig) -> tuple[list[Example], float]:
+        """Texts, and how many passes over all of their tokens the steps make."""
+        texts, once, drawn = self.whole
+        return texts, once * self.steps(config)[1] * config.batch_size * config.members / drawn
 
     def cursors(self, member: int, seed: int) -> dict[str, Cursor]:
         """A member's places in --pretrain ("first"), if there is any, and in its bag ("data")."""

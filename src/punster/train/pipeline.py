@@ -159,8 +159,9 @@ def run_pipeline(config: PipelineConfig) -> None:
     counts: Counts = {}
     config = fitted(config, counts)
     stages, evaluation = parts_of(config)
-    for settings in stages.values():  # a mistake in one's --eval-data is found now, and not when its turn has come
-        own_rows(replace(settings, quiet=True))
+    for stage, settings in stages.items():  # a mistake in one's --eval-data is found now, and not when its turn has come
+        if not stage_summary(folder, stage):
+            own_rows(replace(settings, quiet=True))
     if config.dry_run:
         plan(config, stages, time_left(config, stages, evaluation, counts))
         return
