@@ -50,6 +50,7 @@ def toy_corpus() -> Iterator[None]:
 def forget_halves() -> None:
     """The halves of the contrasts, and the topics that own texts keep off, hang on the corpus."""
     corpus.held_out_topics.cache_clear()
+    corpus.contrast_puns.cache_clear()
     corpus.contrast_halves.cache_clear()
     corpus.contrast_rows.cache_clear()
 
