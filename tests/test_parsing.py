@@ -46,6 +46,25 @@ def test_the_command_line_wins_over_files_wherever_it_stands(line: str, expected
     assert {key: getattr(found, key) for key in expected} == expected
 
 
+def test_the_command_line_turns_off_what_a_file_turns_on(tmp_path: Path) -> None:
+    file = tmp_path / "on.yaml"
+    file.write_text("quiet: true\nresume: true\n")
+    for line, quiet in (
+        ("--config F", True),
+        ("--config F --no-quiet", False),
+        ("--no-quiet --config F", False),
+        ("--quiet", True),
+    ):
+        found = parse("dpo", DpoConfig, words(line, {"F": str(file)}))
+        assert (found.quiet, found.resume) == (quiet, "F" in line)
+    for key in ("no-quiet", "no_quiet"):
+        file.write_text(f"{key}: true\n")
+        with pytest.raises(UserError, match=f"unknown key '{key}'.*by `false`"):
+            parse("dpo", DpoConfig, ["--config", str(file)])
+    with pytest.raises(UserError, match="Did you mean --quiet, "):
+        parse("dpo", DpoConfig, ["--quite"])
+
+
 @pytest.mark.parametrize(
     ("line", "models", "samples"),
     [

@@ -282,11 +282,16 @@ def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.C
 
     rows = [{"text": "Bees hum."}, {"text": "It rains.", "is_pun": False}, {"text": "It snows.", "label": False},
             {"text": "Fish swim.", "source": "puneval", "system": "gpt-4"}, {"text": "Fish sing.", "system": "mine", "pun_word": 3},
-            {"prompt": "p", "completion": "as given", "label": False}]  # fmt: skip
+            {"prompt": "p", "completion": "as given", "label": True},
+            {"prompt": "p", "completion": "not wanted", "label": False}]  # fmt: skip
     texts = ["Bees hum.", "Fish sing.", "as given"]
     assert [row["completion"] for row in load_rows(rows, "sft", list)] == texts
     told = capsys.readouterr().err
-    assert "2 of 6 rows left out: their text is no pun" in told and "1 of 6 rows left out: their text is a machine's" in told
+    for left_out in ("1 of 7 rows left out: their text is no pun", "2 of 7 rows left out: their text is labelled false",
+                     "1 of 7 rows left out: their text is a machine's"):  # fmt: skip
+        assert left_out in told
+    alone = load_rows([{"prompt": "p", "completion": text, "label": text == "good"} for text in ("good", "bad")], "sft", list)
+    assert [row["completion"] for row in alone] == ["good"] and "1 of 2 rows left out" in capsys.readouterr().err
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text("kind: sft\nguard: false\nrepeats: 0\nparts:\n- {file: mine.jsonl}\n")

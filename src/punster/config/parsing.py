@@ -25,7 +25,7 @@ def parser_for(
     verb: str, kind: type, positional: Sequence[str] = (), config_help: str = "YAML file with any of these options"
 ) -> Any:
     """A jsonargparse parser with one option for each field of the verb's dataclass; --config reads the same keys from YAML."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(prog=f"punster {verb}", description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help=config_help)
@@ -39,7 +39,7 @@ def parser_for(
         if item.name in positional:
             parser.add_argument(item.name, type=str, nargs="*", **options)
         elif hints[item.name] is bool:
-            parser.add_argument(*flags, action="store_true", **options)
+            parser.add_argument(*flags, action=ActionYesNo(no_prefix="no-"), **options)  # --no-X for what a file turns on
         elif hints[item.name] == list[str]:
             parser.add_argument(*flags, type=str, nargs="+", **options)
         else:
@@ -120,6 +120,8 @@ def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
         check_version(values["config_version"], place)
     defaults = parser.get_defaults().as_dict()
     for key, value in values.items():
+        if key not in defaults and re.match("no[-_]", str(key)):  # jsonargparse would turn the switch on
+            raise UserError(f"{place}: unknown key {key!r} in the configuration; switches are turned off by `false`")
         default = defaults.get(key)
         if isinstance(default, list) and not isinstance(value, list):
             raise UserError(f"{place}: {key} must be a list, found {value!r}")
@@ -130,7 +132,8 @@ def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
 def readable(message: str, parser: Any) -> str:
     """jsonargparse's message in one line, with near matches for unknown options and keys."""
     text = " ".join(message.split())
-    known = {flag: "/".join(a.option_strings) for a in parser._actions for flag in a.option_strings if flag.startswith("--")}
+    options = [[flag for flag in action.option_strings if not flag.startswith("--no-")] for action in parser._actions]
+    known = {flag: "/".join(flags) for flags in options for flag in flags if flag.startswith("--")}
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", text):
         return f"unknown option {match[1]}.{suggestion(match[1].split('=')[0], known)}"
     if match := re.search(r"[Kk]ey '?([\w.]+)'? is not expected|Option '([\w.]+)' is not accepted|Key \"([\w.]+)\"", text):

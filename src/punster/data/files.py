@@ -145,10 +145,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def not_written(row: Row) -> str | None:
-    """Why a text without a completion beside it is not learned to be written: "no pun", or "a machine's"; else None."""
+    """Why a text is not learned to be written: "labelled false", and of one that is no completion "no pun", "a machine's"; else None."""
+    if row.get("label") is False:
+        return "labelled false"
     if row.get("completion") is not None:
         return None
-    if row.get("is_pun") is False or row.get("label") is False:
+    if row.get("is_pun") is False:
         return "no pun"
     return "a machine's" if row.get("source") in SOURCES and row.get("system", "human") != "human" else None
 

@@ -243,9 +243,9 @@ def load_rows(
 
 def asked(rows: Sequence[Row], quiet: bool) -> list[Row]:
     """Texts as completions, as in a mixture: with a prompt, on no topic of the embedded held-out part, and without what is no pun."""
-    if all(row.get("completion") is not None for row in rows):
-        return list(rows)
     reasons = Counter(filter(None, map(not_written, rows)))
+    if not reasons and all(row.get("completion") is not None for row in rows):
+        return list(rows)
     found, bare = prompted([row for row in rows if not_written(row) is None], corpus.held_out_topics())
     for reason, count in reasons.items():
         speaker(quiet)(f"  {count} of {len(rows)} rows left out: their text is {reason}")
