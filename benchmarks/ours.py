@@ -144,12 +144,17 @@ def whole_runs(line: Line, verb: str, top_layers: str) -> None:
 
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
 def forced_length() -> None:
-    """No response ends before its last token, as in the peers' runs: EOS is never chosen."""
+    """No response ends before its last token, as in the peers' runs: EOS is never chosen.
+
+    Log-probs stay those of the policy, as PPO compares them with what it trains on.
+    """
     choose, eos_id = sampler.choose, Tokenizer.load(str(prepare.MODEL)).eos_id
 
     def forced(logits: torch.Tensor, *rest: Any) -> Any:
+        log_probs = logits.log_softmax(-1)
         logits[:, eos_id] = float("-inf")
-        return choose(logits, *rest)
+        token, _ = choose(logits, *rest)
+        return token, log_probs.gather(1, token[:, None])[:, 0]
 
     sampler.choose = forced
 

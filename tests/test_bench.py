@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,6 +169,25 @@ def test_our_side_of_every_comparison_runs(
         worker.close()
         assert report["seconds"] > 0 and len(report["marks"]) == (EPOCHS * STEPS if name == "runs" else 1), name
         assert name != "rollout" or len(settings) == 2 or report["tokens"] == 2 * NEW
+
+
+def test_forced_lengths_leave_the_log_probs_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO refuses samples whose log-probs are not those that it trains on."""
+    import torch
+
+    from benchmarks import ours
+    from punster.rollout import sampler
+
+    eos_id = 3
+    monkeypatch.setattr(ours, "Tokenizer", SimpleNamespace(load=lambda path: SimpleNamespace(eos_id=eos_id)))
+    monkeypatch.setattr(sampler, "choose", sampler.choose)
+    ours.forced_length()
+    logits = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+    logits[:, eos_id] += 3  # what would be chosen mostly
+    log_probs = logits.log_softmax(-1)
+    token, log_prob = sampler.choose(logits.clone(), sampler.Decoding(4), torch.linspace(0, 0.999, 200))
+    assert eos_id not in token and len(set(token.tolist())) == 7
+    torch.testing.assert_close(log_prob, log_probs.gather(1, token[:, None])[:, 0], rtol=0, atol=1e-6)
 
 
 def test_sides_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
