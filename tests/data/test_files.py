@@ -290,14 +290,16 @@ def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.C
     for left_out in ("1 of 7 rows left out: their text is no pun", "2 of 7 rows left out: their text is labelled false",
                      "1 of 7 rows left out: their text is a machine's"):  # fmt: skip
         assert left_out in told
-    alone = load_rows([{"prompt": "p", "completion": text, "label": text == "good"} for text in ("good", "bad")], "sft", list)
+    alone = load_rows(
+        [{"prompt": "p", "completion": text, "label": label} for text, label in (("good", 1), ("bad", 0))], "sft", list
+    )
     assert [row["completion"] for row in alone] == ["good"] and "1 of 2 rows left out" in capsys.readouterr().err
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text("kind: sft\nguard: false\nrepeats: 0\nparts:\n- {file: mine.jsonl}\n")
     found = load_rows([str(tmp_path / "mine.yaml")], "sft", list, quiet=True)
     assert sorted(row["completion"] for row in found) == sorted(texts)
-    with pytest.raises(UserError, match="no row is left: no text is a pun"):
+    with pytest.raises(UserError, match="no row is left: their text is no pun or labelled false"):
         load_rows(rows[1:3], "sft", list, quiet=True)
 
 

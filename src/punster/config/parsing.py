@@ -120,7 +120,8 @@ def check_values(values: dict[str, Any], parser: Any, place: str) -> None:
         check_version(values["config_version"], place)
     defaults = parser.get_defaults().as_dict()
     for key, value in values.items():
-        if key not in defaults and re.match("no[-_]", str(key)):  # jsonargparse would turn the switch on
+        off = re.match("no[-_](.+)", str(key))  # jsonargparse would turn the switch on
+        if off and key not in defaults and isinstance(defaults.get(off[1].replace("-", "_")), bool):
             raise UserError(f"{place}: unknown key {key!r} in the configuration; switches are turned off by `false`")
         default = defaults.get(key)
         if isinstance(default, list) and not isinstance(value, list):

@@ -146,7 +146,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def not_written(row: Row) -> str | None:
     """Why a text is not learned to be written: "labelled false", and of one that is no completion "no pun", "a machine's"; else None."""
-    if row.get("label") is False:
+    if row.get("label") in (False, 0):
         return "labelled false"
     if row.get("completion") is not None:
         return None

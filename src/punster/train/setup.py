@@ -244,15 +244,16 @@ def load_rows(
 def asked(rows: Sequence[Row], quiet: bool) -> list[Row]:
     """Texts as completions, as in a mixture: with a prompt, on no topic of the embedded held-out part, and without what is no pun."""
     reasons = Counter(filter(None, map(not_written, rows)))
-    if not reasons and all(row.get("completion") is not None for row in rows):
-        return list(rows)
-    found, bare = prompted([row for row in rows if not_written(row) is None], corpus.held_out_topics())
     for reason, count in reasons.items():
         speaker(quiet)(f"  {count} of {len(rows)} rows left out: their text is {reason}")
+    kept = [row for row in rows if not_written(row) is None]
+    if not kept:
+        raise UserError(f"no row is left: their text is {' or '.join(reasons)}")
+    if all(row.get("completion") is not None for row in kept):
+        return kept
+    found, bare = prompted(kept, corpus.held_out_topics())
     if bare:
         speaker(quiet)(f"  {len(bare)} of {len(rows)} rows have no prompt and get one (the first: {bare[0]['prompt']!r})")
-    if not found:
-        raise UserError("no row is left: no text is a pun that a person wrote")
     return found
 
 
