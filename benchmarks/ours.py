@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import prepare
 from benchmarks.flops import Shape, matrix_peak, rollout_flops
+from benchmarks.forced import without_eos
 from benchmarks.keys import ALPHA, BATCH, EPOCHS, NEW, POOL, RANK, ROWS, Point, llama_config, points
 from benchmarks.line import BENCH, Line, serve, timed
 from punster.config import DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
@@ -144,19 +145,8 @@ def whole_runs(line: Line, verb: str, top_layers: str) -> None:
 
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
 def forced_length() -> None:
-    """No response ends before its last token, as in the peers' runs: EOS is never chosen.
-
-    Log-probs stay those of the policy, as PPO compares them with what it trains on.
-    """
-    choose, eos_id = sampler.choose, Tokenizer.load(str(prepare.MODEL)).eos_id
-
-    def forced(logits: torch.Tensor, *rest: Any) -> Any:
-        log_probs = logits.log_softmax(-1)
-        logits[:, eos_id] = float("-inf")
-        token, _ = choose(logits, *rest)
-        return token, log_probs.gather(1, token[:, None])[:, 0]
-
-    sampler.choose = forced
+    """No response ends before its last token, as in the peers' runs: EOS is never chosen."""
+    sampler.choose = without_eos(sampler.choose, Tokenizer.load(str(prepare.MODEL)).eos_id)
 
 
 def policy_settings(verb: str, top_layers: str) -> dict[str, Any]:

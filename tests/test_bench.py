@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import results, scaling
 from benchmarks.__main__ import PAGE, chosen_keys, measure
 from benchmarks.flops import Shape, rollout_flops
+from benchmarks.forced import without_eos
 from benchmarks.keys import EPOCHS, KEYS, NEW, STEPS, points, side
 from benchmarks.line import BenchError, Worker
+from punster.rollout.sampler import Decoding, choose
 
 
 def test_ratios_are_paired_and_more_is_better_for_us() -> None:
@@ -171,21 +173,13 @@ def test_our_side_of_every_comparison_runs(
         assert name != "rollout" or len(settings) == 2 or report["tokens"] == 2 * NEW
 
 
-def test_forced_lengths_leave_the_log_probs_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_lengths_leave_the_log_probs_of_the_policy() -> None:
     """PPO refuses samples whose log-probs are not those that it trains on."""
-    import torch
-
-    from benchmarks import ours
-    from punster.rollout import sampler
-
     eos_id = 3
-    monkeypatch.setattr(ours, "Tokenizer", SimpleNamespace(load=lambda path: SimpleNamespace(eos_id=eos_id)))
-    monkeypatch.setattr(sampler, "choose", sampler.choose)
-    ours.forced_length()
     logits = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
     logits[:, eos_id] += 3  # what would be chosen mostly
     log_probs = logits.log_softmax(-1)
-    token, log_prob = sampler.choose(logits.clone(), sampler.Decoding(4), torch.linspace(0, 0.999, 200))
+    token, log_prob = without_eos(choose, eos_id)(logits, Decoding(4), torch.linspace(0, 0.999, 200))
     assert eos_id not in token and len(set(token.tolist())) == 7
     torch.testing.assert_close(log_prob, log_probs.gather(1, token[:, None])[:, 0], rtol=0, atol=1e-6)
 
