@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from punster.config import DistillConfig, DpoConfig, EvaluateConfig, GrpoConfig, PpoConfig, SftConfig
+from punster.config import DistillConfig, DpoConfig, EvaluateConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.config.parsing import TRL_NAMES, parse
 from punster.errors import UserError
 
@@ -133,3 +133,14 @@ def test_hints_name_options_that_there_are() -> None:
     assert set(TRL_NAMES.values()) <= known and not set(TRL_NAMES) & known and len(TRL_NAMES) <= 12
     with pytest.raises(UserError, match=r"unknown option --kl_coef\.(?! Did you mean --beta)"):  # sft has none
         parse("sft", SftConfig, ["--kl_coef", "1"])
+
+
+def test_the_packages_own_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README names recipes/NAME.yaml, and a wheel has no such folder beside it; a file of one's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert parse("reward", RewardConfig, ["--config", "recipes/reward-human.yaml"]).data == ["human"]
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "reward-human.yaml").write_text("data: [mine.jsonl]\n")
+    assert parse("reward", RewardConfig, ["--config", "recipes/reward-human.yaml"]).data == ["mine.jsonl"]
+    with pytest.raises(UserError, match=r"recipes/other.yaml"):
+        parse("reward", RewardConfig, ["--config", "recipes/other.yaml"])

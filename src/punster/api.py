@@ -69,6 +69,8 @@ class Model:
 
         if self.role.head is not None:
             raise UserError("this run is a reward model: it scores texts, it does not write them")
+        if isinstance(prompts, str):
+            raise UserError("generate_many takes a list of prompts; generate takes one")
         if k < 1 or best_of < 0:
             raise UserError(f"-k must be at least 1 and --best-of at least 0, got {k} and {best_of}")
         if best_of and judge is None:
@@ -124,6 +126,8 @@ class Model:
             raise UserError("this run is not a reward model: only reward runs score texts")
         from punster.train.setup import encode
 
+        if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
+            raise UserError("prompts and completions must be two lists of the same length")
         pairs = zip(prompts, completions, strict=True)
         examples = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]
         unique = list(dict.fromkeys(examples))  # equal texts get equal scores to the last digit, and run once

@@ -238,16 +238,18 @@ def evaluate_verb(rest: list[str]) -> int:
     from punster.config import EvaluateConfig
 
     config = parse("evaluate", EvaluateConfig, rest, positional=("models",))
-    from punster.data.verbs import input_files, keep_inputs
+    from punster.data.files import is_file_of_rows
+    from punster.data.verbs import check_folder, input_files, keep_inputs
     from punster.evaluate.compare import evaluate
     from punster.evaluate.folder import read_config
     from punster.evaluate.table import print_table
 
     if config.out:
         folder = Path(config.out)
+        check_folder(folder)
         if read_config(folder / "config.yaml")[1] not in ("", "evaluate") or (folder / "run.log").exists():
             raise UserError(f"--out {folder}: its summary.json and samples.jsonl are those of a punster run; name another folder")
-        read = [*input_files(config.prompts), *(Path(model) for model in config.models if model.endswith(".jsonl"))]
+        read = [*input_files(config.prompts), *(Path(model) for model in config.models if is_file_of_rows(model))]
         for name in ("summary.json", "samples.jsonl"):
             keep_inputs(folder / name, read)
     print_table(evaluate(config))
@@ -265,13 +267,16 @@ def report_verb(rest: list[str]) -> int:
     for folder in folders:
         if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
             raise UserError(f"{folder}: no such run")
+    from punster.data.verbs import check_target
     from punster.evaluate.card import write_card
     from punster.evaluate.report import write_comparison, write_report
 
     if len(folders) == 1 and o["out"]:
         raise UserError("--out is for the page that compares several runs; one run's report.html is written beside it")
     if len(folders) > 1:
-        print(write_comparison(folders, Path(o["out"] or folders[0].resolve().parent / "comparison.html")))
+        page = Path(o["out"] or folders[0].resolve().parent / "comparison.html")
+        check_target(page, folders)
+        print(write_comparison(folders, page))
         return 0
     print(write_report(folders[0]))
     print(write_card(folders[0]))

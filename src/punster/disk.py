@@ -25,7 +25,8 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """Write under a temporary name, flush, rename; if anything fails, nothing of it is left."""
+    """Write under a temporary name, flush, rename; if anything fails, nothing of it is left. A link stays, its target changes."""
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("w", encoding="utf-8") as handle:

@@ -58,7 +58,7 @@ def doctor() -> int:
         print("note           fewer threads than cores: OMP_NUM_THREADS may be set")
     if free_memory and free_memory < 3e9:
         print(
-            "note           less than 3 GB of memory available: the demo needs about 3; close something, or use --max-tokens 1024"
+            "note           less than 3 GB of memory available: the demo needs about 3; close something, or use a smaller --scale"
         )
     if min(here, free) < 2e9:
         print("note           less than 2 GB of disk free")

@@ -90,6 +90,8 @@ def test_check_names_every_problem(copies: Path, tmp_path: Path, capsys: pytest.
     refused(["data", "check", str(path)], capsys, f"{path}, line 1: field 'completion' is empty (and 1 more)")
     path.write_text('{"prompt": "x", "completion": "ha \\ud83d"}\n')
     refused(["data", "check", str(path)], capsys, f"{path}, line 1, field 'completion': found half of a surrogate pair")
+    path.write_text('{"text": "It snows.", "label": false}\n')  # SFT takes such a file, and leaves this row out
+    assert main(["data", "check", str(path)]) == 0 and "rows: 1 (1 text)" in capsys.readouterr().out
     path.write_text("\n")
     refused(["data", "check", str(path)], capsys, "no rows in this file")
 

@@ -12,6 +12,7 @@ import pytest
 from punster.cli import main
 from punster.config import SftConfig
 from punster.data.files import hub_rows, is_held_out, read_rows, read_texts
+from punster.data.mix import build, load_mixture
 from punster.data.schema import check_row, kind_of, texts_of
 from punster.errors import UserError
 
@@ -317,3 +318,32 @@ def test_prompts_of_prepared_rows_in_a_file_stay_as_they_are(tmp_path: Path) -> 
     (tmp_path / "cup.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "cup.yaml").write_text("kind: sft\nguard: false\nparts:\n- {file: cup.jsonl}\n")
     assert [found["prompt"] for found in load_rows([str(tmp_path / "cup.yaml")], "sft", list, quiet=True)] == [row["prompt"]]
+
+
+def test_hidden_folders_are_not_read(tmp_path: Path) -> None:
+    """An editor's copies, of held-out files too, under names that say nothing of that."""
+    folder = tmp_path / ".cache" / "mine"  # of which the hidden part is not the folder's own
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "a.jsonl").write_text(json.dumps({"prompt": ASK, "completion": "one"}) + "\n")
+    (folder / ".ipynb_checkpoints" / "puneval.sft.val-checkpoint.jsonl").write_text('{"prompt": "p", "completion": "two"}\n')
+    assert [row["completion"] for row in read_rows(folder, "sft", training=True)] == ["one"]
+
+
+def test_columns_called_as_ours_that_hold_no_text_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "Bees hum.", "source": {"site": "x"}, "id": [1], "group": 7}) + "\n")
+    (row,) = read_rows(path, "written")
+    assert row == {"text": "Bees hum.", "group": 7}
+    (tmp_path / "m.yaml").write_text("kind: sft\nguard: false\nparts: [{file: a.jsonl}]\n")
+    assert build(load_mixture(str(tmp_path / "m.yaml")))[1]["by_source"] == {str(path): 1}
+
+
+def test_headers_of_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"\n\nprompt,completion\n{ASK},one\n")
+    assert [row["completion"] for row in read_rows(path, "sft")] == ["one"]
+    path.write_text(f"prompt,completion,completion\n{ASK},one,two\n")
+    with pytest.raises(UserError, match="line 1: two columns are called 'completion'; rename one"):
+        read_rows(path, "sft")
+    path.write_text(f",prompt,,completion\n0,{ASK},,one\n")  # as a table with an index is written
+    assert [row["completion"] for row in read_rows(path, "sft")] == ["one"]

@@ -51,6 +51,7 @@ class FakeJudge:
     ):
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
+        self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.flying = self.most_flying = 0
@@ -67,6 +68,7 @@ class FakeJudge:
                 with lock:
                     number = len(outer.requests)
                     outer.requests.append(body)
+                    outer.paths.append(self.path)
                     outer.keys.append(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest())
                     outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                     outer.times.append(time.monotonic())

@@ -281,3 +281,25 @@ def test_nothing_is_called_or_imported_without_a_judge(runs: Path, tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_mistakes_in_the_models_are_found_before_anything_is_sampled(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("punster.evaluate.compare.generate", lambda *_: pytest.fail("sampled"))
+    file = tmp_path / "few.csv"
+    file.write_text("prompt,completion\n" + "".join(f"{prompt},so few\n" for prompt in corpus.prompts("test")[:6]))
+    for name, words in (
+        (str(runs / "moer"), "no such run. Did you mean"),
+        (str(file), "fewer than 2 completions"),
+        ("x.jsonl", "no such file"),
+    ):
+        assert main([*command(runs)[:3], name, *command(runs)[3:]]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_texts_of_a_table(runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "others.csv"
+    file.write_text("prompt,completion\n" + "".join(f"{prompt},it rose\n" for prompt in corpus.prompts("test")[:6] * 2))
+    assert main(["evaluate", str(file), *command(runs, "--out", str(tmp_path / "e"))[1:]]) == 0
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["models"]["others"]["length"] == 2

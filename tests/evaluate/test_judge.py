@@ -356,6 +356,10 @@ def test_a_key_for_openai_is_not_sent_to_others(tmp_path: Path, monkeypatch: pyt
     with FakeJudge(by(quality)) as server:
         run(server.url, tmp_path, planted(2, 1.0))
         assert SECRET not in json.dumps(server.headers)
+        run(f"{server.url}?version=2&code=abcdefgh", tmp_path / "q", planted(2, 1.0))
+        assert server.paths[-1] == "/v1/chat/completions?version=2&code=abcdefgh"
+    client = Client(settings(f"{server.url}?version=2&code=abcdefgh", tmp_path))
+    assert client.safe("version 2 of abcdefgh") == "version 2 of [secret]"
     client = Client(settings("openai", tmp_path))
     assert (client.judge, client.openai.api_key) == ("https://api.openai.com/v1", SECRET)
     monkeypatch.delenv("OPENAI_API_KEY")

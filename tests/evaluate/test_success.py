@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,16 @@ def test_scores_of_calls_hang_on_the_text_alone(tiny_llama: Path) -> None:
     own = Example(tuple(tokenizer.prompt_ids("make a pun")), tuple(tokenizer.response_ids(texts[0])))
     assert float(together[0]) == pytest.approx(score_examples(gold, [own])[0], abs=1e-5)
     assert float(together[2]) == pytest.approx(float(success.pun_scores(gold, tokenizer, texts[2:])), abs=1e-5)
+
+
+def test_a_fit_that_cannot_be_kept_is_a_fit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    role, tokenizer = Role(load_model(str(tiny_llama))), Tokenizer.load(str(tiny_llama))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PUNSTER_CACHE", str(tmp_path / "file"))  # below which no folder can be made
+    found = success.Estimator(**dict.fromkeys((item.name for item in fields(success.Estimator)), None))
+    monkeypatch.setattr(success, "pool_of", lambda folder: None)
+    monkeypatch.setattr(success, "data_folder", lambda: None)
+    monkeypatch.setattr(success, "labelled", lambda pool: [])
+    monkeypatch.setattr(success, "features", lambda *_: None)
+    monkeypatch.setattr(success, "fit_estimator", lambda *_: found)
+    assert success.open_estimator(role, tokenizer) is found

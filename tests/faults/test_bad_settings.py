@@ -211,3 +211,28 @@ def test_an_adapter_of_another_base(sft_run: str, tiny_llama: Path, make_model: 
     with pytest.raises(UserError, match="is not the name of an adapter"):
         load_role(place)
     assert torch.is_tensor(role.model.embedding)
+
+
+def test_python_can_give_no_setting_of_the_wrong_type_or_choice() -> None:
+    """A misspelt choice would be none of those that are asked for, and train something else without a word."""
+    accepted, silent, tried = [], [], 0
+    for verb, kind in VERBS.items():
+        for item in fields(kind):
+            hint = get_type_hints(kind)[item.name]
+            values: list[Any] = [{"a": 1}] if get_origin(hint) is not dict else ["text"]
+            if any(get_origin(one) is Literal for one in kinds(hint)):
+                values += ["nonsense", None]
+            if hint == list[str]:
+                values += ["one.jsonl", [1]]
+            if int in kinds(hint) or float in kinds(hint):
+                values += [True, *(["1"] if str not in kinds(hint) else [])]
+            for value in values:
+                tried += 1
+                try:
+                    kind(**{item.name: value})
+                except UserError as error:
+                    silent += [str(error)] if item.name.replace("_", "-") not in str(error).replace("_", "-") else []
+                else:
+                    accepted.append((verb, item.name, value))
+    assert tried > 500 and not accepted and not silent
+    assert config.SftConfig(data=("a", Path("b")), steps=None, lr=1).data == ["a", "b"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def test_no_verb_writes_over_what_it_reads(
     recipe = tmp_path / "p.yaml"
     recipe.write_text("kind: prompt\nguard: false\nparts: [{file: prompts.jsonl}]\n")
     (tmp_path / "link.jsonl").symlink_to(texts)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     before = contents(tmp_path)
     judged = ["--reference", sft_run, "--gold", reward_run, "--samples", "1", "--out", str(tmp_path)]
     for command in (
@@ -158,7 +161,22 @@ def test_no_verb_writes_over_what_it_reads(
         assert "its folder does not exist" in capsys.readouterr().err
         assert main([*command, "--out", str(tmp_path)]) == 2
         assert "is a folder" in capsys.readouterr().err
+        for device in ("/dev/null", str(pipe)):
+            assert main([*command, "--out", device]) == 2
+            assert "no regular file; leave --out away" in capsys.readouterr().err and not Path(device).is_file()
+    for out, words in ((texts, "is no folder"), (texts / "e", "is no folder")):
+        assert main(["evaluate", "base", *judged[:-1], str(out)]) == 2
+        assert words in capsys.readouterr().err
+    for page in (Path(sft_run) / "summary.json", tmp_path / "no" / "x.html"):
+        kept = page.read_bytes() if page.exists() else b""
+        assert main(["report", sft_run, reward_run, "--out", str(page)]) == 2
+        assert (page.read_bytes() if page.exists() else b"") == kept
+    capsys.readouterr()
     assert contents(tmp_path) == before
+    other = tmp_path / "other.jsonl"
+    other.symlink_to(tmp_path / "target.jsonl")
+    assert main(["score", reward_run, str(texts), "--out", str(other)]) == 0
+    assert other.is_symlink() and len((tmp_path / "target.jsonl").read_text().splitlines()) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("verb", ["ppo", "run"])
@@ -182,3 +200,13 @@ def test_an_evaluation_is_not_written_into_a_run(
     for _ in range(2):
         assert main([*command, str(folder)]) == 0
     assert "models" in json.loads((folder / "summary.json").read_text())
+
+
+def test_python_is_told_what_a_list_is(sft_run: str, reward_run: str) -> None:
+    """A text is a sequence of letters, too."""
+    writer, judge = load(sft_run, device="cpu", dtype="fp32"), load(reward_run, device="cpu", dtype="fp32")
+    with pytest.raises(UserError, match="generate_many takes a list of prompts"):
+        writer.generate_many("pun")
+    for prompts, completions in (("pun", "dough"), (["pun"], "d"), (["pun", "pun"], ["dough"])):
+        with pytest.raises(UserError, match="two lists of the same length"):
+            judge.score(prompts, completions)

@@ -147,3 +147,20 @@ def test_the_command_says_it_loudly_and_fails(
     text = capsys.readouterr().err
     assert code == 1
     assert "punster ppo: STOPPED at step 2 of 6" in text and "Lower --lr" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("verb", [ppo, grpo])
+def test_the_last_updates_are_judged_by_the_last_evaluation(verb: Callable[..., Any], config: Config, reader: Any) -> None:
+    """No rollout follows them; a run of one step has no other check at all."""
+    kind = PpoConfig if verb is ppo else GrpoConfig
+    settings: dict[str, Any] = {"steps": 2, "save_every": 1, "eval_prompts": 2, "warmup": 0.0, "max_kl": 1e-3}
+    calm = verb(config("calm", kind, **{**settings, "max_kl": 100.0, "lr": 0.05}), None, letters)
+    grown = reader.values(calm, "objective/exact_kl")[1], reader.summary(calm)["eval/exact_kl"]
+    limit = (grown[0] + grown[1]) / 2
+    assert grown[0] < limit < grown[1], "the second update must show in the evaluation"
+    with pytest.raises(Aborted, match=r"STOPPED at step 2 of 2: exact KL .* in the evaluation, above --max-kl"):
+        verb(config("wild", kind, **{**settings, "max_kl": limit, "lr": 0.05}), None, letters)
+    wild = Path(calm).parent / "wild"
+    assert reader.final(wild).name == "step-1" and reader.summary(wild)["aborted_at"] == 2
+    state = "checkpoints/step-1/state.safetensors"
+    assert (wild / state).read_bytes() == (Path(calm) / state).read_bytes()

@@ -40,7 +40,7 @@ from punster.train.judged import (
     shuffled,
     weighed,
 )
-from punster.train.lessons import bag, named_rows
+from punster.train.lessons import bag, member_seed, named_rows
 from punster.train.optim import seeded
 from punster.train.reward import train_reward
 from punster.train.setup import fits
@@ -306,6 +306,9 @@ def test_ensemble_members_share_the_base_and_differ_in_seed_and_data(ensemble: P
     )
     bags = [set(bag(50, make(RewardConfig, members=3), number)) for number in range(3)]
     assert [len(found) for found in bags] == [40, 40, 40] and bags[0] != bags[1] != bags[2]
+    seeds = [member_seed(seed, number) for seed in range(9) for number in range(16)]
+    assert len(set(seeds)) == len(seeds), "runs of neighbouring seeds share no member: they are counted as independent"
+    assert member_seed(5, 0) == 5
 
 
 def test_ensemble_scores_are_what_they_are_said_to_be(ensemble: Path) -> None:
@@ -343,11 +346,11 @@ def test_score_prints_score_and_spread_in_order(ensemble: Path, tmp_path: Path, 
 
 def test_normalised_ensemble_has_mean_0_and_std_1(ensemble: Path, sft_run: str) -> None:
     from punster.data import corpus
-    from punster.train.lessons import sft_samples
+    from punster.train.lessons import drawn_prompts, sft_samples
 
-    role, tokenizer = load_run(ensemble)
-    prompts = list(dict.fromkeys(corpus.prompts("train")))
-    examples = sft_samples(load_run(sft_run)[0], tokenizer, [prompts[i % len(prompts)] for i in range(40)], 1, "normalise")
+    (role, tokenizer), (policy, _) = load_run(ensemble), load_run(sft_run)
+    prompts = drawn_prompts(policy, tokenizer, corpus.prompts("train"), 40, 1)
+    examples = sft_samples(policy, tokenizer, prompts, 1, "normalise")
     scores = torch.tensor(score_examples(role, examples))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-4)
 

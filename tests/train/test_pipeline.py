@@ -157,6 +157,9 @@ def test_scale_makes_as_many_updates_from_fewer_samples(scale: float, steps: int
     for config in (PpoConfig(steps=10), GrpoConfig(steps=10), DpoConfig(steps=10, batch_size=64, online=True, reward_model="r")):
         found = scaled(config, scale)
         assert (found.steps, found.batch_size) == (steps, size)
+    small = scaled(PpoConfig(steps=10, batch_size=4), scale)  # never more than was asked for
+    assert isinstance(small, PpoConfig) and small.batch_size == 4 and small.minibatches <= small.batch_size
+    assert scaled(PpoConfig(steps=10, batch_size=100), 1).batch_size == 100
     given = scaled(DpoConfig(steps=10, batch_size=64), scale)  # of given pairs: fewer steps
     assert (given.steps, given.batch_size) == (max(1, round(10 * scale)), 64)
 

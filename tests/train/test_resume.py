@@ -420,3 +420,30 @@ def test_both_spellings_of_a_line_end_are_one_prompt_format(tiny_llama: Path, tm
     for name, written in (("b", r"{prompt}\n"), ("c", "{prompt}\n")):
         sft(replace(config, name=name, pretrained=str(tmp_path / "a"), prompt_format=written), rows)
         sft(replace(config, name="a", prompt_format=written, resume=True), rows)
+
+
+def test_a_refused_resume_takes_nothing_away(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
+) -> None:
+    """Logs behind the checkpoint and the summary are evidence until the run goes on; nor did it crash."""
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["grpo"]
+    again(train(replace(config, name="a")), "b", 2, reader)
+    run = tmp_path / "b"
+    shutil.copy(tmp_path / "a" / "metrics.jsonl", run / "metrics.jsonl")  # as if it had gone on to the fifth step
+    (run / "summary.json").write_text('{"aborted": "exact KL", "aborted_at": 5}\n')
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"pun: sea {i}"}) + "\n" for i in range(6)))
+    kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "summary.json")}
+    weights = reader.final(run) / "role.json"
+    described = weights.read_text()
+    for text in (described.replace('"float32"', '"bfloat16"'), described.replace('"base_sha256": "', '"base_sha256": "0')):
+        weights.write_text(text)
+        manifest = json.loads((weights.parent / "manifest.json").read_text())
+        (weights.parent / "manifest.json").write_text(json.dumps({**manifest, "role.json": sha256_of(weights)}))
+        with pytest.raises(UserError, match="--resume"):
+            train(replace(config, name="b", resume=True))
+        assert {name: (run / name).read_bytes() for name in kept} == kept and not (run / "crash.json").exists()
+    weights.write_text(described)
+    (weights.parent / "manifest.json").write_text(json.dumps({**manifest, "role.json": sha256_of(weights)}))
+    assert reader.tensor_bytes(train(replace(config, name="b", resume=True))) == reader.tensor_bytes(tmp_path / "a")
+    assert reader.lines(run) == reader.lines(tmp_path / "a") and "aborted" not in reader.summary(run)

@@ -23,6 +23,7 @@ from punster.model.role import Role, score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.checkpoint import load_run
 from punster.train.judged import balanced, encode_items, shuffled, swapped
+from punster.train.lessons import drawn_prompts, sft_samples
 from punster.train.optim import seeded
 from punster.train.plan import training_cost, training_seconds
 from punster.train.reward import train_reward, within_minutes
@@ -58,7 +59,7 @@ def test_samples_of_the_sft_model_have_mean_0_and_std_1(
     role, tokenizer = load_run(run)
     policy, _ = load_run(sft_run)
     prompts = corpus.prompts("train")
-    ids = [tokenizer.prompt_ids(prompts[i % len(prompts)]) for i in range(40)]
+    ids = [tokenizer.prompt_ids(prompt) for prompt in drawn_prompts(policy, tokenizer, prompts, 40, 1)]
     rollout = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(1, "normalise"))
     scores = torch.tensor(score_examples(role, rollout.closed))
     assert role.pooling == pooling and role.normalisation != (1.0, 0.0)
@@ -368,3 +369,26 @@ def test_bad_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             RewardConfig(name="x", out=str(tmp_path), **settings)
+
+
+def test_the_score_is_normalised_on_prompts_of_all_files_that_leave_room(
+    sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the first file's alone; and one prompt with room among many without still gives a spread."""
+    asked: list[Any] = []
+
+    def noted(policy: Any, tokenizer: Any, prompts: list[Any], seed: int, stream: str) -> list[Any]:
+        asked[:] = prompts
+        return sft_samples(policy, tokenizer, prompts, seed, stream)
+
+    monkeypatch.setattr("punster.train.reward.sft_samples", noted)
+    pair = {"chosen": "the tide made dough.", "rejected": "the tide was 3."}
+    settings = {"out": str(tmp_path), "model": str(tiny_llama), "pretrained": sft_run, "steps": 1, "batch_size": 4}
+    rows = [{"prompt": f"{name} {i}", **pair} for name in ("first", "second") for i in range(20)]
+    train_reward(make(RewardConfig, name="two", normalise_samples=16, **settings), rows)
+    assert len(asked) == 16 and 3 <= sum(prompt.startswith("second") for prompt in asked) <= 13
+    rows = [{"prompt": f"{i} {'7' * 85}", **pair} for i in range(9)] + [{"prompt": "short", **pair}]
+    role, tokenizer = load_run(train_reward(make(RewardConfig, name="one", normalise_samples=8, **settings), rows))
+    room = role.model.config.max_positions - 40
+    assert sum(len(tokenizer.prompt_ids(row["prompt"])) <= room for row in rows) == 1
+    assert asked == ["short"] * 8 and all(math.isfinite(value) for value in role.normalisation)

@@ -17,6 +17,7 @@ from punster.config import DistillConfig, DpoConfig, GrpoConfig, PpoConfig, Rewa
 from punster.errors import UserError
 from punster.model.lora import Adapter
 from punster.model.role import Role
+from punster.rollout.sampler import Decoding
 from punster.train.checkpoint import damage, load_run
 from punster.train.distill import distill
 from punster.train.dpo import dpo
@@ -244,3 +245,52 @@ def test_distilled_rows_are_the_best_finished_samples(
     with pytest.raises(UserError, match="no sample ended"):
         distill(make(DistillConfig, name="x", out=str(tmp_path), model=str(tiny_llama), actor=sft_run, reward_model=reward_run,
                      max_new_tokens=1, best_of=2))  # fmt: skip
+
+
+def test_a_text_to_distil_may_be_as_long_as_it_was_sampled(
+    sft_run: str, reward_run: str, tiny_llama: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation samples as many tokens: with fewer, a longer text would count as one that does not end."""
+    lengths = []
+
+    def noted(
+        run: Any, step: int, policy: Any, tokenizer: Any, prompts: Any, decoding: Decoding, **more: Any
+    ) -> dict[str, float]:
+        lengths.append(decoding.max_new_tokens)
+        return {}
+
+    monkeypatch.setattr("punster.train.sft.sample_table", noted)
+    shared = {"out": str(tmp_path), "model": str(tiny_llama), "steps": 1, "batch_size": 4}
+    distill(make(DistillConfig, name="d", **shared, actor=sft_run, reward_model=reward_run, max_new_tokens=55, best_of=2))
+    sft(make(SftConfig, name="s", **shared))
+    assert set(lengths[:-2]) == {55} and lengths[-2:] == [40, 40]
+
+
+def test_paths_are_settings_and_the_callers_settings_stay(sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    """Verbs return a Path, so the next one is given it."""
+    config = make(SftConfig, name="a", out=tmp_path / "o", pretrained=Path(sft_run), steps=1, batch_size=4, eval_prompts=0)
+    run = sft(config)
+    assert run == tmp_path / "o" / "a" and config.model == SftConfig().model
+    assert f"pretrained: {sft_run}\n" in (run / "config.yaml").read_text()
+    assert [adapter.name for adapter in load_run(run)[0].adapters] == ["sft", "sft2"]
+
+
+def test_a_callback_stands_behind_the_rows_as_in_other_verbs(tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    seen = []
+    config = make(SftConfig, name="a", out=str(tmp_path), model=str(tiny_llama), steps=2, batch_size=4, eval_prompts=0)
+    sft(config, [{"prompt": f"pun: {i}", "completion": "dough."} for i in range(4)], lambda step, metrics: seen.append(step))
+    assert seen == [1, 2]
+
+
+def test_a_metric_that_no_step_has_keeps_nothing_and_is_said(
+    tiny_llama: Path, tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"out": str(tmp_path), "model": str(tiny_llama), "steps": 2, "batch_size": 4, "eval_prompts": 0, "quiet": False}
+    for name, best, words in (
+        ("a", "-eval_los", "no step has this metric. Did you mean eval_loss"),
+        ("b", "-eval_loss", ""),
+        ("c", "none", ""),
+    ):
+        sft(make(SftConfig, name=name, keep_best=best, **shared))
+        said = " ".join(capsys.readouterr().err.split())
+        assert words in said and ("--keep-best" in said) == bool(words)

@@ -57,6 +57,7 @@ def parsed_values(parser: Any, rest: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
     files, others = files_apart(rest, parser)
+    files = [own_recipe(path) for path in files]
     in_files = check_files(files, parser)
     try:
         values: dict[str, Any] = parser.parse_args([f"--config={path}" for path in files] + others).as_dict()
@@ -70,6 +71,16 @@ def parsed_values(parser: Any, rest: list[str]) -> dict[str, Any]:
         if not action.option_strings and not values.get(action.dest) and action.dest in in_files:
             values[action.dest] = in_files[action.dest]
     return {name: value for name, value in values.items() if name != "config"}
+
+
+def own_recipe(path: str) -> str:
+    """recipes/NAME.yaml where no such file is here: the one that the package has, which README's commands mean."""
+    if not path.startswith("recipes/") or Path(path).exists():
+        return path
+    from punster.data.mix import recipe_folder
+
+    packaged = recipe_folder() / path.removeprefix("recipes/")
+    return str(packaged) if packaged.is_file() else path
 
 
 def files_apart(rest: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:

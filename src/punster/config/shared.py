@@ -9,7 +9,9 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from punster.errors import UserError
 
@@ -49,8 +51,43 @@ LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
 }  # fmt: skip
 
 
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a setting's type: what the command line and YAML are checked for by their parser."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(is_of(value, each) for each in inner)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(is_of(each, inner[0]) for each in value)
+    return isinstance(value, origin or (NoneType if hint is None else hint))
+
+
+def check_types(config: Any) -> None:
+    """Refuse values of other types and choices that there are not, which only Python can give; paths become texts."""
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        if isinstance(value, list | tuple):
+            value = [str(each) if isinstance(each, PurePath) else each for each in value]
+        value = str(value) if isinstance(value, PurePath) else value
+        setattr(config, item.name, value)
+        many = get_origin(hint) is Literal
+        wanted = (
+            f"one of {', '.join(get_args(hint))}"
+            if many
+            else str(getattr(hint, "__name__", hint) if not get_args(hint) else hint)
+        )
+        require(is_of(value, hint), f"--{item.name.replace('_', '-')} must be {wanted}, got {value!r}")
+
+
 def check_shared(config: Any) -> None:
     """Refuse numbers that are not finite or out of range, and names, devices, types and strategies that are none."""
+    check_types(config)
     require(config.dtype in ("auto", "fp32", "bf16"), f"--dtype must be auto, fp32 or bf16, got {config.dtype!r}")
     known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device)
     require(bool(known), f"--device must be auto, cpu, cuda or mps, got {config.device!r}")

@@ -44,6 +44,11 @@ def _some(rows: list[Row], path: str | Path) -> list[Row]:
     return rows
 
 
+def is_file_of_rows(path: str) -> bool:
+    """Whether a name that may be that of a run is that of a file of rows."""
+    return Path(path).suffix in SUFFIXES and not Path(path).is_dir()
+
+
 def is_held_out(name: str, parts: Sequence[str] = ("val", "unguarded")) -> bool:
     """Whether `prepare` calls so what nothing may learn from: SOURCE.KIND.val.jsonl, SOURCE.KIND.unguarded.jsonl."""
     source, *rest = name.split(".")
@@ -59,7 +64,8 @@ def located_rows(path: str | Path, training: bool | None = None, say: Say | None
     given, path = str(path), Path(path)
     if path.is_dir():
         ours = (".report.json", ".statement.json")  # what prepare and mix write beside their rows
-        files = (file for file in path.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
+        hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)  # an editor's copies, say
+        files = (file for file in path.rglob("*") if file.suffix in SUFFIXES and not hidden(file))
         found = sorted(file for file in files if not file.name.endswith(ours))
         if not found:
             raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
@@ -112,7 +118,7 @@ def json_row(line: str, place: str) -> Any:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     skips: Skips = []
-    for place, cells in table(path, skips):
+    for place, cells in table(path, skips, distinct=True):
         yield str(place), {name: _cell(name, value) for name, value in cells.items()}
     if skips:
         place, reason = skips[0]

@@ -111,16 +111,22 @@ def check_row(row: Any, kind: str, where: str) -> Row:
     for name in NAMES:
         if isinstance(row.get(name), str):
             _whole(row[name], f"{where}, field {name!r}")
+        elif isinstance(row.get(name), list | dict):  # another's column of this name
+            del checked[name]
     if (share := row.get("pass_share")) is not None and not (is_number(share) and 0.01 <= share <= 1):
         raise UserError(f"{where}: pass_share must be a number from .01 to 1, found {share!r}")
     for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
         if (value := row.get(name)) is not None and not (is_number(value) and (name != "weight" or value > 0)):
             raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")
-    if kind not in ("prompt", "text"):  # a further column with texts, or with scores of such, is none of this row's
-        for name in ("text", "completion", "completions", "chosen", "rejected", "scores"):
-            if name not in FIELDS[kind]:
-                checked.pop(name, None)
+    for name in ("text", "completion", "completions", "chosen", "rejected", "scores"):
+        # A further column with texts, or with scores of such, is none of this row's; of a prompt's answers mixtures look at texts.
+        if name not in FIELDS[kind] and not (kind in ("prompt", "text") and _is_text(checked.get(name))):
+            checked.pop(name, None)
     return checked
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
 def is_number(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,20 @@ def input_files(source: str) -> list[Path]:
 
 def check_target(path: Path, inputs: Iterable[Path] = ()) -> None:
     """UserError if --out names what is no file, or a file that is read, before anything is written."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device, a pipe: renaming onto it would replace it
+        raise UserError(f"{path}: no regular file; leave --out away to write to the terminal or a pipe")
     if path.is_dir() or not path.parent.is_dir():
         fault = "is a folder" if path.is_dir() else "its folder does not exist"
         raise UserError(f"{path}: {fault}; --out names the file to write")
     keep_inputs(path, inputs)
+
+
+def check_folder(path: Path) -> None:
+    """UserError if --out names a folder that cannot be made or written into, before anything is computed for it."""
+    standing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        fault = "cannot be written into" if standing.is_dir() else "is no folder"
+        raise UserError(f"--out {path}: {standing} {fault}; name another")
 
 
 def keep_inputs(path: Path, inputs: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ import yaml
 from punster.algorithms.bestofn import best_of_n, best_of_win_share, kl_bound
 from punster.config import EvaluateConfig
 from punster.data.batch import Example, prefix_batches
-from punster.data.files import read_rows
+from punster.data.files import is_file_of_rows, read_rows
 from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
@@ -33,6 +33,7 @@ from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
+from punster.train.checkpoint import checkpoint_of
 from punster.train.optim import seeded
 from punster.train.run import config_dict
 from punster.train.setup import (
@@ -85,10 +86,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     labels = labels_of([reference_path, *config.models])
     paths, reference_label = {labels[path]: path for path in config.models}, labels[reference_path]
+    limit, files = reference.model.config.max_positions, {}
+    for label, path in paths.items():  # a mistake must not wait for its turn
+        if is_file_of_rows(path):
+            files[label] = written(path, texts, ids, config.samples, tokenizer, limit)
+        elif path != "base":
+            checkpoint_of(path)
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
-    training = training_texts(
-        [path for path in {reference_path: 0, **dict.fromkeys(config.models)} if not path.endswith(".jsonl")]
-    )
+    training = training_texts([path for path in {reference_path: 0, **dict.fromkeys(config.models)} if not is_file_of_rows(path)])
     extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
     calls = Calls.open(gold, tokenizer) if config.call_puns else None
     judges = [gold, *([open_proxy(config, reference, tokenizer)] if config.best_of else [])]
@@ -101,13 +106,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for label in shown_progress(order, "evaluate " + ", ".join(order), config.quiet, len(order)):
         is_reference, role = label == reference_label, None
         count, readers = (pool, judges) if is_reference else (config.samples, judges[:1])
-        if is_reference or not paths[label].endswith(".jsonl"):
-            role = reference if is_reference else opened(label, paths[label], reference, config, tokenizer)
+        if label not in files:
+            role = reference if is_reference else opened(paths[label], reference, config, tokenizer)
             keep = {judge.first_layer for judge in readers} | (set() if is_reference else shared_depths(role, reference))
             stream = seeded(config.seed, f"evaluate/{label}")
             rollout = generate(role, ids, decoding, tokenizer.eos_id, stream, count, keep=keep)
         else:
-            rollout = written(paths[label], texts, ids, count, tokenizer, reference.model.config.max_positions)
+            rollout = files[label]
         scores = [by_prompt(score_examples(judge, rollout.closed, rollout.trunk), count) for judge in readers]
         kls = [0.0] if is_reference and not decoding.truncated else []
         if is_reference:
@@ -184,7 +189,7 @@ def labels_of(paths: Sequence[str]) -> dict[str, str]:
 
 
 def label_of(path: str) -> str:
-    return Path(path).name.removesuffix(".jsonl")
+    return Path(path).stem if is_file_of_rows(path) else Path(path).name
 
 
 def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer, limit: int) -> Rollout:
@@ -203,7 +208,7 @@ def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: 
     return Rollout(examples, [], [True] * len(examples), tokenizer.eos_id)
 
 
-def opened(label: str, path: str, reference: Role, config: EvaluateConfig, tokenizer: Tokenizer) -> Role:
+def opened(path: str, reference: Role, config: EvaluateConfig, tokenizer: Tokenizer) -> Role:
     if path == "base":
         return Role(plain_base(reference, config))
     role, other = open_role(path, config, tokenizer)

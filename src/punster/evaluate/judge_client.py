@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from punster.config import EvaluateConfig
 from punster.disk import cache_folder
@@ -95,11 +95,13 @@ class Client:
         if official and not key:
             raise UserError("--judge openai needs a key in the environment variable OPENAI_API_KEY")
         address = urlsplit(OFFICIAL if official else config.judge)
-        self.secrets = [s for s in (key, address.password, address.query) if s]
+        query = dict(parse_qsl(address.query))
+        self.secrets = [s for s in (key, address.password, address.query, *(v for v in query.values() if len(v) >= 8)) if s]
         self.judge = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path.rstrip('/')}"
         self.openai = openai.OpenAI(
-            base_url=address.geturl(), api_key=key or "none", timeout=config.judge_timeout, max_retries=RETRIES
-        )
+            base_url=address._replace(query="").geturl(), default_query=query, api_key=key or "none",
+            timeout=config.judge_timeout, max_retries=RETRIES,
+        )  # fmt: skip
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": config.judge_tokens}
         self.cache = Cache(Path(config.judge_cache) if config.judge_cache else cache_folder() / "judge.sqlite")
         self.lock, self.next_turn, self.calls = threading.Lock(), 0.0, 0

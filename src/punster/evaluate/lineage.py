@@ -9,6 +9,7 @@ from typing import Any
 
 from punster.config import EvaluateConfig
 from punster.data import corpus
+from punster.data.files import is_file_of_rows
 from punster.errors import UserError
 from punster.evaluate.folder import followed, home, located, read_config
 from punster.train.setup import embedded_rows, load_rows
@@ -74,9 +75,7 @@ def not_held_out(paths: dict[str, str], gold: str, config: EvaluateConfig) -> di
     same = lambda path: bool(path) and located(Path(str(path)), yardstick.parent).resolve() == yardstick
     found, unknown = [], []
     for name, path in paths.items():
-        settings, missing = lineage(
-            [Path(path)] if path != "base" and not path.endswith(".jsonl") else [], ("actor", "pretrained")
-        )
+        settings, missing = lineage([Path(path)] if path != "base" and not is_file_of_rows(path) else [], ("actor", "pretrained"))
         # DPO on given pairs has a reward model for the scores that it shows, and learns nothing from it.
         if any(same(each.get("reward_model")) for each in settings if "loss_type" not in each or makes_pairs(each)):
             found.append(name)

@@ -12,6 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 
@@ -187,8 +188,9 @@ def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
     from punster.disk import write_json
 
     found = fit_estimator(features(role, tokenizer, [row.text for row in rows]), rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(found))
+    with suppress(OSError):  # then it is fitted again the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(found))
     return found
 
 

@@ -195,21 +195,19 @@ def log_sizes(folder: Path) -> dict[str, int]:
     return {log: (folder / log).stat().st_size if (folder / log).exists() else 0 for log in LOGS}
 
 
-def cut_logs(folder: Path, step: int) -> dict[str, Any]:
-    """Cut the logs back to what they were at a checkpoint, so that a resumed run's equal an uninterrupted one's.
+def context_at(folder: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's context: its place in the logs, the last evaluation before it, the seconds spent; nothing at step 0."""
+    return dict(json.loads((folder / "checkpoints" / f"step-{step}" / "context.json").read_text())) if step else {}
 
-    Returns the checkpoint's context: the last evaluation that is in the logs, and the seconds that were spent.
-    """
-    known: dict[str, Any] = {}
-    if step:
-        known = json.loads((folder / "checkpoints" / f"step-{step}" / "context.json").read_text())
-    sizes = known.get("logs", {})
+
+def cut_logs(folder: Path, step: int) -> None:
+    """Cut the logs back to what they were at a checkpoint, so that a resumed run's equal an uninterrupted one's."""
+    sizes = context_at(folder, step).get("logs", {})
     for log, now in log_sizes(folder).items():
         if now > sizes.get(log, 0):
             os.truncate(folder / log, sizes.get(log, 0))
     clear_partial(folder)
     clear_partial(folder / "checkpoints")
-    return known
 
 
 def clear_partial(folder: Path) -> None:
@@ -223,6 +221,7 @@ def restore(run: Run, state: State) -> None:
     state.note, state.keys = run.note, state.fingerprints()
     state.numbers |= dict.fromkeys(TOKENS, run.config.max_tokens)
     if run.step == 0:
+        run.rewind()
         return
     folder = run.checkpoints / f"step-{run.step}"
     base = state.policy.model.trunk_of or state.policy.model
@@ -241,7 +240,7 @@ def restore(run: Run, state: State) -> None:
         raise UserError(
             f"--resume: the weights of {base.name} are not those that the run was started with (their SHA-256 differs)"
         )
-    then = json.loads((folder / "context.json").read_text())
+    then = context_at(run.folder, run.step)
     changed = [f"{key} {then[key]} -> {now}" for key, now in context().items() if then.get(key, now) != now]
     numbers = json.loads((folder / "state.json").read_text())
     found = numbers.get("keys", state.keys)
@@ -260,6 +259,7 @@ def restore(run: Run, state: State) -> None:
         state.unpack(load_file(folder / "state.safetensors"), numbers)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: written by another version of punster; it cannot be resumed exactly ({error})") from None
+    run.rewind()
     state.numbers |= {key: min(state.numbers[key], run.config.max_tokens) for key in TOKENS}
     if changed and not run.config.quiet:
         print(f"note: numbers may differ in their last bits from an uninterrupted run ({', '.join(changed)})", file=sys.stderr)

@@ -23,6 +23,7 @@ def distill(config: DistillConfig) -> Path | None:
     """Returns the run folder (None for a dry run)."""
     if not config.actor or not config.reward_model:
         raise UserError("distill needs a run to sample from (-a) and a reward-model run (-c)")
+    config = replace(config)  # the caller's stays as it is
     started = check_name(config, "distill")
     policy, tokenizer = open_start(config.actor, config)
     judge = open_reward_model(config.reward_model, config, policy, tokenizer)
@@ -44,4 +45,4 @@ def distill(config: DistillConfig) -> Path | None:
                     rows.append({"prompt": prompt, "completion": text, "_completion_ids": list(best.response)})
     if not rows:
         raise UserError("no sample ended with EOS, so there is nothing to distil; raise --max-new-tokens")
-    return sft(replace(config, pretrained=config.actor, data=[]), rows, "distill", started=started)
+    return sft(replace(config, pretrained=config.actor, data=[]), rows, verb="distill", started=started)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def dpo(
     """
     if not config.actor:
         raise UserError("an SFT run is needed to start from: -a runs/SFT (or -a base)")
+    config = replace(config)  # the caller's stays as it is
     started = check_name(config, "dpo")
     if not (rows is None and eval_rows is None) and config.makes_pairs:
         raise UserError("rows were given, but --online and --pairs sampled make pairs of samples: they have no use for them")

@@ -15,6 +15,7 @@ Where the KL acts can be chosen for each (--kl-in).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def grpo(
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    config = replace(config)  # the caller's stays as it is
     started = check_name(config, "grpo")
     setup = open_policy(config, prompts, reward)
     policy, tokenizer = setup.policy, setup.tokenizer
@@ -93,7 +95,7 @@ def grpo(
                 "frac_reward_zero_std": float((spread < 1e-6).float().mean()),
                 "episode": state.numbers["episodes"],
             }
-            if config.eval_every and step % config.eval_every == 0:
+            if config.eval_every and (step == steps or step % config.eval_every == 0):
                 metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
             run.samples(step, exp.sample_rows(4))
@@ -102,7 +104,9 @@ def grpo(
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup)})
+        figures = sample_table(run, steps, setup)
+        guard.check_end(figures)
+        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **figures})
         return run.folder
 
 

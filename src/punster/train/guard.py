@@ -60,6 +60,12 @@ class Guard:
             self.abort(*(known or self.began), f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}", kept)
         self.good = self.began
 
+    def check_end(self, figures: dict[str, float]) -> None:
+        """No rollout follows the last updates: raises Aborted if the last evaluation's exact KL is out of bounds."""
+        kl = figures.get("eval/exact_kl", 0.0)
+        if self.good and not kl <= self.max_kl:  # None of a run that had ended already
+            self.abort(*self.began, f"exact KL {kl:.1f} nats a response in the evaluation, above --max-kl {self.max_kl:g}")
+
     def earlier(self) -> tuple[int, Packed] | None:
         """Of a run that was resumed with the updates that went wrong: the newest whole checkpoint before them."""
         for step in sorted(steps_of(self.run.folder), reverse=True):

@@ -23,6 +23,8 @@ from punster.train.judged import Item, balanced, encode_items, families, neutral
 from punster.train.optim import Cursor, rows_used, seeded, total_steps
 from punster.train.setup import fits, load_rows, speaker, without_long_contrasts
 
+SAMPLED = 40  # tokens of a sample of the SFT model
+
 
 @dataclass(frozen=True)
 class Lessons:
@@ -83,8 +85,9 @@ class Lessons:
 
     def cursors(self, member: int, seed: int) -> dict[str, Cursor]:
         """A member's places in --pretrain ("first"), if there is any, and in its bag ("data")."""
-        first = {"first": Cursor(len(self.first), seeded(seed + member, "data"))} if self.first else {}
-        return first | {"data": Cursor(len(self.bags[member]), seeded(seed + member, "data"), self.bag_shares(member))}
+        seed = member_seed(seed, member)
+        first = {"first": Cursor(len(self.first), seeded(seed, "data"))} if self.first else {}
+        return first | {"data": Cursor(len(self.bags[member]), seeded(seed, "data"), self.bag_shares(member))}
 
     def draw(self, member: int, cursors: dict[str, Cursor], pretrain: bool, count: int) -> tuple[list[Item], float]:
         """One step's items, and the rows that its units stand for on average: bags are alike in that."""
@@ -102,7 +105,7 @@ class Lessons:
         rows = {row for unit in self.first for row in unit}
         for member, places in enumerate(self.bags):
             count = (steps - first) * config.batch_size
-            for place in rows_used(len(places), config.seed + member, count, self.bag_shares(member)):
+            for place in rows_used(len(places), member_seed(config.seed, member), count, self.bag_shares(member)):
                 rows.update(self.units[places[place]])
         return {text for row in rows for text in self.items[row].texts}
 
@@ -163,7 +166,12 @@ def bag(rows: int, config: RewardConfig, number: int) -> Sequence[int]:
     """The rows that a member learns from: all of them, or of an ensemble's a drawn four fifths."""
     if config.members == 1:
         return range(rows)
-    return epoch_order(rows, seeded(config.seed + number, "bag"))[: math.ceil(0.8 * rows)]
+    return epoch_order(rows, seeded(member_seed(config.seed, number), "bag"))[: math.ceil(0.8 * rows)]
+
+
+def member_seed(seed: int, number: int) -> int:
+    """Of an ensemble's member: the run's own for the first, and far apart, so that runs of seeds 1 and 2 share no member."""
+    return seed + 1_000_003 * number
 
 
 def judged_pairs(config: RewardConfig, own: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> list[Row]:
@@ -188,8 +196,10 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         rows = [row for kind in config.negatives for row in by_kind[kind]]
     rows += corpus.template_rows() if "template" in config.negatives and config.split == "train" else ()
     if "sampled" in config.negatives and config.sampled_rows:
-        room = policy.model.config.max_positions - 40
+        room = policy.model.config.max_positions - SAMPLED
         people = [record for record in corpus.part(config.split) if len(tokenizer.prompt_ids(record["prompt"])) <= room]
+        if not people:
+            raise UserError(f"--negatives sampled: no prompt leaves room for a sample of {SAMPLED} tokens")
         people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
         examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
         written: list[Row] = [
@@ -203,12 +213,20 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
     return rows
 
 
-def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
-    """One sample of the SFT model to each prompt that leaves room for it."""
-    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
-    ids = [prompt for prompt in ids if len(prompt) + 40 <= policy.model.config.max_positions]
-    if not ids:
+def drawn_prompts(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """So many of the prompts that leave room for a sample, in a drawn order, over and over; UserError if none does."""
+    room = policy.model.config.max_positions - SAMPLED
+    distinct = {str(prompt): prompt for prompt in prompts}.values()
+    fitting = [prompt for prompt in distinct if len(tokenizer.prompt_ids(prompt)) <= room]
+    if not fitting:
         raise UserError(
-            "no prompt leaves room for a sample of 40 tokens, which the score is normalised on; use --normalise-samples 0"
+            f"no prompt leaves room for a sample of {SAMPLED} tokens, which the score is normalised on; use --normalise-samples 0"
         )
-    return generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(seed, stream)).closed
+    order = epoch_order(len(fitting), seeded(seed, "normalise prompts"))  # not the first file's alone
+    return [fitting[order[i % len(fitting)]] for i in range(count)]
+
+
+def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
+    """One sample of the SFT model to each prompt."""
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+    return generate(policy, ids, Decoding(SAMPLED), tokenizer.eos_id, seeded(seed, stream)).closed

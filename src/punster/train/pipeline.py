@@ -132,10 +132,13 @@ def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
     elif isinstance(stage, SftConfig | RewardConfig | DpoConfig):
         changed["epochs"] = stage.epochs * scale / size
     if samples:
-        group = stage.samples if isinstance(stage, GrpoConfig) else 8 if isinstance(stage, PpoConfig) else 2
-        changed["batch_size"] = max(group, int(stage.batch_size * size) // group * group)
+        group = (
+            stage.samples if isinstance(stage, GrpoConfig) else min(stage.batch_size, 8 if isinstance(stage, PpoConfig) else 2)
+        )
+        if size != 1:
+            changed["batch_size"] = max(group, int(stage.batch_size * size) // group * group)
     if isinstance(stage, PolicyConfig):
-        changed["minibatches"] = min(stage.minibatches, changed["batch_size"])
+        changed["minibatches"] = min(stage.minibatches, changed.get("batch_size", stage.batch_size))
         changed["eval_prompts"] = part(stage.eval_prompts, fraction, 2)
     if isinstance(stage, PpoConfig):
         changed["critic_warmup"] = min(stage.critic_warmup, changed.get("steps", 1) - 1)

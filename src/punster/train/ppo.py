@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def ppo(
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "policy" on top of an SFT run; returns the run folder (None for a dry run)."""
+    config = replace(config)  # the caller's stays as it is
     started = check_name(config, "ppo")
     setup = open_policy(config, prompts, reward)
     policy, tokenizer, steps = setup.policy, setup.tokenizer, config.steps or 1
@@ -121,7 +123,7 @@ def ppo(
             if learns:  # no coefficient moves the KL of a policy that waits for its critic
                 controller.update(metrics["objective/exact_kl"], len(rows))
             state.numbers |= {"beta": controller.beta, "scale": [scale.count, scale.mean, scale.squares]}
-            if config.eval_every and step % config.eval_every == 0:
+            if config.eval_every and (step == steps or step % config.eval_every == 0):
                 metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
             run.samples(step, exp.sample_rows(4))
@@ -130,7 +132,9 @@ def ppo(
             if run.save_due(step):
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
-        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **sample_table(run, steps, setup)})
+        figures = sample_table(run, steps, setup)
+        guard.check_end(figures)
+        run.finish({"steps": steps, "episodes": state.numbers["episodes"], **figures})
         return run.folder
 
 
@@ -154,6 +158,8 @@ def train_step(
     rows_all = [row for group in groups for row in group]
     tokens = float(exp.mask[rows_all].sum())
     sums = dict.fromkeys(("policy", "value", "clipfrac", "approx_kl", "ratio", "ratio_sq", "value_clipfrac"), 0.0)
+    if not with_policy:
+        sums["ratio"] = sums["ratio_sq"] = 1.0  # a policy that waits for its critic is where it was
     largest = 0.0
     for rows in groups:
         batch = exp.trunk.collate(exp.examples, rows, policy.model.device)

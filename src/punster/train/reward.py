@@ -35,7 +35,7 @@ from punster.train.judged import (
     reliability,
     share_right,
 )
-from punster.train.lessons import Lessons, judged_pairs, lesson_rows, sft_samples
+from punster.train.lessons import Lessons, drawn_prompts, judged_pairs, lesson_rows, member_seed, sft_samples
 from punster.train.optim import (
     learning_rate,
     make_optimizer,
@@ -60,6 +60,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
 
     rows, eval_rows: in the place of --data and --eval-data.
     """
+    config = replace(config)  # the caller's stays as it is
     started = check_name(config, "reward")
     sampled_from, tokenizer = open_start(config.pretrained or "base", config)
     start = sampled_from if config.start == "sft" else Role(plain_base(sampled_from, config))
@@ -179,7 +180,7 @@ def within_minutes(config: RewardConfig, needed: Callable[[RewardConfig], float]
 
 def new_member(start: Role, config: RewardConfig, number: int, items: Sequence[Item]) -> Role:
     """A fresh adapter and heads, auxiliary ones where items have a label or a rating; members of an ensemble differ in the seed."""
-    config = replace(config, seed=config.seed + number)
+    config = replace(config, seed=member_seed(config.seed, number))
     depth = layer_count(config.depth, start.model.config.n_layer)
     role = extend(start, config, "reward", depth)
     width, device = role.model.config.d_model, role.model.device
@@ -232,8 +233,7 @@ def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int) -> dict[str,
 
 def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig, prompts: Sequence[Any]) -> Role:
     """The same scores with gain and offset that give samples of the policy, on the training prompts, mean 0 and std 1."""
-    distinct = list({str(prompt): prompt for prompt in prompts}.values())
-    chosen = [distinct[i % len(distinct)] for i in range(config.normalise_samples)]
+    chosen = drawn_prompts(policy, tokenizer, prompts, config.normalise_samples, config.seed)
     examples = sft_samples(policy, tokenizer, chosen, config.seed, "normalise")
     members = [replace(role, normalisation=(1.0, 0.0), others=()) for role in (model, *model.others)]
     members = [standardised(role, score_examples(role, examples)) for role in members]

@@ -29,10 +29,10 @@ from filelock import FileLock, Timeout
 from punster.config import TrainConfig
 from punster.config.shared import FROM_PYTHON, WITHOUT_EFFECT, defaults_of
 from punster.disk import write_json, write_text
-from punster.errors import Aborted, UserError
+from punster.errors import Aborted, UserError, near_matches
 from punster.machine import machine, versions
 from punster.safe import json_line, redact, scrub
-from punster.train.checkpoint import context, cut_logs, log_sizes, newest_step, steps_of, writing
+from punster.train.checkpoint import context, context_at, cut_logs, log_sizes, newest_step, steps_of, writing
 from punster.train.optim import out_of_memory
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -59,6 +59,7 @@ class Run:
         self.on_failure: Callable[[], None] | None = None  # saves what would be lost if the step that is being done fails
         self._signal = 0
         self._last: dict[str, Any] = {}
+        self._logged: set[str] = set()
         self._progress: Any = None
         self._events: Any = None
         if config.resume:
@@ -66,12 +67,10 @@ class Run:
                 raise UserError(f"--resume with other settings than the run was started with ({changed})")
             self._lock = claim(self.folder)
             self.step = newest_step(self.folder) or 0
-            then = cut_logs(self.folder, self.step)
+            then = context_at(self.folder, self.step)
             evaluated, figures = then.get("held_out", self.held_out)
             self.held_out = evaluated, figures
             self.started -= then.get("seconds", 0.0)
-            if self.step < steps:  # of an end that this run has yet to come to
-                (self.folder / "summary.json").unlink(missing_ok=True)
         else:
             self._create()
             self._lock = claim(self.folder)
@@ -79,10 +78,10 @@ class Run:
 
     def _create(self) -> None:
         """The folder appears with its settings in it, or not at all."""
+        text = yaml.safe_dump(config_dict(self.config), sort_keys=False)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.folder.with_name(f".{self.folder.name}.{os.urandom(4).hex()}.part")
         (fresh / "checkpoints").mkdir(parents=True)
-        text = yaml.safe_dump(config_dict(self.config), sort_keys=False)
         write_text(fresh / "config.yaml", f"# punster {self.verb}\n{text}")
         try:
             fresh.rename(self.folder)
@@ -90,6 +89,13 @@ class Run:
             shutil.rmtree(fresh)
             check_name(self.config, self.verb)  # taken meanwhile
             raise
+
+    def rewind(self) -> None:
+        """Of a run that goes on, once nothing speaks against it: the logs as they were then, and no summary of an end to come."""
+        if self.config.resume:
+            cut_logs(self.folder, self.step)
+            if self.step < self.steps:
+                (self.folder / "summary.json").unlink(missing_ok=True)
 
     # ---- while training -----------------------------------------------------------------------------------------
     def __enter__(self) -> Run:
@@ -128,7 +134,8 @@ class Run:
         else:
             self._save_begun(error)
             self.note("failed", step=self.step, error=f"{type(error).__name__}: {error}")
-            crash_report(self.folder, error, verb=self.verb, config=config_dict(self.config), metrics=self._last)
+            if self._last or not isinstance(error, UserError):  # what is refused before its first step did not crash
+                crash_report(self.folder, error, verb=self.verb, config=config_dict(self.config), metrics=self._last)
         release(self._lock)
         if error is None and self._signal:  # it came after the last step
             raise Interrupted(f"interrupted; {self.folder} is finished", self._signal)
@@ -164,6 +171,7 @@ class Run:
         with writing(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
         self._last = line
+        self._logged |= set(line)
         if skipped := sum(v for k, v in line.items() if k.endswith("skipped_steps")):
             self.note("skipped", step=step, updates=skipped, reason="a gradient was not finite")
         for key, value in line.items():
@@ -214,6 +222,11 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         for key, value in self.held_out[1].items():
             self._picture("add_scalar", key, value, self.held_out[0])
+        best = self.config.keep_best.removeprefix("-")
+        if self._logged and best not in {"auto", "none"} | self._logged and not self.config.quiet:
+            print(
+                f"note: --keep-best {best}: no step has this metric.{near_matches(best, sorted(self._logged))}", file=sys.stderr
+            )
         with writing(self.folder / "summary.json"):
             known = {"wall_seconds": round(time.monotonic() - self.started, 1), "machine": machine()}
             write_json(self.folder / "summary.json", {**summary, **known})

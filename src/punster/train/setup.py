@@ -177,12 +177,12 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
     place = checkpoint_of(path)
     model, own = open_role(str(place), config, tokenizer)
     if model.head is None:
-        raise UserError(f"-c {path}: this run is not a reward model")
+        raise UserError(f"{path}: this run is not a reward model")
     if not json.loads((place / "role.json").read_text()).get("normalised", True):
         speaker(config.quiet)(f"note: {place}: not normalised, as only a reward run's last checkpoint is; its scale differs")
     if model.model.name != policy.model.name or own.prompt_format != tokenizer.prompt_format:
         raise UserError(
-            f"-c {path}: trained on another base or prompt format than the policy ({model.model.name}, {policy.model.name})"
+            f"{path}: trained on another base or prompt format than the policy ({model.model.name}, {policy.model.name})"
         )
     return model
 

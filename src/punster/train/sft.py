@@ -6,6 +6,7 @@ punster sft -n NAME -b 16 [--model M] [--data D ...]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,14 +46,14 @@ from punster.train.setup import (
 
 
 def sft(
-    config: SftConfig, rows: Sequence[Row] | None = None, verb: str = "sft",
-    callback: Callable[[int, dict[str, float]], None] | None = None, started: float | None = None,
-    eval_rows: Sequence[Row] | None = None,
+    config: SftConfig, rows: Sequence[Row] | None = None, callback: Callable[[int, dict[str, float]], None] | None = None,
+    eval_rows: Sequence[Row] | None = None, *, verb: str = "sft", started: float | None = None,
 ) -> Path | None:  # fmt: skip
     """Train an adapter named "sft" on rows with prompt and completion; returns the run folder (None for a dry run).
 
     rows, eval_rows: in the place of --data and --eval-data.
     """
+    config = replace(config)  # the caller's stays as it is
     started = check_name(config, verb) if started is None else started
     start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
@@ -69,6 +70,7 @@ def sft(
         validation = encode_rows(tokenizer, start.model, held_out, config.quiet, "row of --eval-data")[1]
     else:
         validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
+    decoding = Decoding(config.max_new_tokens if isinstance(config, DistillConfig) else 40)
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
     if announce(config, verb, policy, steps, examples):
@@ -92,7 +94,7 @@ def sft(
             metrics = {"loss": loss_sum, "num_tokens": tokens, **optimizer_step(optimizer, rate, config.max_grad_norm)}
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
-                metrics |= sample_table(run, step, policy, tokenizer, shown, Decoding(40), training=known)
+                metrics |= sample_table(run, step, policy, tokenizer, shown, decoding, training=known)
             run.log(step, metrics, f"loss {loss_sum:.3f}")
             if callback is not None:
                 callback(step, metrics)
@@ -100,7 +102,7 @@ def sft(
                 save_checkpoint(run, step, state, tokenizer)
                 run.raise_if_stopped()
         summary = {"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)}
-        run.finish(summary | sample_table(run, steps, policy, tokenizer, shown, Decoding(40), training=known))
+        run.finish(summary | sample_table(run, steps, policy, tokenizer, shown, decoding, training=known))
         return run.folder
 
 

@@ -116,16 +116,23 @@ def lines(path: Path) -> Iterator[tuple[Place, str]]:
             yield Place(str(path), line_number), line.rstrip("\r")
 
 
-def table(path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = True) -> Iterator[tuple[Place, dict[str, str]]]:
-    """Records of a CSV file with at least these columns (without a header: exactly these); other widths are skips."""
+def table(
+    path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = True, distinct: bool = False
+) -> Iterator[tuple[Place, dict[str, str]]]:  # fmt: skip
+    """Records of a CSV file with at least these columns (without a header: exactly these); other widths are skips.
+
+    Of columns of one name the last counts; with `distinct` they are refused.
+    """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names = list(columns)
     try:
         if header:
-            names = [name.strip() for name in next(reader, [])]
+            names = [name.strip() for name in next((cells for cells in reader if cells), [])]
+            if twice := [name for name in names if distinct and name and names.count(name) > 1]:
+                raise UserError(f"{path}, line {reader.line_num}: two columns are called {twice[0]!r}; rename one")
             if missing := [name for name in columns if name not in names]:
                 found = f"(found: {', '.join(names)[:200] or 'nothing'}; expected: {', '.join(columns)})"
-                raise UserError(f"{path}, line 1: column {missing[0]!r} is missing {found}")
+                raise UserError(f"{path}, line {max(1, reader.line_num)}: column {missing[0]!r} is missing {found}")
         for cells in reader:
             place = Place(str(path), reader.line_num)
             if len(cells) == len(names):
