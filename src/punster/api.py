@@ -126,7 +126,9 @@ class Model:
             raise UserError("this run is not a reward model: only reward runs score texts")
         from punster.train.setup import encode
 
-        if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
+        alone = isinstance(prompts, str) or isinstance(completions, str)
+        prompts, completions = list(prompts), list(completions)
+        if alone or len(prompts) != len(completions):
             raise UserError("prompts and completions must be two lists of the same length")
         pairs = zip(prompts, completions, strict=True)
         examples = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]

@@ -275,7 +275,7 @@ def report_verb(rest: list[str]) -> int:
         raise UserError("--out is for the page that compares several runs; one run's report.html is written beside it")
     if len(folders) > 1:
         page = Path(o["out"] or folders[0].resolve().parent / "comparison.html")
-        check_target(page, folders)
+        check_target(page, [*folders, *(folder / "config.yaml" for folder in folders)])
         print(write_comparison(folders, page))
         return 0
     print(write_report(folders[0]))

@@ -22,7 +22,7 @@ _SECRETS = (
     ),
     re.compile(r"(?<=bearer )[^\s\"']{8,}", re.IGNORECASE),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-    re.compile(r"(?<=[?&])(?:api_?key|key|token|secret|password)=[^&\s\"']+", re.IGNORECASE),
+    re.compile(r"(?<=[?&])[\w-]*(?:key|token|secret|passw|code|sig|auth)[\w-]*=[^&\s\"']+", re.IGNORECASE),
 )
 
 

@@ -380,7 +380,7 @@ def test_settings_without_an_effect_are_refused(recipe: str, message: str, tmp_p
 
 def test_prompts_of_ones_own(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a pun on knights"}]
-    rows = [{"prompt": "a pun on bees"}, {"prompt": "a pun on bees", "text": 12},
+    rows = [{"prompt": "a pun on bees"}, {"prompt": "a pun on bees", "text": 12, "rejected": ["a", "b"]},
             {"prompt": chat, "completion": [{"role": "assistant", "content": "so knightly"}]}]  # fmt: skip
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = build(recipe_of(tmp_path, "kind: prompt\nparts: [{file: own.jsonl}]"))[0]

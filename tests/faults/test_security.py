@@ -166,6 +166,8 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown == {"a": [*(f"<{name}>" for name in SECRETS),
                            "Bearer <secret> and https://<secret>@host/x?<secret> <secret> <secret>"], "b": 3, "c": None}  # fmt: skip
     assert redact("abc mechanical-one") == "abc mechanical-one"
+    address = "https://host/v1?version=2&code=q1w2&subscription-key=e3r4&access_token=t5&sig=z6%3D"
+    assert redact(address) == "https://host/v1?version=2&<secret>&<secret>&<secret>&<secret>"
     assert (
         redact("a key to the door, a token of love, lr=3e-4, runs/sk-1")
         == "a key to the door, a token of love, lr=3e-4, runs/sk-1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,4 +164,39 @@ def test_the_last_updates_are_judged_by_the_last_evaluation(verb: Callable[..., 
     wild = Path(calm).parent / "wild"
     assert reader.final(wild).name == "step-1" and reader.summary(wild)["aborted_at"] == 2
     state = "checkpoints/step-1/state.safetensors"
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for keep, result in ((9, "step-1"), (1, "step-2")):  # interrupted after the last updates, before they were judged
+        late = config(f"late-{keep}", kind, **{**settings, "max_kl": limit, "lr": 0.05, "keep": keep})
+        with pytest.raises(Interrupted):
+            verb(late, None, letters, stop)
+        words = "its last good one" if keep > 1 else "no checkpoint before them is left"
+        with pytest.raises(Aborted, match=rf"STOPPED at step 2 of 2: .* back at {result[:4]} {result[-1]}, .*{words}"):
+            verb(replace(late, resume=True), None, letters)
+        assert reader.final(wild.parent / f"late-{keep}").name == result
     assert (wild / state).read_bytes() == (Path(calm) / state).read_bytes()
+
+
+def test_an_exploded_step_is_never_the_best(config: Config, reader: Any) -> None:
+    """Over-optimised texts score highest; what is taken back must not have pushed the best checkpoint out."""
+    settings: dict[str, Any] = {
+        "steps": 4,
+        "save_every": 1,
+        "eval_every": 1,
+        "eval_prompts": 2,
+        "warmup": 0.0,
+        "keep": 1,
+        "lr": 0.05,
+    }
+    calm = ppo(config("calm", max_kl=100.0, keep_best="eval/exact_kl", **settings), None, letters)
+    grown = reader.values(calm, "eval/exact_kl")
+    assert grown[3] == max(grown) and reader.final(calm).name == "step-4", "the metric is one that the explosion wins by"
+    limit = (max(reader.values(calm, "objective/exact_kl")) + grown[3]) / 2
+    kept = {i + 1 for i, kl in enumerate(grown[:3]) if kl == max(kl for kl in grown[:3] if kl <= limit)}
+    with pytest.raises(Aborted, match="in the evaluation"):
+        ppo(config("wild", max_kl=limit, keep_best="eval/exact_kl", **settings), None, letters)
+    left = {int(place.name.removeprefix("step-")) for place in (Path(str(calm)).parent / "wild" / "checkpoints").glob("step-*")}
+    assert left == kept | {3}

@@ -349,7 +349,7 @@ def test_normalised_ensemble_has_mean_0_and_std_1(ensemble: Path, sft_run: str) 
     from punster.train.lessons import drawn_prompts, sft_samples
 
     (role, tokenizer), (policy, _) = load_run(ensemble), load_run(sft_run)
-    prompts = drawn_prompts(policy, tokenizer, corpus.prompts("train"), 40, 1)
+    prompts = drawn_prompts(policy, tokenizer, [{"prompt": prompt} for prompt in corpus.prompts("train")], 40, 1)
     examples = sft_samples(policy, tokenizer, prompts, 1, "normalise")
     scores = torch.tensor(score_examples(role, examples))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-4)

@@ -431,8 +431,6 @@ def test_a_refused_resume_takes_nothing_away(
     run = tmp_path / "b"
     shutil.copy(tmp_path / "a" / "metrics.jsonl", run / "metrics.jsonl")  # as if it had gone on to the fifth step
     (run / "summary.json").write_text('{"aborted": "exact KL", "aborted_at": 5}\n')
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"pun: sea {i}"}) + "\n" for i in range(6)))
     kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "summary.json")}
     weights = reader.final(run) / "role.json"
     described = weights.read_text()

@@ -58,8 +58,8 @@ def test_samples_of_the_sft_model_have_mean_0_and_std_1(
                             pooling=pooling, normalise_samples=40))  # fmt: skip
     role, tokenizer = load_run(run)
     policy, _ = load_run(sft_run)
-    prompts = corpus.prompts("train")
-    ids = [tokenizer.prompt_ids(prompt) for prompt in drawn_prompts(policy, tokenizer, prompts, 40, 1)]
+    rows = [{"prompt": prompt} for prompt in corpus.prompts("train")]
+    ids = [tokenizer.prompt_ids(prompt) for prompt in drawn_prompts(policy, tokenizer, rows, 40, 1)]
     rollout = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(1, "normalise"))
     scores = torch.tensor(score_examples(role, rollout.closed))
     assert role.pooling == pooling and role.normalisation != (1.0, 0.0)
@@ -392,3 +392,6 @@ def test_the_score_is_normalised_on_prompts_of_all_files_that_leave_room(
     room = role.model.config.max_positions - 40
     assert sum(len(tokenizer.prompt_ids(row["prompt"])) <= room for row in rows) == 1
     assert asked == ["short"] * 8 and all(math.isfinite(value) for value in role.normalisation)
+    with pytest.raises(UserError, match="no prompt leaves room for a sample of 40 tokens"):  # before anything is trained
+        train_reward(make(RewardConfig, name="none", normalise_samples=8, **settings), rows[:-1])
+    assert not (tmp_path / "none").exists()

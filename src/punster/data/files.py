@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from punster.data.schema import FIELDS, Row, check_row, check_scored
+from punster.data.schema import FIELDS, NAMES, Row, check_row, check_scored
 from punster.data.sources import SOURCES
 from punster.data.sources.reading import Skips, json_values, lines, read_text, table
 from punster.errors import UserError
@@ -118,7 +119,7 @@ def json_row(line: str, place: str) -> Any:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     skips: Skips = []
-    for place, cells in table(path, skips, distinct=True):
+    for place, cells in table(path, skips, distinct={*chain(*FIELDS.values()), *NAMES}):
         yield str(place), {name: _cell(name, value) for name, value in cells.items()}
     if skips:
         place, reason = skips[0]

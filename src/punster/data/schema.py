@@ -120,13 +120,14 @@ def check_row(row: Any, kind: str, where: str) -> Row:
             raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")
     for name in ("text", "completion", "completions", "chosen", "rejected", "scores"):
         # A further column with texts, or with scores of such, is none of this row's; of a prompt's answers mixtures look at texts.
-        if name not in FIELDS[kind] and not (kind in ("prompt", "text") and _is_text(checked.get(name))):
+        if name not in FIELDS[kind] and not (kind in ("prompt", "text") and _offers(checked.get(name), name == "completions")):
             checked.pop(name, None)
     return checked
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+def _offers(value: Any, many: bool) -> bool:
+    """Whether this is a text or, where there are `many`, a list of texts."""
+    return isinstance(value, list) and all(isinstance(each, str) for each in value) if many else isinstance(value, str)
 
 
 def is_number(value: Any) -> bool:

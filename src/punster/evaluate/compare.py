@@ -86,12 +86,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ids = check_prompts(tokenizer, reference.model, texts, config.max_new_tokens)
     labels = labels_of([reference_path, *config.models])
     paths, reference_label = {labels[path]: path for path in config.models}, labels[reference_path]
-    limit, files = reference.model.config.max_positions, {}
+    limit, files, places = reference.model.config.max_positions, {}, {}
     for label, path in paths.items():  # a mistake must not wait for its turn
         if is_file_of_rows(path):
             files[label] = written(path, texts, ids, config.samples, tokenizer, limit)
-        elif path != "base":
-            checkpoint_of(path)
+        else:
+            places[label] = "base" if path == "base" else fitting(path, reference, tokenizer)
     order = list(dict.fromkeys(["base"] * ("base" in paths) + [reference_label] + list(paths)))
     training = training_texts([path for path in {reference_path: 0, **dict.fromkeys(config.models)} if not is_file_of_rows(path)])
     extra = Extra.open(Role(plain_base(reference, config)), tokenizer, training, config.seed, reference.first_layer)
@@ -107,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         is_reference, role = label == reference_label, None
         count, readers = (pool, judges) if is_reference else (config.samples, judges[:1])
         if label not in files:
-            role = reference if is_reference else opened(paths[label], reference, config, tokenizer)
+            role = reference if is_reference else opened(places[label], reference, config, tokenizer)
             keep = {judge.first_layer for judge in readers} | (set() if is_reference else shared_depths(role, reference))
             stream = seeded(config.seed, f"evaluate/{label}")
             rollout = generate(role, ids, decoding, tokenizer.eos_id, stream, count, keep=keep)
@@ -208,15 +208,19 @@ def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: 
     return Rollout(examples, [], [True] * len(examples), tokenizer.eos_id)
 
 
-def opened(path: str, reference: Role, config: EvaluateConfig, tokenizer: Tokenizer) -> Role:
-    if path == "base":
-        return Role(plain_base(reference, config))
-    role, other = open_role(path, config, tokenizer)
-    if role.model.name != reference.model.name or other.prompt_format != tokenizer.prompt_format:
+def fitting(path: str, reference: Role, tokenizer: Tokenizer) -> str:
+    """The checkpoint of a run that can be compared with the reference; UserError if it cannot."""
+    place = checkpoint_of(path)
+    told = json.loads((place / "role.json").read_text(encoding="utf-8"))
+    if (told["model"], told["prompt_format"]) != (reference.model.name, tokenizer.prompt_format):
         raise UserError(f"{path}: another base model or prompt format than the reference run")
-    if role.head is not None:
+    if told["has_head"]:
         raise UserError(f"{path} is a reward model, not a policy")
-    return role
+    return str(place)
+
+
+def opened(place: str, reference: Role, config: EvaluateConfig, tokenizer: Tokenizer) -> Role:
+    return Role(plain_base(reference, config)) if place == "base" else open_role(place, config, tokenizer)[0]
 
 
 def kl_entry(kls: Sequence[float], config: EvaluateConfig) -> dict[str, Any]:

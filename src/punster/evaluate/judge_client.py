@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote_plus, urlsplit
 
 from punster.config import EvaluateConfig
 from punster.disk import cache_folder
@@ -95,8 +95,9 @@ class Client:
         if official and not key:
             raise UserError("--judge openai needs a key in the environment variable OPENAI_API_KEY")
         address = urlsplit(OFFICIAL if official else config.judge)
-        query = dict(parse_qsl(address.query))
-        self.secrets = [s for s in (key, address.password, address.query, *(v for v in query.values() if len(v) >= 8)) if s]
+        query = dict(parse_qsl(address.query, keep_blank_values=True))
+        values = [form for value in query.values() if len(value) >= 8 for form in (value, quote_plus(value))]
+        self.secrets = [s for s in (key, address.password, address.query, *values) if s]
         self.judge = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path.rstrip('/')}"
         self.openai = openai.OpenAI(
             base_url=address._replace(query="").geturl(), default_query=query, api_key=key or "none",

@@ -171,7 +171,8 @@ def save_checkpoint(
     kept = sorted(s for s in steps_of(run.folder) if s <= step)
     metrics = BEST.get(run.verb, ()) if run.config.keep_best == "auto" else (run.config.keep_best,)
     metrics = metrics if run.config.eval_every else metrics[-1:]  # a held-out loss of the last step alone chooses nothing
-    best = next((found for metric in metrics if (found := best_step(run.folder, metric)) is not None), None)
+    limit = getattr(run.config, "max_kl", math.inf)
+    best = next((found for metric in metrics if (found := best_step(run.folder, metric, kept, limit)) is not None), None)
     for old in kept[: -run.config.keep]:
         if old != best:
             remove(run.checkpoints / f"step-{old}")
@@ -272,15 +273,15 @@ def steps_of(folder: Path) -> list[int]:
     return [int(p.name.removeprefix("step-")) for p in found if p.name.removeprefix("step-").isdigit()]
 
 
-def best_step(folder: Path, metric: str) -> int | None:
-    """The step with a checkpoint whose metric is best ("-NAME": lowest); None where no such step has it."""
-    saved, values = set(steps_of(folder)), {}
+def best_step(folder: Path, metric: str, saved: Sequence[int], max_kl: float = math.inf) -> int | None:
+    """That of these steps whose metric is best ("-NAME": lowest), its exact KL within bounds; None where none has it."""
+    values = {}
     path = folder / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, TypeError, AttributeError):
             row = json.loads(line)
             value = float(row.get(metric.removeprefix("-"), math.nan))
-            if row["step"] in saved and math.isfinite(value):
+            if row["step"] in saved and math.isfinite(value) and row.get("eval/exact_kl", 0.0) <= max_kl:
                 values[row["step"]] = -value if metric.startswith("-") else value
     return max(values, key=lambda step: (values[step], step), default=None)
 

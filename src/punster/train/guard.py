@@ -14,6 +14,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.train.checkpoint import State, damage, remove, save_checkpoint, steps_of
 from punster.train.run import Run
 
+KEPT, LOST = "its last good one", "whose updates are to blame: no checkpoint before them is left"
 Packed = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]  # a state's tensors and numbers, and the place in the logs
 
 
@@ -52,19 +53,21 @@ class Guard:
         mean = float((kl * mask).sum(1).mean())
         if not mean <= self.max_kl:
             known = self.good or self.earlier()
-            kept = (
-                "its last good one"
-                if known or not self.began[0]
-                else "whose updates are to blame: no checkpoint before them is left"
-            )
+            kept = KEPT if known or not self.began[0] else LOST
             self.abort(*(known or self.began), f"exact KL {mean:.1f} nats a response, above --max-kl {self.max_kl:g}", kept)
         self.good = self.began
 
     def check_end(self, figures: dict[str, float]) -> None:
         """No rollout follows the last updates: raises Aborted if the last evaluation's exact KL is out of bounds."""
         kl = figures.get("eval/exact_kl", 0.0)
-        if self.good and not kl <= self.max_kl:  # None of a run that had ended already
-            self.abort(*self.began, f"exact KL {kl:.1f} nats a response in the evaluation, above --max-kl {self.max_kl:g}")
+        if kl <= self.max_kl:
+            return
+        reason = f"exact KL {kl:.1f} nats a response in the evaluation, above --max-kl {self.max_kl:g}"
+        if self.good:
+            self.abort(*self.began, reason)
+        self.begin(self.run.step + 1)  # it was interrupted after its last step, and nothing was learned since
+        known = self.earlier()
+        self.abort(*(known or self.began), reason, KEPT if known else LOST)
 
     def earlier(self) -> tuple[int, Packed] | None:
         """Of a run that was resumed with the updates that went wrong: the newest whole checkpoint before them."""
@@ -81,9 +84,10 @@ class Guard:
             if not math.isfinite(value):
                 self.abort(*self.began, f"{name} is {value}")
 
-    def abort(self, step: int, packed: Packed, reason: str, kept: str = "its last good one") -> None:
+    def abort(self, step: int, packed: Packed, reason: str, kept: str = KEPT) -> None:
         """Restore a state, make it the run's newest checkpoint and its result, and stop."""
-        seen, run, (tensors, numbers, place) = self.began[0] + 1, self.run, packed
+        run, (tensors, numbers, place) = self.run, packed
+        seen = min(self.began[0] + 1, run.steps)
         run.on_failure = None  # the state in which the step began may be what went wrong
         self.state.unpack(tensors, numbers)
         if damage(run.checkpoints / f"step-{step}"):  # or not there

@@ -213,10 +213,12 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
     return rows
 
 
-def drawn_prompts(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """So many of the prompts that leave room for a sample, in a drawn order, over and over; UserError if none does."""
+def drawn_prompts(policy: Role, tokenizer: Tokenizer, rows: Sequence[Row], count: int, seed: int) -> list[Any]:
+    """So many of the rows' prompts that leave room for a sample, in a drawn order, over and over; UserError if none does."""
+    if not count:
+        return []
     room = policy.model.config.max_positions - SAMPLED
-    distinct = {str(prompt): prompt for prompt in prompts}.values()
+    distinct = {str(row["prompt"]): row["prompt"] for row in rows}.values()
     fitting = [prompt for prompt in distinct if len(tokenizer.prompt_ids(prompt)) <= room]
     if not fitting:
         raise UserError(

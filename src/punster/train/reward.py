@@ -92,7 +92,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
     draws = config.normalise_samples or ("sampled" in config.negatives and config.sampled_rows)
     state = State(
         model, optimizers, {name: cursor.generator for name, cursor in named.items()}, named,
-        given=[*lessons.examples, *([lessons.shares] if lessons.uneven else [])],
+        given=[*lessons.examples, *([lessons.shares] if lessons.uneven else []), *(map(list, lessons.bags) if model.others else [])],
         judged=[(item.ratings, item.margin, item.weight, item.label, item.rating) for item in lessons.items],
         drawn_from=sampled_from if draws else None, described={"normalised": False} if config.normalise_samples else {},
     )  # fmt: skip
@@ -101,11 +101,11 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
             "  --int8 changes nothing here: no frozen bf16 layer that the C kernels take in 8 bits (punster doctor)"
         )
 
+    prompts = drawn_prompts(sampled_from, tokenizer, given, config.normalise_samples, config.seed)
+
     def as_kept() -> Role:
         """The result: normalised on samples."""
-        if not config.normalise_samples:
-            return model
-        return normalised(model, sampled_from, tokenizer, config, [row["prompt"] for row in given])
+        return normalised(model, sampled_from, tokenizer, config.seed, prompts) if prompts else model
 
     with Run(marked(config, data=rows, eval_data=eval_rows), "reward", steps, started) as run:
         restore(run, state)
@@ -231,10 +231,9 @@ def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int) -> dict[str,
     return {kind: share_right(found) for kind, found in gaps.items()}
 
 
-def normalised(model: Role, policy: Role, tokenizer: Tokenizer, config: RewardConfig, prompts: Sequence[Any]) -> Role:
-    """The same scores with gain and offset that give samples of the policy, on the training prompts, mean 0 and std 1."""
-    chosen = drawn_prompts(policy, tokenizer, prompts, config.normalise_samples, config.seed)
-    examples = sft_samples(policy, tokenizer, chosen, config.seed, "normalise")
+def normalised(model: Role, policy: Role, tokenizer: Tokenizer, seed: int, prompts: Sequence[Any]) -> Role:
+    """The same scores with gain and offset that give samples of the policy to these prompts mean 0 and std 1."""
+    examples = sft_samples(policy, tokenizer, prompts, seed, "normalise")
     members = [replace(role, normalisation=(1.0, 0.0), others=()) for role in (model, *model.others)]
     members = [standardised(role, score_examples(role, examples)) for role in members]
     if model.others:

@@ -223,7 +223,7 @@ class Run:
         for key, value in self.held_out[1].items():
             self._picture("add_scalar", key, value, self.held_out[0])
         best = self.config.keep_best.removeprefix("-")
-        if self._logged and best not in {"auto", "none"} | self._logged and not self.config.quiet:
+        if self._logged and best not in {"auto", "none"} | self._logged and not self.config.quiet and "aborted" not in summary:
             print(
                 f"note: --keep-best {best}: no step has this metric.{near_matches(best, sorted(self._logged))}", file=sys.stderr
             )

@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,18 +117,18 @@ def lines(path: Path) -> Iterator[tuple[Place, str]]:
 
 
 def table(
-    path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = True, distinct: bool = False
+    path: Path, skips: Skips, columns: Sequence[str] = (), header: bool = True, distinct: Collection[str] = ()
 ) -> Iterator[tuple[Place, dict[str, str]]]:  # fmt: skip
     """Records of a CSV file with at least these columns (without a header: exactly these); other widths are skips.
 
-    Of columns of one name the last counts; with `distinct` they are refused.
+    Of columns of one name the last counts; those that must be `distinct` are refused.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names = list(columns)
     try:
         if header:
             names = [name.strip() for name in next((cells for cells in reader if cells), [])]
-            if twice := [name for name in names if distinct and name and names.count(name) > 1]:
+            if twice := [name for name in names if name in distinct and names.count(name) > 1]:
                 raise UserError(f"{path}, line {reader.line_num}: two columns are called {twice[0]!r}; rename one")
             if missing := [name for name in columns if name not in names]:
                 found = f"(found: {', '.join(names)[:200] or 'nothing'}; expected: {', '.join(columns)})"
