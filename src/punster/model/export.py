@@ -17,14 +17,15 @@ from punster.model.tokenizer import Tokenizer
 
 
 def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
-    """Write `role` to a new folder. hf: AutoModelForCausalLM or, with a head, AutoModelForSequenceClassification. peft: adapter."""
+    """Write `role` to a new folder, or into an empty one. hf: AutoModelForCausalLM or, with a head, AutoModelForSequenceClassification. peft: adapter."""
     if format not in ("hf", "peft"):
         raise UserError(f"--format {format}: hf or peft")
     out = out.resolve()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder")
+    there = out.is_dir()  # it may be a mount, or where a shell stands: its files come into it
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as private:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out if there else out.parent) as private:
         temporary = Path(private) / "part"  # a folder like any other: the one around it is for its owner's eyes only
         temporary.mkdir()
         if format == "hf":
@@ -36,9 +37,11 @@ def export(role: Role, tokenizer: Tokenizer, format: str, out: Path) -> Path:
             pad = distinct_pad(tokenizer)
             hf.pad_token = hf.convert_ids_to_tokens(pad) if pad in hf.all_special_ids else None
         hf.save_pretrained(temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        if there:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # by which it is a model, last
+                path.rename(out / path.name)
+        else:
+            temporary.rename(out)
     return out
 
 

@@ -107,7 +107,7 @@ def compiled() -> c.CDLL | None:
     if not {"avx2", "fma"} <= set(features) or "amx_bf16" in features or compiler is None:
         return None
     try:
-        found = c.CDLL(str(build(compiler)))
+        found = opened(compiler)
         if right(found):
             keep_memory()
             return found
@@ -118,6 +118,18 @@ def compiled() -> c.CDLL | None:
     return None
 
 
+def opened(compiler: str) -> c.CDLL:
+    """The library, built anew where what is in the cache is none: cut off by a power cut, say."""
+    path = build(compiler)
+    try:
+        return c.CDLL(str(path))
+    except OSError as error:
+        if "failed to map" in str(error):  # a folder that nothing may be run from: no other file would do
+            raise
+        path.unlink(missing_ok=True)
+        return c.CDLL(str(build(compiler)))
+
+
 def in_halves() -> bool:
     """Whether the kernels multiply bf16 as such, and bytes at twice that speed; else (AVX2) in 16-bit whole numbers, and bytes no faster."""
     found = compiled()
@@ -126,7 +138,7 @@ def in_halves() -> bool:
 
 def build(compiler: str) -> Path:
     """Compile once for this source, compiler and machine; linked with PyTorch's own OpenMP, so that one pool of threads serves both."""
-    from punster.disk import cache_folder
+    from punster.disk import cache_folder, flush
 
     source = Path(__file__).with_name("csrc") / "kernels.c"
     text = "".join(path.read_text() for path in sorted(source.parent.glob("*.[ch]")))
@@ -142,6 +154,7 @@ def build(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder) / "kernels.so"
             subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=True, timeout=120)
+            flush(fresh)
             fresh.replace(target)
     return target
 

@@ -60,20 +60,24 @@ def fetch(model: BuiltIn, cache: Path | None = None) -> Path:
     """The verified model file of a built-in model, downloaded once.
 
     A file whose SHA-256 is wrong (cut off, damaged) is removed and fetched again. A lock keeps two processes apart;
-    nothing is visible under the final name before it has been verified.
+    nothing is visible under the final name before it has been verified. A whole file needs no cache that can be written.
     """
     folder = (cache or cache_folder()) / "models" / model.name
     target = folder / Path(model.member).name
+    whole = lambda: target.is_file() and target.stat().st_size == model.size and sha256_of(target) == model.sha256
+    if whole():
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock").acquire()
     except OSError as error:
         raise UserError(
-            f"cannot create the cache folder {folder}: {error.strerror}. Set PUNSTER_CACHE to a writable folder."
+            f"cannot write into the cache folder {folder}: {error.strerror}. Set PUNSTER_CACHE to a writable folder."
         ) from None
-    with FileLock(folder / ".lock"):
+    with held:
+        if whole():  # another process was faster
+            return target
         if target.exists():
-            if target.stat().st_size == model.size and sha256_of(target) == model.sha256:
-                return target
             print(f"{target} is damaged (wrong checksum); fetching it again", file=sys.stderr)
             target.unlink()
         for leftover in folder.glob(".download-*"):
@@ -129,11 +133,10 @@ def resolve(name: str) -> Path:
             f"unknown model {name!r}.{near_matches(name, known)} Known: {', '.join(SUGGESTED)}; or a folder, a .gguf file, a hub id."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's library lets those of its transport through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"could not fetch {hub_id!r} from the hub ({reason}).{near_matches(name, known)}") from None
 

@@ -68,7 +68,7 @@ class Tokenizer:
             where = converted_gguf(where, BUILT_IN[model].sha256 if model in BUILT_IN else sha256_of(where))
         try:
             hf = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a file that it cannot read is a bare one
             raise UserError(f"{where}: no usable tokenizer ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
         return cls(hf, prompt_format)
 
@@ -227,6 +227,8 @@ def converted_gguf(file: Path, sha256: str) -> Path:
     from transformers import AutoTokenizer
 
     folder = cache_folder() / "tokenizers" / sha256[:24]
+    if (folder / "complete").exists():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not (folder / "complete").exists():

@@ -335,8 +335,11 @@ def commit() -> str | None:
     here = Path(__file__).resolve()
     if not (here.parents[3] / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(here.parents[3]), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    asked = ["git", "-C", str(here.parents[3]), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def plan(config: PipelineConfig, stages: dict[str, TrainConfig], expected: dict[str, float]) -> None:

@@ -36,16 +36,24 @@ def measured_speed(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.6
     own = device == "cpu" and dtype == torch.bfloat16 and not kernels.in_halves()  # else PyTorch's are as fast as those that run
     multiply: Callable[[Tensor], Tensor] = Matrix(b.T) if own else lambda rows: rows @ b
     multiply(a)
+    settle(device)
     found = []
     for _ in range(round(seconds / 0.2)):
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < 0.2:
             multiply(a)
             count += 1
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        settle(device)
         found.append(count * 1024 * 576 * 1536 / (time.perf_counter() - start))
     return sorted(found)[len(found) * 3 // 4]
+
+
+def settle(device: str) -> None:
+    """Wait for what a GPU has been given to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
 
 
 def block_size(model: Decoder) -> int:
