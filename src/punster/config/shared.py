@@ -76,13 +76,10 @@ def check_types(config: Any) -> None:
             value = [str(each) if isinstance(each, PurePath) else each for each in value]
         value = str(value) if isinstance(value, PurePath) else value
         setattr(config, item.name, value)
-        many = get_origin(hint) is Literal
-        wanted = (
-            f"one of {', '.join(get_args(hint))}"
-            if many
-            else str(getattr(hint, "__name__", hint) if not get_args(hint) else hint)
-        )
-        require(is_of(value, hint), f"--{item.name.replace('_', '-')} must be {wanted}, got {value!r}")
+        if not is_of(value, hint):
+            choices = f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else str(hint)
+            wanted = choices if get_args(hint) else hint.__name__
+            raise UserError(f"--{item.name.replace('_', '-')} must be {wanted}, got {value!r}")
 
 
 def check_shared(config: Any) -> None:

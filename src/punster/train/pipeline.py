@@ -132,9 +132,8 @@ def scaled(stage: TrainConfig, scale: float) -> TrainConfig:
     elif isinstance(stage, SftConfig | RewardConfig | DpoConfig):
         changed["epochs"] = stage.epochs * scale / size
     if samples:
-        group = (
-            stage.samples if isinstance(stage, GrpoConfig) else min(stage.batch_size, 8 if isinstance(stage, PpoConfig) else 2)
-        )
+        eights = min(stage.batch_size, 8 if isinstance(stage, PpoConfig) else 2)
+        group = stage.samples if isinstance(stage, GrpoConfig) else eights
         if size != 1:
             changed["batch_size"] = max(group, int(stage.batch_size * size) // group * group)
     if isinstance(stage, PolicyConfig):
