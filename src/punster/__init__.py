@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# A thread that waits for the others keeps its core for a while: by OpenMP's default so long that a step beside another busy program
+# takes up to thirty times as long; so it costs a fifteenth of that and nothing on a free machine (docs/PERFORMANCE.md). OpenMP
+# reads this when PyTorch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # Heavy libraries are imported where they are used, so that `import punster` stays fast.
 _API = {

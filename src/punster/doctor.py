@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from punster import __version__
-from punster.machine import PACKAGES, available_bytes, cpu_features, machine, versions
+from punster.machine import PACKAGES, available_bytes, cpu_features, cpu_quota, fit_threads, machine, versions
 
 
 def doctor() -> int:
@@ -23,6 +23,7 @@ def doctor() -> int:
     from punster.train.setup import pick_device, pick_dtype
 
     print(f"punster {__version__}, Python {platform.python_version()} on {platform.platform()}")
+    fit_threads()
     installed, found = versions(), machine()
     for package in PACKAGES:
         print(f"  {package:13s} {installed.get(package, 'not installed')}")
@@ -57,6 +58,8 @@ def doctor() -> int:
         print(f"default model  {model.name}: not fetched yet (it will be, on first use)")
     if torch.get_num_threads() < (os.cpu_count() or 1) and "OMP_NUM_THREADS" in os.environ:
         print(f"note           fewer threads than cores: OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}")
+    if (quota := cpu_quota()) < (os.cpu_count() or 1):
+        print(f"note           this container is limited to {quota:g} of {os.cpu_count()} cores")
     if free_memory and free_memory < 3e9:
         print(
             "note           less than 3 GB of memory available: the demo needs about 3; close something, or use a smaller --scale"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from punster import __version__
@@ -39,8 +40,10 @@ def versions() -> dict[str, str]:
 
 
 def told(path: str) -> list[str]:
-    """Lines of a file in which Linux tells about the machine; none on other systems."""
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    """Lines of a file in which Linux tells about the machine; none on other systems, or where it is closed to us."""
+    with suppress(OSError):
+        return Path(path).read_text().splitlines()
+    return []
 
 
 def cpu_name() -> str:
@@ -55,13 +58,59 @@ def cpu_features() -> list[str]:
 
 
 def available_bytes() -> int:
-    """Memory that programs can still take (Linux), else all of it."""
-    sizes = [int(line.split()[1]) * 1024 for line in told("/proc/meminfo") if line.startswith("MemAvailable")]
-    return sizes[0] if sizes else memory_bytes()
+    """Memory that programs can still take (Linux), else all of it: of the machine, and of the container."""
+    sizes: list[float] = [int(line.split()[1]) * 1024 for line in told("/proc/meminfo") if line.startswith("MemAvailable")]
+    for group in control_groups("memory"):
+        kept = sum(int(line.split()[1]) for line in told(f"{group}/memory.stat") if line.startswith("inactive_file "))
+        for limit, taken in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            used = number_in(f"{group}/{taken}") - kept  # copies of files make room when it is needed
+            sizes.append(number_in(f"{group}/{limit}") - used)
+    sizes = [size for size in sizes if math.isfinite(size)]
+    return max(0, int(min(sizes))) if sizes else memory_bytes()
 
 
 def memory_bytes() -> int:
+    """All memory that this process may have: the machine's, or less in a container."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return 0
+    names = ("memory.max", "memory.limit_in_bytes")
+    return int(min([whole, *(number_in(f"{group}/{name}") for group in control_groups("memory") for name in names)]))
+
+
+def cpu_quota() -> float:
+    """Processors' worth of time that this process may take (`docker run --cpus 2`); infinite without a limit."""
+    shares = []
+    for group in control_groups("cpu"):
+        shares += [(told(f"{group}/cpu.max") or [""])[0].split()]
+        shares += [[str(line) for name in ("quota", "period") for line in told(f"{group}/cpu.cfs_{name}_us")]]
+    return min((int(share[0]) / int(share[1]) for share in shares if len(share) == 2 and share[0].isdigit()), default=math.inf)
+
+
+def control_groups(controller: str) -> list[str]:
+    """Folders of the control groups that this process is in, the outermost first (Linux, version 2 or 1); limits of all of them hold."""
+    found = []
+    for line in told("/proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            root = PurePosixPath("/sys/fs/cgroup", controller if controllers else "")
+            group = PurePosixPath(path.lstrip("/"))  # in some containers the host's name of it, with its own files at the root
+            found += [str(root / part) for part in (*reversed(group.parents), group)]
+    return list(dict.fromkeys(found))
+
+
+def number_in(path: str) -> float:
+    """The number in a file of one; infinite if there is none."""
+    first = (told(path) or [""])[0]
+    return int(first) if first.isdigit() else math.inf
+
+
+def fit_threads() -> None:
+    """No more threads than the quota has processors: torch counts what it sees, and too many wait for each other until
+    the limit's next period. OMP_NUM_THREADS, where it is set, is obeyed.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and (quota := cpu_quota()) < torch.get_num_threads():
+        torch.set_num_threads(max(1, int(quota)))

@@ -300,6 +300,8 @@ def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.C
     (tmp_path / "mine.yaml").write_text("kind: sft\nguard: false\nrepeats: 0\nparts:\n- {file: mine.jsonl}\n")
     found = load_rows([str(tmp_path / "mine.yaml")], "sft", list, quiet=True)
     assert sorted(row["completion"] for row in found) == sorted(texts)
+    dropped = build(load_mixture(str(tmp_path / "mine.yaml")))[1]["parts"][0]["dropped"]
+    assert dropped == {"no pun": 1, "labelled false": 2, "a machine's": 1}
     with pytest.raises(UserError, match="no row is left: their text is no pun or labelled false"):
         load_rows(rows[1:3], "sft", list, quiet=True)
 

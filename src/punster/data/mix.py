@@ -74,7 +74,7 @@ USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus
 KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
 # Columns of a file of one's own; in what was not prepared by us another, such as "topic", may mean anything.
 KEPT = {*chain(*FIELDS.values()), "margin", "weight", "pass_share", "rating", "group", "source", "id",
-        "pun_word", "alternative_word"}  # fmt: skip
+        "pun_word", "alternative_word", "is_pun"}  # fmt: skip
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -266,12 +266,15 @@ def _part(
             reason = "too long"
         if pool and row.get("semeval_id") in pool.flagged:
             reason = "called offensive by annotators"
+        if part.file and recipe.kind == "sft" and (unwanted := not_written(row)):
+            reason = unwanted
         if not reason and guard and kind_of(row) != "group" and any(map(guard.has_near, texts_of(row))):
             reason = "near to an evaluation text"
         if reason:
             dropped[reason] += 1
         else:
             kept.append(row)
+    kept = prompted(kept, corpus.held_out_topics())[0] if part.file and recipe.kind == "sft" else kept
     made = _made(kept, part, recipe, draw)
     if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
@@ -301,10 +304,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
         rows = read_rows(part.file, kind, part.columns, recipe.split == "train", say)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
-        rows = [row for row in rows if recipe.kind != "sft" or not_written(row) is None]
         ours = lambda row, name: name in KEPT or row.get("source") in SOURCES
         rows = [{name: value for name, value in row.items() if ours(row, name) and value is not None} for row in rows]
-        rows = prompted(rows, corpus.held_out_topics())[0] if recipe.kind == "sft" else rows
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
         made = corpus.contrast_rows(part.use, part.half) if recipe.kind == "preference" else corpus.contrast_puns(part.half)

@@ -22,6 +22,7 @@ from torch import Tensor
 from punster.config.shared import DEFAULT_MODEL
 from punster.disk import cache_folder, sha256_of
 from punster.errors import UserError, near_matches
+from punster.machine import fit_threads
 from punster.model.architecture import ModelConfig
 from punster.model.transformer import Decoder
 
@@ -143,6 +144,7 @@ def resolve(name: str) -> Path:
 
 def load_model(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
     """A frozen decoder from any --model value."""
+    fit_threads()
     path = resolve(name)
     config, weights = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
     weights = {key: tensor.to(device=device, dtype=dtype) for key, tensor in weights.items()}

@@ -243,10 +243,11 @@ def load_rows(
 
 def asked(rows: Sequence[Row], quiet: bool) -> list[Row]:
     """Texts as completions, as in a mixture: with a prompt, on no topic of the embedded held-out part, and without what is no pun."""
-    reasons = Counter(filter(None, map(not_written, rows)))
+    why = list(map(not_written, rows))
+    reasons = Counter(filter(None, why))
     for reason, count in reasons.items():
         speaker(quiet)(f"  {count} of {len(rows)} rows left out: their text is {reason}")
-    kept = [row for row in rows if not_written(row) is None]
+    kept = [row for row, reason in zip(rows, why, strict=True) if reason is None]
     if not kept:
         raise UserError(f"no row is left: their text is {' or '.join(reasons)}")
     if all(row.get("completion") is not None for row in kept):
