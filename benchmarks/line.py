@@ -100,7 +100,7 @@ class Worker:
 
     def __init__(self, python: Path | str, module: str, task: Mapping[str, Any], log: Path, path: str | None = None):
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "GOMP_SPINCOUNT")}
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
         if path:
             environment["PYTHONPATH"] = path

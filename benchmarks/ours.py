@@ -10,6 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import punster  # noqa: F401  before torch, for what it tells OpenMP; the peers have its default
+
+# isort: split
+
 import torch
 
 from benchmarks import prepare

@@ -8,9 +8,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# A thread that waits for the others keeps its core for a while: by OpenMP's default so long that a step beside another busy program
-# takes up to thirty times as long; so it costs a fifteenth of that and nothing on a free machine (docs/PERFORMANCE.md). OpenMP
-# reads this when PyTorch is first imported.
+# A thread that waits for the others keeps its core for a while: by libgomp's default so long that beside another busy program a step
+# took thirty times as long, and takes two to three times as long with this (on two cores: docs/PERFORMANCE.md). libgomp reads
+# it when PyTorch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

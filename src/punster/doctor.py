@@ -8,7 +8,16 @@ import shutil
 from pathlib import Path
 
 from punster import __version__
-from punster.machine import PACKAGES, available_bytes, cpu_features, cpu_quota, fit_threads, machine, versions
+from punster.machine import (
+    PACKAGES,
+    available_bytes,
+    cpu_features,
+    cpu_quota,
+    fit_threads,
+    installed_bytes,
+    machine,
+    versions,
+)
 
 
 def doctor() -> int:
@@ -32,7 +41,9 @@ def doctor() -> int:
     print(f"machine        {found['cpu']}, {found['cores']} cores ({found['threads']} threads used)")
     print(f"CPU features   torch uses {found['capability']}; {', '.join(cpu_features()) or 'the system does not tell'}")
     free_memory = available_bytes()
-    print(f"memory         {found['memory_gb']} GB, {free_memory / 1e9:.1f} GB available")
+    whole = installed_bytes() / 1e9
+    limit = f" (the limit of this process; the machine has {whole:.1f})" if found["memory_gb"] < round(whole, 1) else ""
+    print(f"memory         {found['memory_gb']} GB{limit}, {free_memory / 1e9:.1f} GB available")
     here = shutil.disk_usage(Path.cwd()).free
     print(f"disk           {here / 1e9:.0f} GB free in {Path.cwd()}")
     print(f"device         {device}; frozen weights default to {str(dtype).removeprefix('torch.')}")
@@ -59,7 +70,8 @@ def doctor() -> int:
     if torch.get_num_threads() < (os.cpu_count() or 1) and "OMP_NUM_THREADS" in os.environ:
         print(f"note           fewer threads than cores: OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}")
     if (quota := cpu_quota()) < (os.cpu_count() or 1):
-        print(f"note           this container is limited to {quota:g} of {os.cpu_count()} cores")
+        many = f", and OMP_NUM_THREADS asks for {found['threads']} threads: slow" if found["threads"] > max(1, quota) else ""
+        print(f"note           this process may take the time of {quota:g} of {os.cpu_count()} cores{many}")
     if free_memory and free_memory < 3e9:
         print(
             "note           less than 3 GB of memory available: the demo needs about 3; close something, or use a smaller --scale"

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,7 +43,7 @@ def versions() -> dict[str, str]:
 def told(path: str) -> list[str]:
     """Lines of a file in which Linux tells about the machine; none on other systems, or where it is closed to us."""
     with suppress(OSError):
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(errors="replace").splitlines()
     return []
 
 
@@ -61,19 +62,26 @@ def available_bytes() -> int:
     """Memory that programs can still take (Linux), else all of it: of the machine, and of the container."""
     sizes: list[float] = [int(line.split()[1]) * 1024 for line in told("/proc/meminfo") if line.startswith("MemAvailable")]
     for group in control_groups("memory"):
-        kept = sum(int(line.split()[1]) for line in told(f"{group}/memory.stat") if line.startswith("inactive_file "))
+        held = dict(line.split()[:2] for line in told(f"{group}/memory.stat"))
+        kept = int(held.get("total_inactive_file", held.get("inactive_file", 0)))  # total: with groups inside, in version 1
         for limit, taken in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             used = number_in(f"{group}/{taken}") - kept  # copies of files make room when it is needed
             sizes.append(number_in(f"{group}/{limit}") - used)
     sizes = [size for size in sizes if math.isfinite(size)]
-    return max(0, int(min(sizes))) if sizes else memory_bytes()
+    return max(1, int(min(sizes))) if sizes else memory_bytes()
+
+
+def installed_bytes() -> int:
+    """Memory of the machine; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def memory_bytes() -> int:
     """All memory that this process may have: the machine's, or less in a container."""
-    try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
+    if not (whole := installed_bytes()):
         return 0
     names = ("memory.max", "memory.limit_in_bytes")
     return int(min([whole, *(number_in(f"{group}/{name}") for group in control_groups("memory") for name in names)]))
@@ -91,8 +99,7 @@ def cpu_quota() -> float:
 def control_groups(controller: str) -> list[str]:
     """Folders of the control groups that this process is in, the outermost first (Linux, version 2 or 1); limits of all of them hold."""
     found = []
-    for line in told("/proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
+    for controllers, path in (parts[1:] for line in told("/proc/self/cgroup") if len(parts := line.split(":", 2)) == 3):
         if not controllers or controller in controllers.split(","):
             root = PurePosixPath("/sys/fs/cgroup", controller if controllers else "")
             group = PurePosixPath(path.lstrip("/"))  # in some containers the host's name of it, with its own files at the root
@@ -106,9 +113,12 @@ def number_in(path: str) -> float:
     return int(first) if first.isdigit() else math.inf
 
 
+@cache
 def fit_threads() -> None:
-    """No more threads than the quota has processors: torch counts what it sees, and too many wait for each other until
-    the limit's next period. OMP_NUM_THREADS, where it is set, is obeyed.
+    """Once in a process: no more threads, for all of it, than the quota has processors.
+
+    torch counts the cores that it sees, and too many threads wait for each other until the limit's next period. OMP_NUM_THREADS
+    is obeyed where it is set, and `torch.set_num_threads` after this.
     """
     import torch
 

@@ -74,7 +74,7 @@ USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus
 KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
 # Columns of a file of one's own; in what was not prepared by us another, such as "topic", may mean anything.
 KEPT = {*chain(*FIELDS.values()), "margin", "weight", "pass_share", "rating", "group", "source", "id",
-        "pun_word", "alternative_word", "is_pun"}  # fmt: skip
+        "pun_word", "alternative_word"}  # fmt: skip
 DEFAULTS = {"sft": "puns", "preference": "preferences", "prompt": "prompts"}
 
 
@@ -224,7 +224,8 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Say | None = No
                   "rows": len(rows), "by_source": dict(Counter(row.get("source", "own") for row in rows).most_common()),
                   "not_open": sorted({p["licence"] for p in statements if not p["open"] and p["taken"]})}  # fmt: skip
     if not rows:
-        raise UserError("the mixture is empty: " + "; ".join(f"{p['part']}: {p['read']} rows read" for p in statements))
+        why = lambda part: "".join(f", {count} {reason}" for reason, count in part["dropped"].items())
+        raise UserError("the mixture is empty: " + "; ".join(f"{p['part']}: {p['read']} rows read{why(p)}" for p in statements))
     if say:
         for line in told(statement):
             say(line)
@@ -274,7 +275,9 @@ def _part(
             dropped[reason] += 1
         else:
             kept.append(row)
-    kept = prompted(kept, corpus.held_out_topics())[0] if part.file and recipe.kind == "sft" else kept
+    if part.file and recipe.kind == "sft":
+        kept = [row if row.get("source") in SOURCES else {k: v for k, v in row.items() if k != "is_pun"} for row in kept]
+        kept, _ = prompted(kept, corpus.held_out_topics())
     made = _made(kept, part, recipe, draw)
     if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
@@ -304,7 +307,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
         rows = read_rows(part.file, kind, part.columns, recipe.split == "train", say)
         wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
         rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
-        ours = lambda row, name: name in KEPT or row.get("source") in SOURCES
+        ours = lambda row, name: name in KEPT or (recipe.kind == "sft" and name == "is_pun") or row.get("source") in SOURCES
         rows = [{name: value for name, value in row.items() if ours(row, name) and value is not None} for row in rows]
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
     if part.source == "contrasts":
