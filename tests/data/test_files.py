@@ -302,6 +302,10 @@ def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.C
     assert sorted(row["completion"] for row in found) == sorted(texts)
     dropped = build(load_mixture(str(tmp_path / "mine.yaml")))[1]["parts"][0]["dropped"]
     assert dropped == {"no pun": 1, "labelled false": 2, "a machine's": 1}
+    assert not any("is_pun" in row for row in found)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:3]))
+    with pytest.raises(UserError, match=r"the mixture is empty: .*mine.jsonl: 2 rows read, 1 no pun, 1 labelled false"):
+        build(load_mixture(str(tmp_path / "mine.yaml")))
     with pytest.raises(UserError, match="no row is left: their text is no pun or labelled false"):
         load_rows(rows[1:3], "sft", list, quiet=True)
 
