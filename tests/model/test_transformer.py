@@ -159,6 +159,21 @@ def test_full_fine_tuning_copy_leaves_the_base_bit_identical(model: Decoder, fir
     assert bool(shared) == (first > 0)
 
 
+def test_layers_that_are_trained_can_be_multiplied_in_bf16_with_fp32_masters(model: Decoder) -> None:
+    ids = some_ids(4, 12)
+    gradients = []
+    for kind in (torch.float32, torch.bfloat16):
+        copy = model.trainable_copy(1, kind)
+        logits = copy.forward(ids)
+        assert logits.dtype == torch.float32
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        trained = [tensor for tensor in copy.weights.values() if tensor.requires_grad]
+        assert all(tensor.dtype == torch.float32 and tensor.grad is not None for tensor in trained)
+        gradients.append(torch.cat([tensor.grad.flatten() for tensor in trained if tensor.grad is not None]))
+    exact, rounded = gradients
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.03  # eight bits of each factor
+
+
 def test_fingerprint_and_trunk_key_tell_models_apart(make_model: object) -> None:
     config = {
         "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import punster.train.sft as sft_module
-from punster.config import SftConfig
+from punster.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data.batch import Example, collate, token_batches
 from punster.errors import UserError
 from punster.model.load import load_model
+from punster.model.product import multiplies_bf16
 from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs
@@ -162,6 +163,15 @@ def test_the_base_is_untouched(tiny_llama: Path, tmp_path: Path, make: Make) -> 
         sft(make(SftConfig, name=adapter, out=str(tmp_path), model=str(tiny_llama), steps=2, batch_size=4, adapter=adapter), ROWS)
     shared = shared_base(str(tiny_llama), SftConfig(device="cpu", dtype="fp32"))
     assert all(torch.equal(before[name], tensor) for name, tensor in shared.weights.items())
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_own_weights_are_multiplied_in_the_type_of_the_base_but_for_policies(kind: str, tiny_llama: Path, make: Make) -> None:
+    model = load_model(str(tiny_llama))
+    half = torch.bfloat16 if kind == "bf16" and multiplies_bf16() else torch.float32
+    settings = {"name": "x", "model": str(tiny_llama), "dtype": kind, "adapter": "none", "top_layers": "2"}
+    for config, products in ((SftConfig, half), (RewardConfig, half), (DpoConfig, torch.float32), (PpoConfig, torch.float32)):
+        assert extend(Role(model), make(config, **settings), "own").model.own_type == products
 
 
 def test_adapters_lie_in_the_top_layers_only(tiny_llama: Path, make: Make, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class Decoder:
         self.trained_from: int | None = None  # lowest layer whose own weights were trained (full fine-tuning)
         self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
+        self.own_type = torch.float32  # in which weights that are being trained are multiplied; they are fp32 themselves
         self.coarse = False  # see `in_bytes`
         self.scoring = False  # no pass is ever compared with one that learns, so that the last bits are free (`Role.merged`)
         self._fingerprints: dict[torch.dtype | None, str] = {}
@@ -139,8 +140,12 @@ class Decoder:
             return self.trunk_of.trunk_key(depth)
         return f"trained-{id(self)}:{depth}"
 
-    def trainable_copy(self, first_layer: int) -> Decoder:
-        """An fp32 copy whose layers from `first_layer` on (0: everything) are trained; the rest is shared."""
+    def trainable_copy(self, first_layer: int, products: torch.dtype = torch.float32) -> Decoder:
+        """An fp32 copy whose layers from `first_layer` on (0: everything) are trained; the rest is shared.
+
+        products: the type in which the trained layers are multiplied (mixed precision, Micikevicius et al. 2018, arXiv
+        1710.03740). In bf16 an update below a weight's third digit shows only once several have added up.
+        """
         weights = {}
         for key, tensor in self.weights.items():
             frozen = first_layer > 0 and (self.layer_of(key) < first_layer or key == "lm_head.weight")
@@ -149,6 +154,7 @@ class Decoder:
         copy.own = self.own | {key for key, tensor in weights.items() if tensor.requires_grad}
         copy.trained_from = first_layer if self.trained_from is None else min(first_layer, self.trained_from)
         copy.trunk_of = (self.trunk_of or self) if copy.trained_from > 0 else None
+        copy.own_type = products
         copy._matrices = self._matrices  # of frozen layers only, which both have
         if not copy.head.weight.requires_grad:
             copy.head = self.head
@@ -219,7 +225,9 @@ class Decoder:
             return project(x, self.matrix(tuple(site for site, _ in places)), places, adapters)
         outputs = []  # trained weights are fp32 and one layer each
         for site, _ in places:
-            y = F.linear(x, self.weights[site + ".weight"], self.weights.get(site + ".bias"))
+            bias = self.weights.get(site + ".bias")
+            weight, bias = self.weights[site + ".weight"].to(self.own_type), None if bias is None else bias.to(self.own_type)
+            y = F.linear(x.to(self.own_type), weight, bias).to(x.dtype)
             delta = low_rank(x, site, adapters)
             outputs.append(y if delta is None else y + delta)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

@@ -126,9 +126,14 @@ def layers_of(stage: TrainConfig, base: Decoder) -> int:
     return len(top_layers(stage, base, depth))
 
 
+def type_of_steps(model: Decoder) -> torch.dtype:
+    """In which a training step multiplies."""
+    return model.dtype if model.trained_from is None else model.own_type
+
+
 def training_seconds(config: TrainConfig, role: Role, examples: Sequence[Example], passes: float, check: float = 0.6) -> float:
     """About how long so many passes over the examples take on this machine, by a speed check of so many seconds."""
-    speed = measured_speed(role.model.dtype, str(role.model.device), check)
+    speed = measured_speed(type_of_steps(role.model), str(role.model.device), check)
     in_bytes = isinstance(config, RewardConfig) and config.int8 and fused.quantises(role.model, role.frozen_depth)
     return training_cost(role, examples, passes) / speed * (IN_BYTES / REACHED_IN_BYTES if in_bytes else 1 / REACHED)
 
@@ -144,7 +149,7 @@ def announce(
     if not config.dry_run:
         return False
     passes = passes or steps * config.batch_size / max(1, len(examples))
-    speed = measured_speed(role.model.dtype, str(role.model.device))
+    speed = measured_speed(type_of_steps(role.model), str(role.model.device))
     seconds = work / speed / 0.95 if work else training_seconds(config, role, examples, passes)
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())

@@ -25,7 +25,7 @@ from punster.errors import UserError
 from punster.model import kernels
 from punster.model.load import load_model
 from punster.model.lora import Adapter
-from punster.model.product import multiplies_bf16
+from punster.model.product import multiplies_bf16, type_of_products
 from punster.model.role import Role
 from punster.model.saved import load_role
 from punster.model.tokenizer import Tokenizer
@@ -117,12 +117,19 @@ def extend(role: Role, config: TrainConfig, name: str, depth: int = 0) -> Role:
     layers = top_layers(config, role.model, depth)
     name = unused_name(name, role)
     if config.adapter == "none":
-        return replace(role, model=role.model.trainable_copy(layers.start), trained=(), depth=depth)
+        return replace(role, model=role.model.trainable_copy(layers.start, own_products(config)), trained=(), depth=depth)
     adapter = Adapter.create(
         name, role.model.config, rank=config.lora_r, alpha=config.lora_alpha, layers=layers,
         generator=seeded(config.seed, "init"), device=role.model.device,
     ).trainable()  # fmt: skip
     return replace(role, adapters=(*role.adapters, adapter), trained=(name,), depth=depth)
+
+
+def own_products(config: TrainConfig) -> torch.dtype:
+    """In which type weights that are being trained are multiplied: fp32 for policies, whose updates are small beside a bf16 digit."""
+    device = pick_device(config.device)
+    kind = pick_dtype(config.dtype, device) if isinstance(config, SftConfig | RewardConfig) else torch.float32
+    return type_of_products(torch.empty(0, dtype=kind, device=device))
 
 
 def unused_name(wanted: str, role: Role) -> str:
