@@ -14,9 +14,10 @@ from data.test_corpus import ROOT, check
 
 from punster.data import corpus
 from punster.data.corpus import CONTRASTS, contrast_rows, records, replacements, spoken_words
-from punster.data.mix import build, load_mixture
+from punster.data.mix import build
 from punster.data.pool import Pool
 from punster.data.prompts import topic_key
+from punster.data.recipe import load_mixture
 from punster.data.replace import Replacement, blank_of, chosen_pairs
 from punster.data.schema import check_row, texts_of
 from punster.data.split import lemma, part_of_lemma

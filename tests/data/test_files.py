@@ -12,7 +12,8 @@ import pytest
 from punster.cli import main
 from punster.config import SftConfig
 from punster.data.files import hub_rows, is_held_out, read_rows, read_texts
-from punster.data.mix import build, load_mixture
+from punster.data.mix import build
+from punster.data.recipe import load_mixture
 from punster.data.schema import check_row, kind_of, texts_of
 from punster.errors import UserError
 
@@ -267,8 +268,9 @@ def test_other_columns_of_own_texts_mean_nothing_to_us(more: dict, capsys: pytes
 
 def test_a_mixture_of_own_texts_keeps_off_the_held_out_topics(tmp_path: Path) -> None:
     from punster.data import corpus
-    from punster.data.mix import build, load_mixture
+    from punster.data.mix import build
     from punster.data.prompts import topic_key
+    from punster.data.recipe import load_mixture
 
     topics = sorted({r["topic"] for r in corpus.part("test") if " " not in r["topic"]})[:40]
     (tmp_path / "mine.txt").write_text("".join(f"Nobody likes the {topic}.\n" for topic in topics))

@@ -12,9 +12,10 @@ from mini import PUNS, make
 
 from punster.data import corpus
 from punster.data.leakage import jaccard, words
-from punster.data.mix import Ingredient, Recipe, build, load_mixture, mixture, told
+from punster.data.mix import build, mixture, told
 from punster.data.pool import Pool, embedded_evaluation
 from punster.data.prompts import pun_word_share, topic_key
+from punster.data.recipe import Ingredient, Recipe, load_mixture
 from punster.data.schema import check_row, texts_of
 from punster.errors import UserError
 
@@ -136,8 +137,12 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         assert message in str(raised.value)
     with pytest.raises(UserError, match=r"unknown mixture 'pun'\. Did you mean puns"):
         load_mixture("pun")
-    with pytest.raises(UserError, match="the mixture is empty: kao"):
-        build(Recipe("sft", split="val", parts=[Ingredient("kao_puns", ids="none")]), mini)
+    with pytest.raises(
+        UserError, match=r"kao_puns: the default use finds nothing among its \d+ val rows, of ids that begin 'none'"
+    ):
+        build(Recipe("sft", split="val", parts=[Ingredient("kao_puns", ids="none"), Ingredient("embedded")]), mini)
+    with pytest.raises(UserError, match=r"rjokes: use: puns finds nothing among .* rows; use: texts takes what is no pun"):
+        build(Recipe("sft", parts=[Ingredient("rjokes", use="puns"), Ingredient("embedded")]), mini)
 
 
 def test_files_and_the_embedded_corpus_need_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from punster.data.mix import build, load_mixture
+from punster.data.mix import build
+from punster.data.recipe import load_mixture
 from punster.data.replace import blank_of, foreign_pairs
 from punster.data.schema import Row
 from punster.errors import UserError

@@ -144,8 +144,9 @@ def test_no_figure_comes_from_a_text_whose_group_was_trained_on(
 ) -> None:
     monkeypatch.setenv("PUNSTER_DATA", str(punster_data))
     from punster.config.parsing import parse
-    from punster.data.mix import build, load_mixture
+    from punster.data.mix import build
     from punster.data.pool import Pool, data_folder
+    from punster.data.recipe import load_mixture
     from punster.data.split import lemma, part_of_id, part_of_lemma
 
     config: Any = parse("reward", RewardConfig, ["--config", RECIPE])

@@ -167,7 +167,7 @@ def test_scale_makes_as_many_updates_from_fewer_samples(scale: float, steps: int
 def test_the_human_recipe_is_the_reward_recipe_on_halves() -> None:
     import yaml
 
-    from punster.data.mix import recipe_folder
+    from punster.data.recipe import recipe_folder
     from punster.train.pipeline import evaluation_config, load_recipe, stage_config
 
     recipe = load_recipe("human")

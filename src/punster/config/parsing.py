@@ -77,7 +77,7 @@ def own_recipe(path: str) -> str:
     """recipes/NAME.yaml where no such file is here: the one that the package has, which README's commands mean."""
     if not path.startswith("recipes/") or Path(path).exists():
         return path
-    from punster.data.mix import recipe_folder
+    from punster.data.recipe import recipe_folder
 
     packaged = recipe_folder() / path.removeprefix("recipes/")
     return str(packaged) if packaged.is_file() else path

@@ -75,7 +75,8 @@ def check_file(file: str) -> None:
 
 
 def mix(recipe: str, given: str | None, out: str) -> None:
-    from punster.data.mix import build, load_mixture
+    from punster.data.mix import build
+    from punster.data.recipe import load_mixture
     from punster.disk import write_lines
 
     path = Path(out)
@@ -91,7 +92,7 @@ def mix(recipe: str, given: str | None, out: str) -> None:
 
 def mixture_files(recipe: str) -> list[Path]:
     """A mixture's own file and the files, or folders, that it names."""
-    from punster.data.mix import load_mixture, recipe_path
+    from punster.data.recipe import load_mixture, recipe_path
 
     return [recipe_path(recipe), *(Path(part.file) for part in load_mixture(recipe).parts if part.file)]
 

@@ -180,7 +180,7 @@ def _samples(run: RunData) -> list[str]:
 
 def sources_used(run: RunData) -> dict[str, list[str]]:
     """The data that a run learned from, with the sources of mixtures that come with punster; none of what is the user's own."""
-    from punster.data.mix import DEFAULTS, built_in, load_mixture
+    from punster.data.recipe import DEFAULTS, built_in, load_mixture
 
     found = {}
     for name in data_used(run):

@@ -340,7 +340,7 @@ def data_used(run: RunData) -> list[str]:
 def _data_name(given: str) -> str:
     """The base name; with its folder where the name alone would be that of data that come with punster."""
     from punster.data.corpus import OWN
-    from punster.data.mix import built_in
+    from punster.data.recipe import built_in
 
     path = Path(given)
     return "/".join(path.parts[-2:]) if path.name in ("puns", *OWN, *built_in()) else path.name

@@ -27,7 +27,7 @@ from punster.config import (
 from punster.config.parsing import check_values, parse, parser_for, readable, suggestion
 from punster.config.pipeline import NEEDS
 from punster.config.shared import require
-from punster.data.mix import recipe_folder
+from punster.data.recipe import recipe_folder
 from punster.disk import write_json, write_text
 from punster.errors import UserError, near_matches
 from punster.train.checkpoint import clear_partial
