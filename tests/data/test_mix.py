@@ -137,12 +137,22 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         assert message in str(raised.value)
     with pytest.raises(UserError, match=r"unknown mixture 'pun'\. Did you mean puns"):
         load_mixture("pun")
-    with pytest.raises(
-        UserError, match=r"kao_puns: the default use finds nothing among its \d+ val rows, of ids that begin 'none'"
-    ):
-        build(Recipe("sft", split="val", parts=[Ingredient("kao_puns", ids="none"), Ingredient("embedded")]), mini)
-    with pytest.raises(UserError, match=r"rjokes: use: puns finds nothing among .* rows; use: texts takes what is no pun"):
-        build(Recipe("sft", parts=[Ingredient("rjokes", use="puns"), Ingredient("embedded")]), mini)
+
+
+def test_a_part_that_finds_nothing_in_its_source_is_refused(mini: Path) -> None:
+    texts = r"rjokes: use: puns finds nothing among \d+ train rows; use: texts takes what is no pun"
+    cases: list[tuple[str, Recipe]] = [
+        (texts, Recipe("sft", parts=[Ingredient("rjokes", use="puns")])),
+        (
+            r"davidbau_puns: the default use finds nothing among \d+ train rows$",
+            Recipe("sft", parts=[Ingredient("davidbau_puns")]),
+        ),
+        (r"kao_puns: no id of \d+ val rows begins 'none'$", Recipe("sft", "val", parts=[Ingredient("kao_puns", ids="none")])),
+    ]
+    for message, recipe in cases:
+        recipe.parts.append(Ingredient("embedded"))  # the others do not hide it
+        with pytest.raises(UserError, match=message):
+            build(recipe, mini)
 
 
 def test_files_and_the_embedded_corpus_need_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,8 @@ def test_layers_that_are_trained_can_be_multiplied_in_bf16_with_fp32_masters(mod
         copy = model.trainable_copy(1, kind)
         logits = copy.forward(ids)
         assert logits.dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(copy.forward(ids), model.trainable_copy(1).forward(ids))  # evaluated as what is saved
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         trained = [tensor for tensor in copy.weights.values() if tensor.requires_grad]
         assert all(tensor.dtype == torch.float32 and tensor.grad is not None for tensor in trained)

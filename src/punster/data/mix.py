@@ -173,7 +173,10 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
         return rows, "MIT", True, False
     assert pool is not None
     source = SOURCES[part.source]
-    rows = [row for row in pool.rows(part.source, recipe.split) if row["id"].startswith(part.ids)]
+    whole = pool.rows(part.source, recipe.split)
+    rows = there = [row for row in whole if row["id"].startswith(part.ids)]
+    if whole and not there:
+        raise UserError(f"{part.source}: no id of {len(whole)} {recipe.split} rows begins {part.ids!r}")
     if part.use == "chosen":
         rows = [row for row in rows if f"{part.source}/{row['id']}" in corpus.replacements()]
     elif recipe.kind == "preference" and part.use not in REPLACED:
@@ -183,15 +186,11 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
     else:
         rows = [row for row in rows if kind_of(row) in ("sft", "text") and (part.use == "texts" or row.get("is_pun"))]
         rows = [row for row in rows if row.get("system", "human") == "human"]
-    if not rows and (there := pool.rows(part.source, recipe.split)):
-        among = f"its {len(there)} {recipe.split} rows" + (f", of ids that begin {part.ids!r}" if part.ids else "")
-        more = (
-            ""
-            if recipe.kind == "preference" or part.use == "texts"
-            else "; use: texts takes what is no pun, or not known to be one"
-        )
+    if there and not rows:
         asked = f"use: {part.use}" if part.use else "the default use"
-        raise UserError(f"{part.source}: {asked} finds nothing among {among}{more}")
+        texts = recipe.kind != "preference" and part.use != "texts" and any(kind_of(row) == "text" for row in there)
+        more = "; use: texts takes what is no pun, or not known to be one" if texts else ""
+        raise UserError(f"{part.source}: {asked} finds nothing among {len(there)} {recipe.split} rows{more}")
     return rows, source.licence, source.open, source.rude
 
 

@@ -61,7 +61,7 @@ class Decoder:
         self.trained_from: int | None = None  # lowest layer whose own weights were trained (full fine-tuning)
         self.trunk_of: Decoder | None = None  # the plain base that the layers below `trained_from` are shared with
         self.own: frozenset[str] = frozenset()  # weights that differ from the named base, in this run or the ones before it
-        self.own_type = torch.float32  # in which weights that are being trained are multiplied; they are fp32 themselves
+        self.own_type = torch.float32  # in which a step multiplies by weights that learn; they are fp32, and evaluated so
         self.coarse = False  # see `in_bytes`
         self.scoring = False  # no pass is ever compared with one that learns, so that the last bits are free (`Role.merged`)
         self._fingerprints: dict[torch.dtype | None, str] = {}
@@ -143,8 +143,8 @@ class Decoder:
     def trainable_copy(self, first_layer: int, products: torch.dtype = torch.float32) -> Decoder:
         """An fp32 copy whose layers from `first_layer` on (0: everything) are trained; the rest is shared.
 
-        products: the type in which the trained layers are multiplied (mixed precision, Micikevicius et al. 2018, arXiv
-        1710.03740). In bf16 an update below a weight's third digit shows only once several have added up.
+        products: the type in which training steps multiply by them (mixed precision, Micikevicius et al. 2018, arXiv
+        1710.03740); without gradients that is fp32, as once they are saved. In bf16 an update below a weight's third digit shows only once several have added up.
         """
         weights = {}
         for key, tensor in self.weights.items():
@@ -224,10 +224,10 @@ class Decoder:
         if not any(self.weights[site + ".weight"].requires_grad for site, _ in places):
             return project(x, self.matrix(tuple(site for site, _ in places)), places, adapters)
         outputs = []  # trained weights are fp32 and one layer each
+        kind = self.own_type if torch.is_grad_enabled() else torch.float32
         for site, _ in places:
             bias = self.weights.get(site + ".bias")
-            weight, bias = self.weights[site + ".weight"].to(self.own_type), None if bias is None else bias.to(self.own_type)
-            y = F.linear(x.to(self.own_type), weight, bias).to(x.dtype)
+            y = F.linear(x.to(kind), self.weights[site + ".weight"].to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
             delta = low_rank(x, site, adapters)
             outputs.append(y if delta is None else y + delta)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

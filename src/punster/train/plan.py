@@ -24,6 +24,8 @@ PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default m
 IN_BYTES = 0.8  # what is left of a step's time where frozen products are in 8 bits (docs/PERFORMANCE.md)
 # Of the products' speed, what training reaches from end to end; the second where the kernels multiply in 8 bits.
 REACHED, REACHED_IN_BYTES = 0.6, 0.75
+# The same where own weights learn in bf16, and how many times as long their head takes, which stays in fp32 (docs/PERFORMANCE.md).
+REACHED_MIXED, HEAD_IN_FP32 = 0.5, 4
 
 
 @cache
@@ -61,6 +63,11 @@ def block_size(model: Decoder) -> int:
     return sum(out * into for out, into in model.config.sites(0).values())
 
 
+def mixes(role: Role) -> bool:
+    """Whether weights that learn are multiplied in bf16."""
+    return role.model.own_type == torch.bfloat16
+
+
 def training_cost(role: Role, examples: Sequence[Example], passes: float) -> float:
     """Multiply-adds: the trunk once for a text that is used, and forward, input gradients and recomputed head for each pass (LoRA:
     no weight gradients)."""
@@ -68,7 +75,7 @@ def training_cost(role: Role, examples: Sequence[Example], passes: float) -> flo
     responses = sum(len(example.response) for example in examples)
     block, head = block_size(role.model), role.model.head.weight.numel()
     branch = role.last_layer - role.frozen_depth
-    use_head = 0 if role.head is not None else 3 * head * responses
+    use_head = 0 if role.head is not None else 3 * head * responses * (HEAD_IN_FP32 if mixes(role) else 1)
     weights = 1 if role.model.trained_from is not None else 0
     return tokens * block * (role.frozen_depth * min(1.0, passes) + (2 + weights) * branch * passes) + use_head * passes
 
@@ -126,16 +133,12 @@ def layers_of(stage: TrainConfig, base: Decoder) -> int:
     return len(top_layers(stage, base, depth))
 
 
-def type_of_steps(model: Decoder) -> torch.dtype:
-    """In which a training step multiplies."""
-    return model.dtype if model.trained_from is None else model.own_type
-
-
 def training_seconds(config: TrainConfig, role: Role, examples: Sequence[Example], passes: float, check: float = 0.6) -> float:
     """About how long so many passes over the examples take on this machine, by a speed check of so many seconds."""
-    speed = measured_speed(type_of_steps(role.model), str(role.model.device), check)
+    speed = measured_speed(role.model.own_type if mixes(role) else role.model.dtype, str(role.model.device), check)
     in_bytes = isinstance(config, RewardConfig) and config.int8 and fused.quantises(role.model, role.frozen_depth)
-    return training_cost(role, examples, passes) / speed * (IN_BYTES / REACHED_IN_BYTES if in_bytes else 1 / REACHED)
+    reached = REACHED_IN_BYTES / IN_BYTES if in_bytes else REACHED_MIXED if mixes(role) else REACHED
+    return training_cost(role, examples, passes) / speed / reached
 
 
 def announce(
@@ -149,7 +152,7 @@ def announce(
     if not config.dry_run:
         return False
     passes = passes or steps * config.batch_size / max(1, len(examples))
-    speed = measured_speed(type_of_steps(role.model), str(role.model.device))
+    speed = measured_speed(role.model.dtype, str(role.model.device))
     seconds = work / speed / 0.95 if work else training_seconds(config, role, examples, passes)
     trainable = sum(tensor.numel() for tensor in role.parameters())
     base = sum(t.numel() * t.element_size() for t in role.model.weights.values())
