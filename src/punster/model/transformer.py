@@ -144,7 +144,8 @@ class Decoder:
         """An fp32 copy whose layers from `first_layer` on (0: everything) are trained; the rest is shared.
 
         products: the type in which training steps multiply by them (mixed precision, Micikevicius et al. 2018, arXiv
-        1710.03740); without gradients that is fp32, as once they are saved. In bf16 an update below a weight's third digit shows only once several have added up.
+        1710.03740); without gradients that is fp32, as once they are saved. In bf16 an update below a weight's third digit
+        shows only once several have added up.
         """
         weights = {}
         for key, tensor in self.weights.items():

@@ -24,7 +24,7 @@ PROMPT, RESPONSE = 16, 21  # mean tokens of the embedded corpus in the default m
 IN_BYTES = 0.8  # what is left of a step's time where frozen products are in 8 bits (docs/PERFORMANCE.md)
 # Of the products' speed, what training reaches from end to end; the second where the kernels multiply in 8 bits.
 REACHED, REACHED_IN_BYTES = 0.6, 0.75
-# The same where own weights learn in bf16, and how many times as long their head takes, which stays in fp32 (docs/PERFORMANCE.md).
+# The same where own weights learn in bf16, and how many times as long a head that learns takes, in fp32 (docs/PERFORMANCE.md).
 REACHED_MIXED, HEAD_IN_FP32 = 0.5, 4
 
 
@@ -75,7 +75,8 @@ def training_cost(role: Role, examples: Sequence[Example], passes: float) -> flo
     responses = sum(len(example.response) for example in examples)
     block, head = block_size(role.model), role.model.head.weight.numel()
     branch = role.last_layer - role.frozen_depth
-    use_head = 0 if role.head is not None else 3 * head * responses * (HEAD_IN_FP32 if mixes(role) else 1)
+    slower = HEAD_IN_FP32 if mixes(role) and role.model.head.weight.requires_grad else 1
+    use_head = 0 if role.head is not None else 3 * head * responses * slower
     weights = 1 if role.model.trained_from is not None else 0
     return tokens * block * (role.frozen_depth * min(1.0, passes) + (2 + weights) * branch * passes) + use_head * passes
 
