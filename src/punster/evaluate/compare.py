@@ -165,9 +165,8 @@ def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[s
     if config.out:
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
-        if (
-            not (folder / "config.yaml").exists() or read_config(folder / "config.yaml")[1] == "evaluate"
-        ):  # a pipeline has its own
+        # A pipeline has its own.
+        if not (folder / "config.yaml").exists() or read_config(folder / "config.yaml")[1] == "evaluate":
             settings = yaml.safe_dump(config_dict(replace(config, out=None)), sort_keys=False, allow_unicode=True)
             write_text(folder / "config.yaml", f"# punster evaluate\n{settings}")
         write_json(folder / "summary.json", summary)
@@ -328,9 +327,8 @@ def best_of_row(
     for row, (proxy_row, gold_row) in enumerate(zip(proxy, gold, strict=True)):
         expected.append([best_of_n(proxy_row, gold_row, n)])
         shares.append(best_of_win_share(proxy_row, gold_row, n))
-        for start in range(
-            size - n, -1, -n
-        ):  # from the end: a judge compares with the first sample, which should not be among them
+        # From the end: a judge compares with the first sample, which should not be among them.
+        for start in range(size - n, -1, -n):
             best = max(range(start, start + n), key=lambda i: proxy_row[i])
             chosen.append(row * size + best)
     blocks = size // n

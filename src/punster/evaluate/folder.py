@@ -129,9 +129,8 @@ def read_run(folder: Path) -> RunData:
         raise UserError(f"{folder}: no such run folder")
     summary = _read_json(folder / "summary.json")
     inner = {p.name for p in folder.iterdir() if p.is_dir() and any((p / f).is_file() for f in ("metrics.jsonl", "config.yaml"))}
-    inner = {
-        name for name in inner if read_config(folder / name / "config.yaml")[1] != "evaluate"
-    }  # a comparison that lies in it
+    # Less a comparison that lies in it.
+    inner = {name for name in inner if read_config(folder / name / "config.yaml")[1] != "evaluate"}
     names = [n for n in STAGES if n in inner] + sorted(inner.difference(STAGES))
     config_file = folder / "config.yaml"
     config, verb = read_config(config_file)
