@@ -29,7 +29,8 @@ from punster.model.role import score_examples
 from punster.model.saved import load_role
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
-from punster.train.setup import check_prompts, open_policy_role, open_reward_model
+from punster.train.rows import check_prompts
+from punster.train.setup import open_policy_role, open_reward_model
 
 
 def main() -> None:

@@ -5,6 +5,8 @@
     python scripts/reward_table.py --config recipes/reward-human.yaml --leave-out davidbau_puns    (or puneval, embedded, own)
     python scripts/reward_table.py --config recipes/reward-human.yaml --share 0.5
 
+These three train a model for each of --seeds (runs/human-2-fold1); what is there already is gone on with, or scored as it is.
+
 Texts are scored as {"text"} rows are, under the generic prompt; --prompts scores them under their own. Intervals are 95 %, by
 bootstrap over groups (SemEval id, cloze sentence, pair of words, record, template). The baselines: the longer text, Naive Bayes
 on 1-2-grams (SemEval, train part). Sources are read from --sources or PUNSTER_DATA; none of their text is printed.
@@ -205,10 +207,12 @@ def cross_validated(config: RewardConfig, pool: Pool, folds: int, own_prompts: b
 
 
 def variant(config: RewardConfig, rows: Sequence[Row], label: str) -> str:
-    """Trains on these rows, with all passes whatever the machine, so that variants compare."""
+    """Trains on these rows, with all passes whatever the machine, so that variants compare; goes on where it was stopped."""
     from punster.train.reward import train_reward
 
-    return str(train_reward(replace(config, name=f"{config.name or 'human'}-{label}", pretrain=[], minutes=0.0), list(rows)))
+    name = f"{config.name or 'human'}-{config.seed}-{label}"
+    begun = (Path(config.out) / name / "config.yaml").exists()
+    return str(train_reward(replace(config, name=name, pretrain=[], minutes=0.0, resume=begun), list(rows)))
 
 
 def main() -> None:
@@ -220,6 +224,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--leave-out", choices=("davidbau_puns", "puneval", "embedded", "own"))
     parser.add_argument("--share", type=float, default=1.0, help="train on a drawn share of the families (learning curve)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="with --config: a model of each (default: the configuration's seed)")
     parser.add_argument("--out", help="write the figures as JSON")
     options = parser.parse_args()
     if not 0 < options.share <= 1:
@@ -237,16 +242,18 @@ def main() -> None:
         from punster.config.parsing import parse
 
         config = parse("reward", RewardConfig, ["--config", options.config])
+        seeds = [replace(config, seed=seed) for seed in options.seeds or [config.seed]]
         if options.folds:
-            found, scores = cross_validated(config, pool, options.folds, options.prompts)
-            named["model"] = [scores]
+            crossed = [cross_validated(seed, pool, options.folds, options.prompts) for seed in seeds]
+            found, named["model"] = crossed[0][0], [scores for _, scores in crossed]
         else:
-            rows = training_rows(config)
-            kept = [row for row in rows if not from_source(row, options.leave_out) and in_share(row, options.share)]
-            print(f"{len(kept)} of {len(rows)} rows", file=sys.stderr)
             parts = [f"without-{options.leave_out}"] if options.leave_out else []
             parts += [f"share-{options.share:g}"] if options.share < 1 else []
-            options.runs.append(variant(config, kept, "-".join(parts) or "whole"))
+            for seed in seeds:
+                rows = training_rows(seed)
+                kept = [row for row in rows if not from_source(row, options.leave_out) and in_share(row, options.share)]
+                print(f"{len(kept)} of {len(rows)} rows", file=sys.stderr)
+                options.runs.append(variant(seed, kept, "-".join(parts) or "whole"))
     if options.runs:
         named["model"] = [scored(by_run(run, options.prompts), found) for run in options.runs]
     named["longer"] = [scored(lambda texts: [float(len(text.split())) for _, text in texts], found)]

@@ -65,7 +65,7 @@ class Model:
         from punster.evaluate.table import shown_progress
         from punster.rollout.sampler import ROWS
         from punster.train.optim import seeded
-        from punster.train.setup import check_prompts
+        from punster.train.rows import check_prompts
 
         if self.role.head is not None:
             raise UserError("this run is a reward model: it scores texts, it does not write them")
@@ -124,14 +124,17 @@ class Model:
         """Scores, and the standard deviation over an ensemble's members on each text (0 for a single model)."""
         if self.role.head is None:
             raise UserError("this run is not a reward model: only reward runs score texts")
-        from punster.train.setup import encode
+        from punster.train.rows import encode
 
         alone = isinstance(prompts, str) or isinstance(completions, str)
         prompts, completions = list(prompts), list(completions)
         if alone or len(prompts) != len(completions):
             raise UserError("prompts and completions must be two lists of the same length")
         pairs = zip(prompts, completions, strict=True)
-        examples = [encode(self.tokenizer, self.role.model, p, c, f"row {i}") for i, (p, c) in enumerate(pairs, 1)]
+        examples = [
+            encode(self.tokenizer, self.role.model, {"prompt": p, "completion": c}, where=f"row {i}")
+            for i, (p, c) in enumerate(pairs, 1)
+        ]
         unique = list(dict.fromkeys(examples))  # equal texts get equal scores to the last digit, and run once
         found = dict(zip(unique, zip(*scores_and_spreads(self.role, unique), strict=True), strict=True))
         return [found[example][0] for example in examples], [found[example][1] for example in examples]

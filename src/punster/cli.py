@@ -165,7 +165,7 @@ def generate_verb(rest: list[str]) -> int:
     from punster.api import load
     from punster.data.verbs import check_target, input_files
     from punster.disk import write_text
-    from punster.train.setup import load_prompts
+    from punster.train.rows import load_prompts
 
     if out:
         check_target(Path(out), input_files(source) if source else [])

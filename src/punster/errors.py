@@ -1,9 +1,11 @@
-"""Errors that are addressed to people: one clear message, no traceback, exit code 2."""
+"""Errors that are addressed to people (one clear message, no traceback, exit code 2), and notes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 
 
 class UserError(Exception):
@@ -22,3 +24,10 @@ def near_matches(word: str, known: Iterable[str]) -> str:
     short = {name.split("/")[-1].lower()[: len(word) + 1]: name for name in reversed(names)}
     close += [short[key] for key in difflib.get_close_matches(word.lower(), list(short), n=3, cutoff=0.7)]
     return f" Did you mean {', '.join(dict.fromkeys(close[:3]))}?" if close else ""
+
+
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """For notes to the user: none under --quiet."""
+    if quiet:
+        return lambda line: None
+    return partial(print, file=sys.stderr)

@@ -131,7 +131,7 @@ def test_mix_never_writes_over_what_it_reads(tmp_path: Path, capsys: pytest.Capt
 
 def test_training_takes_puns_and_mixtures(copies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from punster.data import corpus
-    from punster.train.setup import load_prompts, load_rows
+    from punster.train.rows import load_prompts, load_rows
 
     assert len(load_rows(["puns", "embedded"], "sft", corpus.sft_rows)) == 5 + len(corpus.part("train"))
     assert "of which:" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_columns_that_are_empty_do_not_tell_the_kind() -> None:
 
 
 def test_what_prepare_held_out_is_not_trained_on_with_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from punster.train.setup import load_prompts, load_rows
+    from punster.train.rows import load_prompts, load_rows
 
     names = ("puneval.sft.train", "puneval.sft.val", "rjokes.sft.unguarded", "mine.sft.val", "puneval.val")
     for name in names:
@@ -192,7 +192,7 @@ def test_dialogues_with_their_prompt_beside_them() -> None:
 
 
 def test_texts_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from punster.train.setup import load_prompts, load_rows
+    from punster.train.rows import load_prompts, load_rows
 
     path = tmp_path / "puns.txt"
     path.write_text("  Bakers trade recipes on a knead-to-know basis.\r\n\nOh, why not?\n", encoding="utf-8-sig")
@@ -217,7 +217,7 @@ def test_texts_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_rows_with_a_text_alone_are_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """TRL's plain schema, with a prompt beside it or not; what has a completion, or messages, has no use for a text."""
-    from punster.train.setup import load_rows
+    from punster.train.rows import load_rows
 
     chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": ANSWER}]
     given = [{"text": "Bees hum.", "completion": None, "prompt": None}, {"text": "It hums.", "prompt": "about bees"},
@@ -243,7 +243,7 @@ def test_rows_with_a_text_alone_are_written_too(tmp_path: Path, capsys: pytest.C
 def test_topics_of_the_held_out_part_are_not_given_to_own_texts() -> None:
     from punster.data import corpus
     from punster.data.prompts import topic_key, topics_in
-    from punster.train.setup import load_rows
+    from punster.train.rows import load_rows
 
     record = next(r for r in corpus.part("test") if topic_key(r["topic"]) in {topic_key(t) for t in topics_in(r["pun"], None)})
     [row] = load_rows([{"text": record["pun"]}], "sft", list, quiet=True)
@@ -256,7 +256,7 @@ def test_topics_of_the_held_out_part_are_not_given_to_own_texts() -> None:
     {"topic": None, "prompt": ""},
 ])  # fmt: skip
 def test_other_columns_of_own_texts_mean_nothing_to_us(more: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    from punster.train.setup import load_rows
+    from punster.train.rows import load_rows
 
     [row] = load_rows([{"text": "Bees hum.", **more}], "sft", list)
     assert (row["prompt"], row["completion"]) == ("make a pun about bees", "Bees hum.") and "text" not in row
@@ -281,7 +281,7 @@ def test_a_mixture_of_own_texts_keeps_off_the_held_out_topics(tmp_path: Path) ->
 
 
 def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from punster.train.setup import load_rows
+    from punster.train.rows import load_rows
 
     rows = [{"text": "Bees hum."}, {"text": "It rains.", "is_pun": False}, {"text": "It snows.", "label": False},
             {"text": "Fish swim.", "source": "puneval", "system": "gpt-4"}, {"text": "Fish sing.", "system": "mine", "pun_word": 3},
@@ -314,7 +314,7 @@ def test_texts_that_are_no_puns_are_not_learned(tmp_path: Path, capsys: pytest.C
 
 def test_prompts_of_prepared_rows_in_a_file_stay_as_they_are(tmp_path: Path) -> None:
     from punster.data import corpus
-    from punster.train.setup import load_rows
+    from punster.train.rows import load_rows
 
     topic = next(r["topic"] for r in corpus.part("test") if " " not in r["topic"])
     row = {

@@ -423,7 +423,7 @@ def test_uses_that_a_part_does_not_have_are_refused(part: str, tmp_path: Path) -
 
 
 def test_rows_that_are_no_pairs_are_refused_where_pairs_are_needed(tmp_path: Path) -> None:
-    from punster.train.setup import load_rows
+    from punster.train.rows import load_rows
 
     (tmp_path / "own.jsonl").write_text('{"prompt": "p", "completion": "a text", "label": true}\n')
     (tmp_path / "recipe.yaml").write_text("kind: preference\nparts: [{file: own.jsonl}]")

@@ -180,7 +180,10 @@ def test_user_errors(config: Config, sft_run: str, reward_run: str) -> None:
         ({"online": True, "reward_model": reward_run, "loss_type": "kto"}, "kto does not use pairs"),
         ({"online": True, "reward_model": reward_run, "data": ["mine.jsonl"]}, "no use for --data"),
         ({"pairs": "sampled", "reward_model": reward_run, "data": ["embedded", "mine.jsonl"]}, "no use for --data"),
-        ({"pairs": "sampled", "reward_model": reward_run, "columns": ["prompt=question"]}, "no use for --data and --columns"),
+        (
+            {"pairs": "sampled", "reward_model": reward_run, "columns": ["prompt=question"]},
+            "no use for --data, --columns and --max-length",
+        ),
         ({"label_smoothing": 0.5}, "--label-smoothing"),
         ({"beta": 0.0}, "--beta"),
     ):
@@ -255,7 +258,7 @@ def test_long_rows_lose_the_beginning_of_their_prompt_and_never_eos(
     assert all(example.response[-1] == tokenizer.eos_id for example in examples)
     assert list(examples[2].prompt) == tokenizer.prompt_ids("sea")
     assert "1 prompts cut at their beginning, 1 of 3 rows left out" in capsys.readouterr().err
-    for limit, message in ((1000, "the model's context is 128"), (3, "every row has a response")):
+    for limit, message in ((1000, "the model's context is 128"), (3, "each of 3 rows has an answer that alone is longer")):
         with pytest.raises(UserError, match=message):
             encode_given(config(max_length=limit), rows, role.model, tokenizer)
     with pytest.raises(UserError, match=r"row 1: .* tokens, but the model's context is 128"):

@@ -27,7 +27,7 @@ from punster.train.grpo import grpo
 from punster.train.pipeline import run_pipeline
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.setup import encode
+from punster.train.rows import encode
 from punster.train.sft import sft
 
 Make = Callable[..., Any]
@@ -46,7 +46,7 @@ def nll(run: Path | None, rows: list[dict[str, Any]]) -> float:
     found = []
     with torch.no_grad():
         for row in rows:
-            batch = collate([encode(tokenizer, role.model, row["prompt"], row["completion"])])
+            batch = collate([encode(tokenizer, role.model, row)])
             found.append(token_log_probs(role.response_hidden(batch), role.model.head, batch.targets()))
     return -float(torch.cat(found).mean())
 

@@ -17,7 +17,7 @@ from punster.train.grpo import grpo
 from punster.train.held_out import first
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.setup import load_prompts
+from punster.train.rows import load_prompts
 from punster.train.sft import sft
 
 Make = Callable[..., Any]

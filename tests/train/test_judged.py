@@ -43,7 +43,7 @@ from punster.train.judged import (
 from punster.train.lessons import bag, member_seed, named_rows
 from punster.train.optim import seeded
 from punster.train.reward import train_reward
-from punster.train.setup import fits
+from punster.train.rows import fits
 
 Make = Callable[..., Any]
 PAIR = {"prompt": "pun: sea", "chosen": "the tide was tied!", "rejected": "a fact.", "margin": 0.5}

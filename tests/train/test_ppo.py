@@ -26,7 +26,7 @@ from punster.train.experience import Experience, FirstPass, collect, open_policy
 from punster.train.optim import seeded
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.setup import encode
+from punster.train.rows import encode
 from punster.train.sft import sft
 
 Make = Callable[..., Any]
@@ -129,7 +129,10 @@ def test_the_critic_starts_as_the_normalised_reward_model(config: Config, reward
     model = setup.reward.model
     assert model is not None and model.normalisation != (1.0, 0.0)
     critic = make_critic(settings, setup)
-    examples = [encode(setup.tokenizer, model.model, "pun: sea", text) for text in ("the tide", "a whale of a time")]
+    examples = [
+        encode(setup.tokenizer, model.model, {"prompt": "pun: sea", "completion": text})
+        for text in ("the tide", "a whale of a time")
+    ]
     assert score_examples(critic, examples) == pytest.approx(score_examples(model, examples), abs=1e-5)
     assert critic.parameters() and all(tensor.requires_grad for tensor in critic.parameters())
     assert not any(tensor.requires_grad for adapter in model.adapters for tensor in adapter.parameters())

@@ -12,7 +12,7 @@ from punster.errors import UserError
 from punster.model.role import score_examples
 from punster.rewards import Reward, call_reward, load_function
 from punster.train.checkpoint import load_run
-from punster.train.setup import encode
+from punster.train.rows import encode
 
 SOURCE = '''
 """Two rewards."""
@@ -40,7 +40,7 @@ def test_functions_are_added_by_weight(file: Path) -> None:
 def test_model_and_function_are_added(file: Path, reward_run: str) -> None:
     model, tokenizer = load_run(reward_run)
     texts = ["the tide", "a whale of a time"]
-    examples = [encode(tokenizer, model.model, "pun: sea", text) for text in texts]
+    examples = [encode(tokenizer, model.model, {"prompt": "pun: sea", "completion": text}) for text in texts]
     own = score_examples(model, examples)
     mixed = Reward(model, [load_function(f"{file}:length:-0.25")])(["pun: sea"] * 2, texts, examples)
     assert mixed == pytest.approx([own[0] - 0.25 * 16, own[1] - 0.25 * 34], abs=1e-5)

@@ -23,7 +23,8 @@ from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import token_log_probs
 from punster.train.checkpoint import load_run
-from punster.train.setup import encode, extend
+from punster.train.rows import encode
+from punster.train.setup import extend
 from punster.train.sft import held_out_loss, sft
 
 Make = Callable[..., Any]
@@ -43,7 +44,7 @@ def tokenizer(tiny_llama: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def examples(tiny_llama: Path, tokenizer: Tokenizer) -> list[Example]:
     model = load_model(str(tiny_llama))
-    return [encode(tokenizer, model, row["prompt"], row["completion"]) for row in ROWS]
+    return [encode(tokenizer, model, row) for row in ROWS]
 
 
 def captured(config: SftConfig, monkeypatch: pytest.MonkeyPatch, rows: Any = ROWS) -> list[Tensor]:
@@ -139,7 +140,7 @@ def test_loss_falls_and_the_saved_run_has_that_loss(
     assert [row["lr"] for row in reader.lines(run)][:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     assert 0 < reader.values(run, "lr")[-1] < 1e-3
     role, tokenizer = load_run(run)
-    texts = [encode(tokenizer, role.model, row["prompt"], row["completion"]) for row in ROWS]
+    texts = [encode(tokenizer, role.model, row) for row in ROWS]
     again = held_out_loss(role, texts, Trunk.compute(role.model, texts, [], 4096))
     assert again < losses[-1] + 0.05
 
@@ -148,7 +149,7 @@ def test_summary_holds_the_held_out_loss_of_the_saved_run(sft_run: str, reader: 
     from punster.data import corpus
 
     role, tokenizer = load_run(sft_run)
-    texts = [encode(tokenizer, role.model, row["prompt"], row["completion"]) for row in corpus.sft_rows("val")]
+    texts = [encode(tokenizer, role.model, row) for row in corpus.sft_rows("val")]
     expected = held_out_loss(role, texts, Trunk.compute(role.model, texts, [], 4096))
     summary = reader.summary(sft_run)
     assert summary["eval_loss"] == pytest.approx(expected, abs=1e-4)

@@ -9,6 +9,10 @@ from punster.config.shared import TrainConfig, opt, require
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++"]
 COLUMNS_HELP = "names of the fields in your files, FIELD=COLUMN: --columns prompt=question completion=answer"
+MAX_LENGTH_HELP = (
+    "rows of more tokens lose the beginning of their prompt, never EOS; where an answer alone is longer the row is left out "
+    "(0: rows beyond the model's context are an error)"
+)
 KlPenalty = Literal["k1", "clamped", "k2", "k3", "js", "none", "exact"]
 DpoLoss = Literal["sigmoid", "ipo", "hinge", "robust", "kto", "orpo", "simpo"]
 
@@ -22,6 +26,7 @@ class SftConfig(TrainConfig):
         "embedded, puns (public sources), a mixture.yaml, a file or folder (JSONL, JSON, CSV, Parquet), a .txt with a text a line, a hub data set",
     )
     columns: list[str] = opt([], COLUMNS_HELP)
+    max_length: int = opt(0, MAX_LENGTH_HELP, low=0)
     pretrained: str | None = opt(None, "start from the adapter of this run", short="-p")
     epochs: float = opt(3.0, "passes over the data", above=0)
     lr: float = opt(3e-4, "learning rate; linear to 0 after warm-up", above=0)
@@ -42,6 +47,7 @@ class RewardConfig(TrainConfig):
         "held-out pairs, as --data, for evaluations while training and the summary's calibration and reliability (default: embedded)",
     )
     columns: list[str] = opt([], COLUMNS_HELP)
+    max_length: int = opt(0, MAX_LENGTH_HELP, low=0)
     negatives: list[str] = opt(
         ["literal", "off_topic"],
         "embedded data: kinds of rejected text (literal, off_topic, synonym_swap, homophone, weak, garbled, spliced, template, sampled)",
@@ -227,9 +233,7 @@ class DpoConfig(TrainConfig):
         "embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
     )
     columns: list[str] = opt([], COLUMNS_HELP)
-    max_length: int = opt(
-        0, "given rows longer than this lose the beginning of their prompt, never EOS; where a response alone is longer the row is "
-        "left out (0: rows beyond the model's context are an error)", low=0)  # fmt: skip
+    max_length: int = opt(0, MAX_LENGTH_HELP, low=0)
     prompts: str = opt("embedded", "sampled pairs and online: embedded, or a file with prompts")
     pairs: Literal["data", "sampled"] = opt("data", "pairs as given, or best against worst of several samples of the SFT model")
     samples: int = opt(8, "sampled pairs: responses drawn for each prompt", low=2)
@@ -256,7 +260,6 @@ class DpoConfig(TrainConfig):
         super().__post_init__()
         fine = self.pairs_per_prompt <= self.samples // 2
         require(fine, f"--pairs-per-prompt must lie in [1, samples / 2], got {self.pairs_per_prompt}")
-        require(self.max_length == 0 or self.max_length >= 2, f"--max-length must be 0 or at least 2, got {self.max_length}")
         require(self.loss_type != "kto" or self.batch_size >= 2, "--loss-type kto needs a batch of at least 2")
         smooth = self.loss_type in ("sigmoid", "robust") or self.label_smoothing == 0
         require(smooth, f"--label-smoothing belongs to sigmoid and robust; --loss-type is {self.loss_type}")
@@ -264,8 +267,11 @@ class DpoConfig(TrainConfig):
         require(fine, f"--sft-coef: {self.loss_type} has its own place for wanted texts")
         given = not self.makes_pairs
         require(given or self.reward_model is not None, "--online and --pairs sampled need a reward model (-c)")
-        fine = given or (self.data in ([], ["embedded"]) and not self.columns)
-        require(fine, "--online and --pairs sampled pair samples to --prompts: they have no use for --data and --columns")
+        fine = given or (self.data in ([], ["embedded"]) and not self.columns and not self.max_length)
+        require(
+            fine,
+            "--online and --pairs sampled pair samples to --prompts: they have no use for --data, --columns and --max-length",
+        )
         require(not (self.online and self.loss_type == "kto"), "--online makes pairs; kto does not use pairs")
 
 
@@ -282,5 +288,8 @@ class DistillConfig(SftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = self.data in ([], ["embedded"]) and not self.columns and self.pretrained in (None, self.actor)
-        require(own, "distill makes its own rows from the run that it continues: -a and --prompts, not --data, --columns or -p")
+        own = self.data in ([], ["embedded"]) and not (self.columns or self.max_length) and self.pretrained in (None, self.actor)
+        require(
+            own,
+            "distill makes its own rows from the run that it continues: -a and --prompts, not --data, --columns, --max-length or -p",
+        )

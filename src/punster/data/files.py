@@ -20,8 +20,9 @@ Say = Callable[[str], None]  # takes a line for people
 
 
 def read_rows(
-    path: str | Path, kind: str, columns: Sequence[str] = (), training: bool | None = None, say: Say | None = None
-) -> list[Row]:
+    path: str | Path, kind: str, columns: Sequence[str] = (), training: bool | None = None, say: Say | None = None,
+    placed: bool = False,
+) -> list[Row]:  # fmt: skip
     """All rows of a file, a folder of files or a hub data set, validated; raises UserError naming the file and the line.
 
     The lines of a .txt file are texts, or prompts where these are wanted, and have no columns. columns: "FIELD=COLUMN" for fields
@@ -31,7 +32,8 @@ def read_rows(
     if str(path).endswith(".txt") and Path(path).is_file():
         columns = ()  # which it has none of: those of another file of the same command
         located = ((place, {"prompt": row["text"]} if kind == "prompt" else row) for place, row in located)
-    return _some([check_row(renamed(row, columns, place), kind, place) for place, row in located], path)
+    checked = ((place, check_row(renamed(row, columns, place), kind, place)) for place, row in located)
+    return _some([{**row, "_place": place} if placed else row for place, row in checked], path)
 
 
 def read_texts(path: str | Path) -> list[Row]:

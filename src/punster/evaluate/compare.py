@@ -35,15 +35,9 @@ from punster.rollout.logprobs import compare_policies
 from punster.rollout.sampler import Decoding, Rollout, generate
 from punster.train.checkpoint import checkpoint_of
 from punster.train.optim import seeded
+from punster.train.rows import check_prompts, load_prompts
 from punster.train.run import config_dict
-from punster.train.setup import (
-    check_prompts,
-    load_prompts,
-    open_policy_role,
-    open_reward_model,
-    open_role,
-    plain_base,
-)
+from punster.train.setup import open_policy_role, open_reward_model, open_role, plain_base
 
 
 @dataclass(frozen=True)

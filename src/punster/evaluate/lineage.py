@@ -12,7 +12,7 @@ from punster.data import corpus
 from punster.data.files import is_file_of_rows
 from punster.errors import UserError
 from punster.evaluate.folder import followed, home, located, read_config
-from punster.train.setup import embedded_rows, load_rows
+from punster.train.rows import embedded_rows, load_rows
 
 
 def sibling(models: Sequence[str], name: str) -> str | None:

@@ -14,8 +14,9 @@ from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.held_out import own_rows
 from punster.train.optim import seeded
+from punster.train.rows import check_prompts, load_prompts
 from punster.train.run import check_name
-from punster.train.setup import check_prompts, load_prompts, open_reward_model, open_start
+from punster.train.setup import open_reward_model, open_start
 from punster.train.sft import sft
 
 

@@ -33,19 +33,9 @@ from punster.train.guard import keep_begun
 from punster.train.held_out import first, own_rows, sample_table, say_shared
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
+from punster.train.rows import check_prompts, embedded_rows, encode, kind_of_rows, load_prompts, load_rows, within_length
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import (
-    check_prompts,
-    embedded_rows,
-    encode,
-    extend,
-    kind_of_rows,
-    load_prompts,
-    load_rows,
-    open_reward_model,
-    open_start,
-    speaker,
-)
+from punster.train.setup import extend, open_reward_model, open_start
 
 
 def dpo(
@@ -192,35 +182,12 @@ def load_examples(
 def encode_given(
     config: DpoConfig, rows: Sequence[Row], model: Decoder, tokenizer: Tokenizer, what: str = "row"
 ) -> tuple[list[Example], Tensor | None]:
-    """Examples row by row and side by side, and KTO's labels (B,); --max-length cuts what both sides have in common."""
-    kto, limit = config.loss_type == "kto", config.max_length
-    sides = ("completion",) if kto else ("chosen", "rejected")
-    labels = lambda rows: torch.tensor([bool(row["label"]) for row in rows]) if kto else None
-    if not limit:
-        places = ((number, row, side) for number, row in enumerate(rows, 1) for side in sides)
-        return [encode(tokenizer, model, row["prompt"], row[side], f"{what} {n}") for n, row, side in places], labels(rows)
-    if limit > model.config.max_positions:
-        raise UserError(f"--max-length {limit}: the model's context is {model.config.max_positions} tokens")
-    examples: list[Example] = []
-    kept: list[Row] = []
-    cut = 0
-    for number, row in enumerate(rows, 1):
-        prompt = tokenizer.prompt_ids(row["prompt"])
-        if not prompt:
-            raise UserError(f"{what} {number}: the prompt has no tokens in this prompt format")
-        responses = [tuple(tokenizer.response_ids(row[side])) for side in sides]
-        room = limit - max(map(len, responses))
-        if room >= 1:
-            examples += [Example(tuple(prompt[-room:]), response) for response in responses]
-            kept.append(row)
-            cut += len(prompt) > room
-    if not kept:
-        raise UserError(f"--max-length {limit}: every row has a response that alone is longer")
-    if cut or len(kept) < len(rows):
-        speaker(config.quiet)(
-            f"--max-length {limit}: {cut} prompts cut at their beginning, {len(rows) - len(kept)} of {len(rows)} rows left out"
-        )
-    return examples, labels(kept)
+    """Examples row by row and side by side, within --max-length, and KTO's labels (B,)."""
+    sides = ("completion",) if config.loss_type == "kto" else ("chosen", "rejected")
+    placed = [{"_place": f"{what} {number}", **row} for number, row in enumerate(rows, 1)]
+    kept = within_length(config.max_length, placed, tokenizer, model, config.quiet, what)
+    examples = [encode(tokenizer, model, row, side) for row in kept for side in sides]
+    return examples, torch.tensor([bool(row["label"]) for row in kept]) if config.loss_type == "kto" else None
 
 
 def sampled_pairs(

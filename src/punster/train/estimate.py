@@ -17,7 +17,8 @@ from punster.config import (
 from punster.data import corpus
 from punster.data.schema import Row, texts_of
 from punster.train.plan import PROMPT, RESPONSE, block_size, layers_of, measured_speed, stage_work
-from punster.train.setup import embedded_rows, kind_of_rows, load_rows, shared_base
+from punster.train.rows import embedded_rows, kind_of_rows, load_rows
+from punster.train.setup import shared_base
 
 Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts of a pass, by what was read
 

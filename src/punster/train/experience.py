@@ -21,8 +21,9 @@ from punster.rollout.logprobs import Known, compare_policies
 from punster.rollout.sampler import Decoding, generate, rows_at_once
 from punster.train import held_out
 from punster.train.plan import stage_work
+from punster.train.rows import check_prompts, load_prompts
 from punster.train.run import Run
-from punster.train.setup import check_prompts, extend, load_prompts, open_reward_model, open_start, own_copy
+from punster.train.setup import extend, open_reward_model, open_start, own_copy
 
 
 @dataclass

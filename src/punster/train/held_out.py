@@ -12,15 +12,15 @@ import torch
 from punster.config import TrainConfig
 from punster.data.batch import Example
 from punster.data.schema import Row, texts_of
-from punster.errors import UserError
+from punster.errors import UserError, speaker
 from punster.evaluate.compare import exact_kl, shared_depths
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
+from punster.train.rows import embedded_rows, kind_of_rows, load_prompts, load_rows
 from punster.train.run import Run
-from punster.train.setup import embedded_rows, kind_of_rows, load_prompts, load_rows, speaker
 
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 

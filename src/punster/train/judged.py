@@ -21,7 +21,7 @@ from punster.model.role import Role, Trunk
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.train.optim import seeded
-from punster.train.setup import encode
+from punster.train.rows import encode
 
 SIDES = ("chosen", "rejected")
 
@@ -43,13 +43,10 @@ def encode_items(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> t
     examples: list[Example] = []
     items = []
     for number, row in enumerate(rows, 1):
-        texts = [row[side] for side in SIDES] if "chosen" in row else row.get("completions") or [row["completion"]]
-        sides = SIDES if "chosen" in row else [""] * len(texts)
-        for side, text in zip(sides, texts, strict=True):
-            if ids := row.get(f"_{side}_ids"):
-                examples.append(Example(tuple(tokenizer.prompt_ids(row["prompt"])), tuple(ids)))
-            else:
-                examples.append(encode(tokenizer, model, row["prompt"], text, f"row {number}"))
+        answers = [{**row, "completion": text} for text in row.get("completions") or ()] or [row]
+        sides = SIDES if "chosen" in row else ("completion",)
+        texts = [encode(tokenizer, model, answer, side, f"row {number}") for answer in answers for side in sides]
+        examples += texts
         places = tuple(range(len(examples) - len(texts), len(examples)))
         ratings = tuple(row.get("scores") or range(len(texts), 0, -1))
         single = [math.nan if row.get(name) is None or len(texts) > 1 else float(row[name]) for name in ("label", "rating")]

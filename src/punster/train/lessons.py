@@ -13,7 +13,7 @@ from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example, epoch_order
 from punster.data.schema import Row
-from punster.errors import UserError, near_matches
+from punster.errors import UserError, near_matches, speaker
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
@@ -21,7 +21,7 @@ from punster.rollout.sampler import Decoding, generate
 from punster.train.halves import halves_of
 from punster.train.judged import Item, balanced, encode_items, families, neutral, pass_shares, shuffled, source_of, weighed
 from punster.train.optim import Cursor, rows_used, seeded, total_steps
-from punster.train.setup import fits, load_rows, speaker, without_long_contrasts
+from punster.train.rows import fits, load_rows, within_length, without_long_contrasts
 
 SAMPLED = 40  # tokens of a sample of the SFT model
 
@@ -122,7 +122,8 @@ def lesson_rows(
     for found in (first, given):
         found = of_half(config, found) if found else []
         found = balanced(found, tokenizer) if config.balance else found
-        prepared.append(weighed(neutral(shuffled(found, config), config.neutral, config.seed)) if found else [])
+        found = neutral(shuffled(found, config), config.neutral, config.seed)
+        prepared.append(weighed(within_length(config.max_length, found, tokenizer, sampled_from.model, config.quiet)))
     if not prepared[1]:
         raise UserError("there is no data to train on")
     return prepared[0], prepared[1]
@@ -177,6 +178,8 @@ def member_seed(seed: int, number: int) -> int:
 def judged_pairs(config: RewardConfig, own: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> list[Row]:
     """Held-out pairs of which both texts fit into the context: those of --eval-data (`own`), else of the embedded corpus."""
     pairs = [row for row in own or corpus.pairs("val") if "chosen" in row]
+    if own:
+        pairs = within_length(config.max_length, pairs, tokenizer, model, config.quiet, "row of --eval-data")
     kept = [row for row in pairs if fits(row, tokenizer, model)]
     if own and len(kept) < len(pairs):
         speaker(config.quiet)(

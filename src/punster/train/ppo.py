@@ -21,6 +21,7 @@ from punster.algorithms.advantages import RunningScale, gae, inverse_std, masked
 from punster.algorithms.kl import AdaptiveKL, kl_penalty
 from punster.algorithms.losses import clipped_policy_loss, clipped_value_loss
 from punster.config import PpoConfig
+from punster.errors import speaker
 from punster.model.role import Role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
@@ -31,7 +32,6 @@ from punster.train.guard import Guard
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, rows_used, seeded, within_memory
 from punster.train.plan import announce
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import speaker
 from punster.train.shaping import SftTerm, baseline_scores, filter_prompts
 
 

@@ -18,7 +18,7 @@ from punster.config import RewardConfig
 from punster.data import corpus
 from punster.data.batch import Example
 from punster.data.schema import Row
-from punster.errors import UserError
+from punster.errors import UserError, speaker
 from punster.model import fused
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
@@ -44,15 +44,9 @@ from punster.train.optim import (
     within_memory,
 )
 from punster.train.plan import announce, training_seconds
+from punster.train.rows import fits
 from punster.train.run import Run, check_name, marked, saved_settings
-from punster.train.setup import (
-    extend,
-    fits,
-    layer_count,
-    open_start,
-    plain_base,
-    speaker,
-)
+from punster.train.setup import extend, layer_count, open_start, plain_base
 
 
 def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_rows: Sequence[Row] | None = None) -> Path | None:

@@ -33,16 +33,9 @@ from punster.train.optim import (
     within_memory,
 )
 from punster.train.plan import announce
+from punster.train.rows import encode_fitting, encode_rows, held_out_name, load_prompts, load_rows
 from punster.train.run import Run, check_name, marked
-from punster.train.setup import (
-    encode_fitting,
-    encode_rows,
-    extend,
-    held_out_name,
-    load_prompts,
-    load_rows,
-    open_start,
-)
+from punster.train.setup import extend, open_start
 
 
 def sft(
@@ -57,7 +50,7 @@ def sft(
     started = check_name(config, verb) if started is None else started
     start, tokenizer = open_start(config.pretrained or "base", config)
     given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
-    given, examples = encode_rows(tokenizer, start.model, given, config.quiet)
+    given, examples = encode_rows(tokenizer, start.model, given, config.quiet, config.max_length)
     known = [row["completion"] for row in given]
     held_out = own_rows(config, eval_rows)
     say_shared(config, held_out, given)
@@ -67,7 +60,7 @@ def sft(
     else:
         shown = first(load_prompts(named, "val", quiet=True), config.eval_prompts)
     if held_out:
-        validation = encode_rows(tokenizer, start.model, held_out, config.quiet, "row of --eval-data")[1]
+        validation = encode_rows(tokenizer, start.model, held_out, config.quiet, config.max_length, "row of --eval-data")[1]
     else:
         validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
     decoding = Decoding(config.max_new_tokens if isinstance(config, DistillConfig) else 40)

@@ -14,7 +14,7 @@ from punster.model.role import Trunk
 from punster.rollout.sampler import generate
 from punster.train.experience import Setup
 from punster.train.optim import Cursor, seeded
-from punster.train.setup import encode_rows, load_rows
+from punster.train.rows import encode_rows, load_rows
 from punster.train.sft import accumulate_nll
 
 
