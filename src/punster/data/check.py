@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from punster.data import corpus
 from punster.data.files import json_row, located_rows
-from punster.data.leakage import Index, words
-from punster.data.pool import data_folder, pool_of
+from punster.data.leakage import Index
+from punster.data.pool import data_folder, embedded_evaluation, pool_of
 from punster.data.schema import check_row, kind_of, texts_of
 from punster.data.sources.reading import lines
 from punster.errors import UserError
@@ -51,8 +50,9 @@ def check(path: Path) -> Findings:
             found.problems.append(str(error))
             continue
         found.kinds[kind] += 1
-        found.sources[str(row.get("source", "no source given"))] += 1
-        found.prompts.add(str(row.get("prompt", "")))
+        found.sources[str(row.get("source") or "no source given")] += 1
+        if row.get("prompt") is not None:
+            found.prompts.add(str(row["prompt"]))
         own = texts_of(row)
         lengths = [len(text.split()) for text in own]
         found.lengths += lengths
@@ -74,7 +74,7 @@ def check(path: Path) -> Findings:
 
 def _rows(path: Path, found: Findings) -> Iterator[tuple[str, Any]]:
     """Rows with their places; of JSONL a line that is not JSON is one problem among others."""
-    if path.suffix != ".jsonl" or path.is_dir():
+    if path.suffix != ".jsonl" or not path.is_file():
         yield from located_rows(path)
         return
     for place, line in lines(path):
@@ -88,7 +88,7 @@ def _rows(path: Path, found: Findings) -> Iterator[tuple[str, Any]]:
 
 def held_out_texts() -> tuple[Index, str]:
     """The embedded evaluation texts and, where local copies are, SemEval's held-out ones; and a line that says so."""
-    sets = [words(record["pun"]) for split in ("val", "test") for record in corpus.part(split)]
+    sets = embedded_evaluation().sets
     try:
         semeval = pool_of(data_folder()).held_out_semeval.sets
         told = f"compared with {len(sets)} embedded and {len(semeval)} SemEval evaluation texts"

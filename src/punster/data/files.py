@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from punster.data.schema import FIELDS, NAMES, Row, check_row, check_scored
+from punster.data.schema import FIELDS, NAMES, Row, check_row
 from punster.data.sources import SOURCES
 from punster.data.sources.reading import Skips, json_values, lines, read_text, table
 from punster.errors import UserError
@@ -33,18 +33,16 @@ def read_rows(
         columns = ()  # which it has none of: those of another file of the same command
         located = ((place, {"prompt": row["text"]} if kind == "prompt" else row) for place, row in located)
     checked = ((place, check_row(renamed(row, columns, place), kind, place)) for place, row in located)
-    return _some([{**row, "_place": place} if placed else row for place, row in checked], path)
+    rows = [{**row, "_place": place} if placed else row for place, row in checked]
+    if not rows:
+        raise UserError(f"{path}: no rows in this file")
+    return rows
 
 
 def read_texts(path: str | Path) -> list[Row]:
     """Rows to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always with "completion"."""
-    return _some([check_scored(row, place) for place, row in located_rows(path)], path)
-
-
-def _some(rows: list[Row], path: str | Path) -> list[Row]:
-    if not rows:
-        raise UserError(f"{path}: no rows in this file")
-    return rows
+    given = ((row.get("prompt"), row["text"] if "text" in row else row["completion"]) for row in read_rows(path, "written"))
+    return [{"completion": text} | ({} if prompt is None else {"prompt": prompt}) for prompt, text in given]
 
 
 def is_file_of_rows(path: str) -> bool:
@@ -129,8 +127,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _cell(name: str, value: str) -> Any:
-    """CSV knows texts only: a label is read as true or false, margin, weight, pass_share and rating as numbers, nothing as missing."""
-    if name == "label" and value.strip().lower() in ("true", "false", "1", "0"):
+    """CSV knows texts only: label and is_pun are read as true or false, margin, weight, pass_share and rating as numbers, nothing as missing."""
+    if name in ("label", "is_pun") and value.strip().lower() in ("true", "false", "1", "0"):
         return value.strip().lower() in ("true", "1")
     if name in ("margin", "weight", "pass_share", "rating"):
         try:
@@ -173,7 +171,7 @@ def hub_rows(name: str) -> Iterator[tuple[str, Row]]:
     try:
         rows: Iterable[Row] = datasets.load_dataset(base, split=split or "train")
     except Exception as error:  # the hub's library raises a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name}: not a file here, and the hub's data set cannot be loaded ({reason})") from None
     for number, row in enumerate(rows, 1):
         yield f"{name}, row {number}", dict(row)
@@ -183,7 +181,7 @@ def renamed(row: Any, columns: Sequence[str], place: str) -> Any:
     """The row with FIELD taken from COLUMN for each "FIELD=COLUMN"."""
     if not columns or not isinstance(row, dict):
         return row
-    found = dict(row)
+    found = {name: value for name, value in row.items() if name not in {pair.partition("=")[2] for pair in columns}}
     for pair in columns:
         field, equals, column = pair.partition("=")
         if not (equals and field and column):

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from punster.data import corpus
 from punster.data.files import Say, not_written, read_rows
@@ -18,14 +17,15 @@ from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import prompted, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.recipe import DEFAULTS, REPLACED, Ingredient, Recipe, built_in, load_mixture
 from punster.data.replace import chosen_pairs, foreign_pairs
-from punster.data.schema import FIELDS, Row, is_number, kind_of, texts_of
+from punster.data.retrieve import PLAIN, plain_sentences, retrieved_pairs
+from punster.data.schema import FIELDS, NAMES, Row, is_number, kind_of, texts_of
 from punster.data.sources import SOURCES
 from punster.errors import UserError, near_matches
 
 KINDS = {"groups": "group", "ranked": "group", "pairs": "preference", "ratings": "text", "labels": "text"}  # of rows, by use
+SINGLE = ("unpaired", "sft")  # labelled texts; of pairs' data, what has no label has a rating
 # Columns of a file of one's own; in what was not prepared by us another, such as "topic", may mean anything.
-KEPT = {*chain(*FIELDS.values()), "margin", "weight", "pass_share", "rating", "group", "source", "id",
-        "pun_word", "alternative_word"}  # fmt: skip
+KEPT = {*chain(*FIELDS.values()), *NAMES, "margin", "weight", "pass_share", "rating"}
 
 
 # ---- building -----------------------------------------------------------------------------------------------------
@@ -61,7 +61,9 @@ def build(recipe: Recipe, folder: str | Path | None = None, say: Say | None = No
         asked = [row for row in rows if "completion" not in row and "text" not in row]  # prompts of one's own
         rows = [*with_prompts(written, avoid), *asked]
     else:
-        rows = [retopic(row, texts_of(row)[0], avoid) for row in rows]
+        # A group's new topic would be its best text's: the prompt would tell which one that is.
+        grouped = lambda row: "group" in row or "completions" in row
+        rows = [retopic(row, "" if grouped(row) else texts_of(row)[0], avoid) for row in rows]
     if recipe.kind == "prompt":
         rows = (
             pool.held_out_prompts if pool and recipe.split == "val" else list({str(row["prompt"]): row for row in rows}.values())
@@ -106,6 +108,9 @@ def _part(
     """The rows of one part, and its line in the statement."""
     rows, licence, is_open, rude = _source_rows(part, recipe, pool, say)
     statement: Row = {"part": part.source or part.file, "use": part.use, "licence": licence, "open": is_open, "read": len(rows)}
+    if part.use == "retrieved":
+        found = dict.fromkeys([licence, *(SOURCES[name].licence for name in PLAIN)])
+        statement |= {"licence": "; ".join(found), "open": False}
     rude = rude if part.filter is None else part.filter
     dropped: Counter[str] = Counter()
     kept = []
@@ -115,7 +120,7 @@ def _part(
             reason = "too long"
         if pool and row.get("semeval_id") in pool.flagged:
             reason = "called offensive by annotators"
-        if part.file and recipe.kind == "sft" and (unwanted := not_written(row)):
+        if part.file and recipe.kind == "sft" and part.use != "texts" and (unwanted := not_written(row)):
             reason = unwanted
         if not reason and guard and kind_of(row) != "group" and any(map(guard.has_near, texts_of(row))):
             reason = "near to an evaluation text"
@@ -126,7 +131,11 @@ def _part(
     if part.file and recipe.kind == "sft":
         kept = [row if row.get("source") in SOURCES else {k: v for k, v in row.items() if k != "is_pun"} for row in kept]
         kept, _ = prompted(kept, corpus.held_out_topics())
-    made = _made(kept, part, recipe, draw)
+    if part.use == "retrieved":
+        assert pool is not None
+        made = retrieved_pairs(kept, plain_sentences(pool), part.cap, part.prompt, draw)
+    else:
+        made = _made(kept, part, recipe, draw)
     if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
         dropped["near to an evaluation text"] += len(made) - len(clean)
@@ -153,8 +162,8 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
     if part.file:
         kind = {"preference": "judged", "sft": "written"}.get(recipe.kind, recipe.kind)
         rows = read_rows(part.file, kind, part.columns, recipe.split == "train", say)
-        wanted = "unpaired" if part.use == "labels" else KINDS.get(part.use)
-        rows = [row for row in rows if wanted in (None, kind_of(row)) or recipe.kind != "preference"]
+        fitting = SINGLE if part.use == "labels" else [KINDS[part.use]] if part.use in KINDS else (*FIELDS,)
+        rows = [row for row in rows if kind_of(row) in fitting or recipe.kind != "preference"]
         ours = lambda row, name: name in KEPT or (recipe.kind == "sft" and name == "is_pun") or row.get("source") in SOURCES
         rows = [{name: value for name, value in row.items() if ours(row, name) and value is not None} for row in rows]
         return [{"source": part.file, "id": f"{part.file}/{n}", **row} for n, row in enumerate(rows, 1)], "your own", True, False
@@ -196,10 +205,7 @@ def _source_rows(part: Ingredient, recipe: Recipe, pool: Pool | None, say: Say |
 
 def _rated(rows: Sequence[Row], part: Ingredient) -> list[Row]:
     """The texts that have a number, or yes or no, under the name of `by`; UserError if none has, or all have the same yes or no."""
-
-    def is_rating(value: Any) -> bool:
-        return isinstance(value, bool) or is_number(value)
-
+    is_rating = lambda value: isinstance(value, bool) or is_number(value)
     found = [row for row in rows if is_rating(row.get(part.by))]
     known = sorted({name for row in rows for name, value in row.items() if is_rating(value)})
     told = f"Its ratings: {', '.join(known) or 'none'}"
@@ -219,7 +225,7 @@ def _made(rows: Sequence[Row], part: Ingredient, recipe: Recipe, draw: random.Ra
         return chosen_pairs(rows, part.cap, part.prompt, draw, corpus.replacements())
     if part.use == "foreign":
         return foreign_pairs(rows, part.cap, part.prompt, draw)
-    single = [row for row in rows if kind_of(row) == "unpaired"]  # of a file: as they are
+    single = [row for row in rows if kind_of(row) in SINGLE]  # of a file: as they are
     if part.use == "labels":
         return single or labelled(rows, part.by, part.prompt)
     if part.use == "ranked":

@@ -36,7 +36,7 @@ def from_group(group: Row, gap: float, cap: int, draw: random.Random) -> list[Ro
         both = min(len(longer), len(shorter), (cap + 1) // 2)
         rest = sides[0] + longer[both:] + shorter[both:]
         fine = [*(pair for two in zip(longer[:both], shorter[:both], strict=True) for pair in two), *rest][:cap]
-    names = ("prompt", "topic", "pun_word", "alternative_word", "source", "licence", "pass_share")
+    names = ("prompt", "topic", "pun_word", "alternative_word", "source", "licence", "weight", "pass_share")
     shared: Row = {name: group[name] for name in names if name in group} | {"group": group.get("group", group["id"])}
     return [
         {**shared, "chosen": texts[a], "rejected": texts[b], "gap": round(scores[a] - scores[b], 4), "id": f"{group['id']}/{a}-{b}"}

@@ -110,5 +110,6 @@ def pool_of(folder: Path) -> Pool:
 
     The folder of one source alone stands for its neighbours too, whose held-out texts must be known.
     """
+    folder = Path(os.path.abspath(folder))  # "." has neighbours, too; links keep their names
     own = [name for name, source in SOURCES.items() if folder.name == name and all((folder / f).is_file() for f in source.files)]
     return Pool(folder.parent, dict.fromkeys(own, folder)) if own else Pool(folder)

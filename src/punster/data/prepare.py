@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from punster.data.fetch import fetch_source
-from punster.data.pool import TEXTS_OF_SPLIT, Pool
+from punster.data.pool import TEXTS_OF_SPLIT, Pool, pool_of
 from punster.data.schema import FIELDS, Row, kind_of
 from punster.data.sources import SOURCES, find_source, own_folder
 from punster.disk import cache_folder, write_lines
@@ -23,6 +24,7 @@ def prepare(name: str, out: Path, given: Path | None = None, say: Callable[[str]
     """
     source = find_source(name)
     folder = own_folder(source, given) if given else fetch_source(source, cache_folder() / "data", say=say)
+    folder = Path(os.path.abspath(folder))  # "." has neighbours, too; links keep their names
     pool = Pool(folder.parent, {name: folder})
     located: Sequence[tuple[Row, str | None]]
     if source.tie != "text" or pool.has(TEXTS_OF_SPLIT):
@@ -62,7 +64,7 @@ def listing(names: bool, folder: Path | None) -> list[str]:
         return list(SOURCES)
     found = []
     for source in SOURCES.values():
-        here = "" if folder is None or Pool(folder).has(source.name) else " (no local copy)"
+        here = "" if folder is None or pool_of(folder).has(source.name) else " (no local copy)"
         flag = "" if source.open else "  ** not cleared for commercial use **"
         get = f"by hand: {source.by_hand}" if source.by_hand else "downloaded when no --from is given"
         found += [

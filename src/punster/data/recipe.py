@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -17,9 +17,6 @@ from punster.data.sources import find_source
 from punster.data.sources.reading import read_text
 from punster.errors import UserError, near_matches
 
-Use = Literal["", "groups", "ranked", "pairs", "ratings", "labels", "templates", "literal", "synonym_swap", "homophone", "weak",
-              "foreign", "chosen", "puns", "texts"]  # fmt: skip
-
 
 @dataclass
 class Ingredient:
@@ -29,15 +26,16 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
-    # foreign, chosen: puns against themselves with a word in the pun word's place that is another pun's, or was chosen for the text.
-    use: Use = ""
+    # foreign, chosen: puns against themselves with a word in the pun word's place that is another pun's, or was chosen for the text;
+    # retrieved: puns against plain sentences with their word and topic put in (data/retrieve.py).
+    use: str = ""  # see USES
     ids: str = ""  # only rows whose id begins so
     half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
     weight: float = 1.0  # below 1: a drawn share of the rows; above: rows repeated
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
     pass_share: float = 1.0  # preference: the share of the families (or rows) that a pass draws, each counting more for it
     limit: int = 0  # at most so many rows, drawn (0: all)
-    cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen: pairs of one text
+    cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen, retrieved: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
     by: str = "rating"  # the rating that is compared
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
@@ -57,7 +55,7 @@ class Recipe:
     parts: list[Ingredient] = field(default_factory=list)
 
 
-REPLACED = ("foreign", "chosen")
+REPLACED = ("foreign", "chosen", "retrieved")
 # What can be made of a part in a recipe of pairs: of a file, of each of our own corpora, of any other source. Else: puns or texts.
 USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus.CONTRASTS,
         "embedded": ("", "groups", "ranked", "templates", *corpus.NEGATIVES, "foreign"),
@@ -103,42 +101,43 @@ def load_mixture(name: str) -> Recipe:
     for number, given in enumerate(recipe.parts):
         where = f"{path}, part {number + 1}"
         part = recipe.parts[number] = Ingredient(**_checked(given, Ingredient, where))
-        if bool(part.source) == bool(part.file):
-            raise UserError(f"{where}: give either a source or a file")
-        if part.source and part.source not in corpus.OWN and find_source(part.source).tie == "none" and recipe.split == "train":
-            raise UserError(f"{where}: {part.source} is for the validation of metrics only; nothing trains on it")
-        if part.weight > 1 and recipe.kind == "prompt":
-            raise UserError(f"{where}: prompts are taken once each, so weight must be at most 1")
-        if part.ids and (part.file or part.source in corpus.OWN):
-            raise UserError(f"{where}: ids is for public sources")
-        if (part.total or part.margin) and recipe.kind != "preference":
-            raise UserError(f"{where}: total and margin are for kind: preference")
-        if not 0.01 <= part.pass_share <= 1 or (part.pass_share < 1 and recipe.kind != "preference"):
-            raise UserError(f"{where}: pass_share must lie in [.01, 1], and is for kind: preference")
-        if part.weight <= 0 or part.limit < 0 or part.cap < 0 or part.gap < 0 or part.total < 0:
-            raise UserError(f"{where}: weight must be above 0; limit, cap, gap and total at least 0")
-        if part.source == "contrasts" and recipe.split != "train":
-            raise UserError(f"{where}: contrasts are for training alone: split: train")
-        origin = "file" if part.file else part.source if part.source in corpus.OWN else "public"
-        allowed = USES[origin] if recipe.kind == "preference" else ("", "puns", "texts")
-        if part.use not in allowed:
-            raise UserError(f"{where}: use of {part.source or 'a file'} must be one of {', '.join(filter(None, allowed))} "
-                            f"(kind: {recipe.kind}), found {part.use!r}")  # fmt: skip
-        if part.file and recipe.kind == "prompt" and recipe.split == "val":
-            raise UserError(f"{where}: the prompts of split: val are those of the public sources, not of a file")
-        if part.half not in (0, 1, 2) or (part.half and part.source != "contrasts"):
-            raise UserError(f"{where}: half must be 1 or 2, and contrasts alone have halves")
-        if part.generic and recipe.kind != "preference":
-            raise UserError(f"{where}: generic is for kind: preference")
-        if part.use == "chosen" and part.source not in (known := {key.split("/")[0] for key in corpus.replacements()}):
-            raise UserError(f"{where}: words were chosen for {', '.join(sorted(known))} alone")
-        if part.use == "chosen" and recipe.split != "train":
-            raise UserError(f"{where}: words were chosen for puns of the training part: use: chosen is for split: train")
-        if part.use in ("ratings", *REPLACED) and not part.cap:
-            raise UserError(f"{where}: cap must be at least 1 for pairs made of {part.use}")
-        if part.file and not Path(part.file).is_absolute() and not Path(part.file).exists():
+        if fault := next((told for wrong, told in _faults(part, recipe) if wrong), None):
+            raise UserError(f"{where}: {fault}")
+        if part.file and not Path(part.file).exists() and (path.parent / part.file).exists():
             part.file = str(path.parent / part.file)
     return recipe
+
+
+def _faults(part: Ingredient, recipe: Recipe) -> Iterator[tuple[Any, str]]:
+    """What may be wrong with a part: whether it is, and what to say then."""
+    ours, pairs, training = part.source in corpus.OWN, recipe.kind == "preference", recipe.split == "train"
+    yield bool(part.source) == bool(part.file), "give either a source or a file"
+    barred = part.source and not ours and find_source(part.source).tie == "none" and training
+    yield barred, f"{part.source} is for the validation of metrics only; nothing trains on it"
+    yield part.weight > 1 and recipe.kind == "prompt", "prompts are taken once each, so weight must be at most 1"
+    yield part.ids and (part.file or ours), "ids is for public sources"
+    yield part.columns and not part.file, "columns is for files"
+    yield (part.total or part.margin) and not pairs, "total and margin are for kind: preference"
+    yield part.margin and part.use not in ("", "groups", "ratings"), "margin is for pairs made of groups or ratings"
+    yield (
+        not 0.01 <= part.pass_share <= 1 or (part.pass_share < 1 and not pairs),
+        "pass_share must lie in [.01, 1], and is for kind: preference",
+    )
+    least = min(part.limit, part.cap, part.gap, part.total)
+    yield part.weight <= 0 or least < 0, "weight must be above 0; limit, cap, gap and total at least 0"
+    yield part.source == "contrasts" and not training, "contrasts are for training alone: split: train"
+    allowed = USES["file" if part.file else part.source if ours else "public"] if pairs else ("", "puns", "texts")
+    named = f"use of {part.source or 'a file'} must be one of {', '.join(filter(None, allowed))} (kind: {recipe.kind})"
+    yield part.use not in allowed, f"{named}, found {part.use!r}"
+    unread = part.file and recipe.kind == "prompt" and not training
+    yield unread, "the prompts of split: val are those of the public sources, not of a file"
+    yield part.half not in range(3 if part.source == "contrasts" else 1), "half must be 1 or 2, and contrasts alone have halves"
+    yield part.generic and not pairs, "generic is for kind: preference"
+    if part.use == "chosen":
+        known = sorted({key.split("/")[0] for key in corpus.replacements()})
+        yield part.source not in known, f"words were chosen for {', '.join(known)} alone"
+        yield not training, "words were chosen for puns of the training part: use: chosen is for split: train"
+    yield part.use in ("ratings", *REPLACED) and not part.cap, f"cap must be at least 1 for pairs made of {part.use}"
 
 
 def _checked(content: Any, kind: type, where: str) -> Row:

@@ -52,6 +52,8 @@ def explicit(row: Row, kind: str, where: str = "") -> Row:
         assert isinstance(chosen, list) and isinstance(rejected, list)
         turns = zip(chosen[:-1], rejected[:-1], strict=False)
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], turns)))
+        if told is None and not shared:
+            raise UserError(f"{where}: chosen and rejected begin differently; what both begin with is their prompt")
         asked = [str(turn.get("content")).strip() for turn in chosen[:shared] if turn.get("role") == "user"]
         if told is not None and told.strip() not in asked:
             raise UserError(
@@ -76,15 +78,16 @@ def check_row(row: Any, kind: str, where: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with {', '.join(FIELDS[expected])}")
     alone = " (or text alone)" * (kind == "written")
+    rated = kind == "judged" and row.get("completion") is not None and is_number(row.get("rating"))  # which needs no label
     if kind == "judged":
-        kind = found if (found := kind_of(row)) in ("group", "unpaired") else "preference"
+        kind = found if (found := kind_of(row)) in ("group", "unpaired") else "unpaired" if rated else "preference"
     if kind == "written":
         whole = row.get("completion") is not None or _is_chat(row.get("messages"))
         kind = "text" if row.get("text") is not None and not whole else "sft"
     given, row = row, explicit(row, kind, where)
     for name in FIELDS[kind]:
-        if row.get(name) is None:
-            present = ", ".join(sorted(str(key) for key in row)) or "nothing"
+        if row.get(name) is None and not (rated and name == "label"):
+            present = ", ".join(sorted(str(key) for key, value in row.items() if value is not None)) or "nothing"
             raise UserError(f"{where}: field {name!r} is missing (found: {present}; expected: {', '.join(FIELDS[kind])}{alone})")
     checked = dict(row)
     if kind == "text" and row.get("prompt") is not None:
@@ -92,12 +95,14 @@ def check_row(row: Any, kind: str, where: str) -> Row:
     for name in FIELDS[kind]:
         value = row[name]
         if name == "label":
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and not (rated and value is None):
                 raise UserError(f"{where}: label must be true or false, found {value!r}")
         elif name == "prompt":
             checked[name] = _prompt(value, where)
         elif name == "scores":
-            _check_scores(value, row["completions"], where)
+            fits = isinstance(value, list) and all(map(is_number, value)) and len(value) == len(row["completions"]) >= 2
+            if not fits or value != sorted(value, reverse=True):
+                raise UserError(f"{where}: scores must be a number for each completion (at least two), best first")
         elif name == "completions":
             if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
                 raise UserError(f"{where}: completions must be a list of texts")
@@ -113,31 +118,24 @@ def check_row(row: Any, kind: str, where: str) -> Row:
             _whole(row[name], f"{where}, field {name!r}")
         elif isinstance(row.get(name), list | dict):  # another's column of this name
             del checked[name]
-    if (share := row.get("pass_share")) is not None and not (is_number(share) and 0.01 <= share <= 1):
+    weighed = kind in ("preference", "group", "unpaired")  # elsewhere these are another's columns
+    if weighed and (share := row.get("pass_share")) is not None and not (is_number(share) and 0.01 <= share <= 1):
         raise UserError(f"{where}: pass_share must be a number from .01 to 1, found {share!r}")
-    for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])):
+    for name in ("margin", "weight", *(["rating"] if kind == "unpaired" else [])) if weighed else ():
         if (value := row.get(name)) is not None and not (is_number(value) and (name != "weight" or value > 0)):
             raise UserError(f"{where}: {name} must be a number{' above 0' * (name == 'weight')}, found {value!r}")
     for name in ("text", "completion", "completions", "chosen", "rejected", "scores"):
         # A further column with texts, or with scores of such, is none of this row's; of a prompt's answers mixtures look at texts.
-        if name not in FIELDS[kind] and not (kind in ("prompt", "text") and _offers(checked.get(name), name == "completions")):
+        given_there = checked.get(name)
+        listed = isinstance(given_there, list) and all(isinstance(text, str) for text in given_there)
+        offers = listed if name == "completions" else isinstance(given_there, str)
+        if name not in FIELDS[kind] and not (offers and kind in ("prompt", "text")):
             checked.pop(name, None)
     return checked
 
 
-def _offers(value: Any, many: bool) -> bool:
-    """Whether this is a text or, where there are `many`, a list of texts."""
-    return isinstance(value, list) and all(isinstance(each, str) for each in value) if many else isinstance(value, str)
-
-
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_scores(scores: Any, completions: Any, where: str) -> None:
-    numbers = isinstance(scores, list) and all(map(is_number, scores))
-    if not numbers or len(scores) != len(completions) or len(scores) < 2 or scores != sorted(scores, reverse=True):
-        raise UserError(f"{where}: scores must be a number for each completion (at least two), best first")
 
 
 def _whole(text: str, where: str) -> str:
@@ -173,11 +171,3 @@ def _text(value: Any, where: str) -> str:
             )
         return _whole(content, where)
     raise UserError(f"{where}: expected text or one chat message, found {str(value)[:80]!r}")
-
-
-def check_scored(row: Any, place: str) -> Row:
-    """A row to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always returned with "completion"."""
-    if isinstance(row, dict) and row.get("text") is not None and row.get("completion") is None:
-        asked = {"prompt": _prompt(row["prompt"], place)} if row.get("prompt") is not None else {}
-        return {**asked, "completion": _text(row["text"], f"{place}, field 'text'")}
-    return check_row(row, "sft", place)

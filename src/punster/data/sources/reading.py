@@ -43,6 +43,7 @@ class Place:
 
 Skips = list[tuple[Place, str]]  # records that were passed over: where and why
 Located = Iterator[tuple[Place, Row]]
+XmlText = tuple[str, tuple[tuple[str, str], ...]]  # id, and (word id, token) of each word
 
 
 def each(records: Iterable[tuple[Place, Any]], convert: Callable[..., Iterable[Row]], skips: Skips, *more: Any) -> Located:
@@ -196,12 +197,6 @@ def by_key(items: Iterable[tuple[Place, tuple[str, Any]]], skips: Skips) -> dict
     return found
 
 
-@dataclass(frozen=True)
-class XmlText:
-    id: str
-    words: tuple[tuple[str, str], ...]  # (word id, token)
-
-
 def xml_texts(path: Path) -> Iterator[tuple[Place, XmlText]]:
     """The <text id><word id>token</word>…</text> elements; a document type, which may define entities, is refused."""
     content = read_text(path)
@@ -214,4 +209,4 @@ def xml_texts(path: Path) -> Iterator[tuple[Place, XmlText]]:
         raise UserError(f"{path}, line {error.position[0]}: broken XML ({expat.ErrorString(error.code)})") from None
     for text, opened in zip(root.iter("text"), re.finditer(r"<text[\s/>]", content), strict=False):
         words = tuple((word.get("id", ""), word.text or "") for word in text.iter("word"))
-        yield Place(str(path), line(opened.start())), XmlText(text.get("id", ""), words)
+        yield Place(str(path), line(opened.start())), (text.get("id", ""), words)
