@@ -204,6 +204,22 @@ def test_a_dry_run_of_kto_accepts_its_own_rows(config: Config) -> None:
     assert dpo(config(loss_type="kto", dry_run=True), unpaired(PAIRS)) is None
 
 
+def test_a_dry_run_counts_the_tokens_of_the_rows(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[float] = []
+    monkeypatch.setattr(dpo_module, "announce", lambda *_, **given: work.append(given["work"]))
+    for words in (1, 20):
+        rows = [{"prompt": "sea", "chosen": "tide " * words, "rejected": "dull " * words}] * 4
+        dpo(config(dry_run=True), rows)
+    assert work[1] > 2 * work[0]
+    with pytest.raises(UserError, match=r"row 1: .* tokens, but the model's context is 128"):
+        dpo(config(dry_run=True), [{"prompt": "sea " * 200, "chosen": "a", "rejected": "b"}])
+
+
+def test_kto_takes_no_mixture_and_says_so(config: Config) -> None:
+    with pytest.raises(UserError, match="kto learns from embedded or files with prompt, completion and label; this is a mixture"):
+        dpo(config(loss_type="kto", data=["puns"]))
+
+
 def test_kto_crosses_rows_that_do_not_fit_together(
     config: Config, tiny_gpt2: Path, tmp_path: Path, make: Make, reader: Any
 ) -> None:

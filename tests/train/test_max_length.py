@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from punster.config import DistillConfig, DpoConfig, RewardConfig, SftConfig
+from punster.config import DistillConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data.prompts import GENERIC_PROMPT
 from punster.errors import UserError
 from punster.train.checkpoint import load_run
 from punster.train.dpo import dpo
 from punster.train.judged import encode_items
 from punster.train.lessons import lesson_rows
+from punster.train.ppo import ppo
 from punster.train.reward import train_reward
 from punster.train.rows import encode_rows
 from punster.train.sft import sft
@@ -93,6 +94,9 @@ def test_a_reward_run_holds_training_and_held_out_pairs_to_it(
     summary = reader.summary(run)
     assert summary["pairs"] == 4 and sum(part["pairs"] for part in summary["calibration"]["curve"]) == 1
     assert "1 of 2 rows of --eval-data left out" in capsys.readouterr().err
+    longest = [{**JUDGED[0], "prompt": "sea " * 200}, JUDGED[0]]  # the first is beyond the context until it is cut
+    run = train_reward(make(RewardConfig, name="longest", max_length=40, **shared), JUDGED[:1], longest)
+    assert sum(part["pairs"] for part in reader.summary(run)["calibration"]["curve"]) == 2
 
 
 @pytest.mark.parametrize("verb", ["sft", "reward", "dpo"])
@@ -113,6 +117,35 @@ def test_an_error_names_file_and_line_whatever_was_left_out_before(
     with pytest.raises(UserError, match=r"b\.jsonl, line 3: \d+ tokens, but the model's context is 128; .*--max-length"):
         train[verb]()
     assert not (tmp_path / verb).exists()
+
+
+def test_a_row_from_python_is_named_by_its_place_among_those_given(tiny_llama: Path, tmp_path: Path, make: Make) -> None:
+    first = [{**row, "source": "x"} for row in (JUDGED[0], JUDGED[1], JUDGED[2])]
+    long = {"prompt": SHORT, "chosen": "tide", "rejected": "dull " * 200}
+    config = make(RewardConfig, name="x", out=str(tmp_path), model=str(tiny_llama), without=["x"], pretrain=["embedded"])
+    with pytest.raises(UserError, match=r"^row 4: \d+ tokens"):
+        train_reward(config, [*first, long])
+
+
+@pytest.mark.parametrize("verb", ["ppo", "dpo"])
+def test_held_out_prompts_without_room_for_a_response_are_refused(
+    verb: str, sft_run: str, reward_run: str, tiny_llama: Path, tmp_path: Path, make: Make
+) -> None:
+    held_out = write(tmp_path / "held_out.jsonl", [{"prompt": SHORT}, {"prompt": "sea " * 200}])
+    shared = {
+        "name": "x",
+        "out": str(tmp_path),
+        "actor": sft_run,
+        "reward_model": reward_run,
+        "eval_data": [held_out],
+        "steps": 1,
+    }
+    train: dict[str, Callable[[], Any]] = {
+        "ppo": lambda: ppo(make(PpoConfig, model=str(tiny_llama), batch_size=4, **shared)),
+        "dpo": lambda: dpo(make(DpoConfig, model=str(tiny_llama), online=True, **shared)),
+    }
+    with pytest.raises(UserError, match=r"prompt of --eval-data 2 has \d+ tokens"):
+        train[verb]()
 
 
 def test_it_is_refused_where_rows_are_made(make: Make) -> None:

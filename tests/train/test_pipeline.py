@@ -56,6 +56,17 @@ def test_a_recipe_with_fewer_rows_takes_less_time(
     assert whole > 10 and minutes(rows) == pytest.approx(7 / len(corpus.part("train")) * whole, rel=0.05)
 
 
+def test_stages_that_are_there_count_as_done_only_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from punster.train import pipeline
+
+    config = PipelineConfig(name="r", out=str(tmp_path), stages=["sft", "reward", "gold"])
+    monkeypatch.setattr(pipeline, "stage_summary", lambda folder, stage: {"steps": 1} if stage == "sft" else {})
+    monkeypatch.setattr(pipeline, "pipeline_seconds", lambda config, stages, evaluation, done, counts: dict.fromkeys(done, 1.0))
+    assert pipeline.time_left(config, *pipeline.parts_of(config), {}) == {}
+    going_on = replace(config, resume=True)
+    assert pipeline.time_left(going_on, *pipeline.parts_of(config), {}) == {"sft": 1.0}
+
+
 def test_where_it_takes_long_a_scale_is_named() -> None:
     from punster.train.pipeline import shorter
 
@@ -118,6 +129,8 @@ def test_a_run_that_was_made_to_fit_goes_on_as_it_began(
     assert (saved["scale"], saved["minutes"]) == (0.01, 0.0)
     monkeypatch.setattr(pipeline, "pipeline_seconds", lambda *rest: {"sft": 1.0})  # a faster one
     assert main([*command, "--resume", "--quiet"]) == 0
+    assert main([*command[:-1], "0.3", "--resume"]) == 0
+    assert "--scale 0.3: r goes on at the scale that it began with, 0.01" in capsys.readouterr().err
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["scale"] == 0.01 and "scale 0.01 of the recipe" in (folder / "report.html").read_text()
     assert json.loads((folder / "sft" / "summary.json").read_text())["steps"] == 2

@@ -372,6 +372,35 @@ def test_settings_that_name_no_data_or_change_nothing_do_not_stop_a_resumed_run(
         ppo(replace(config, name="old", resume=True, target_kl=1.0, kl_horizon=64), ["pun: sea", "pun: oak"], vowels)
 
 
+def test_a_resumed_run_takes_the_tokens_that_are_asked_for_unless_memory_ran_out(
+    tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import punster.train.sft as module
+
+    config, train = jobs(str(tmp_path), str(tiny_llama), sft_run, reward_run, make)["sft"]
+    monkeypatch.setattr("punster.train.checkpoint.damage", lambda place: "")  # a state is changed below
+    asked: list[int] = []
+    accumulate = module.accumulate_nll
+
+    def seen(*given: Any) -> Any:
+        asked.append(given[-1])
+        return accumulate(*given)
+
+    for name, changed, expected in (("enough", {}, 4096), ("ran_out", {"max_tokens": 128}, 128)):
+        run = Path(str(train(replace(config, name=f"{name}_first", max_tokens=256))))
+        again(run, name, 2, reader)
+        state = max((tmp_path / name / "checkpoints").glob("step-*/state.json"))
+        numbers = json.loads(state.read_text())
+        assert numbers["numbers"]["asked_tokens"] == 256
+        numbers["numbers"] |= changed  # halved by a process that ran out of memory
+        state.write_text(json.dumps(numbers))
+        asked.clear()
+        monkeypatch.setattr(module, "accumulate_nll", seen)
+        train(replace(config, name=name, max_tokens=4096, resume=True))
+        monkeypatch.setattr(module, "accumulate_nll", accumulate)
+        assert asked and set(asked) == {expected}
+
+
 def test_a_reward_from_python_is_named_and_missed(
     tiny_llama: Path, sft_run: str, reward_run: str, tmp_path: Path, make: Make, reader: Any
 ) -> None:

@@ -230,7 +230,7 @@ class DpoConfig(TrainConfig):
     strategy: str = opt("naive", "naive: one process, one device", short="-s")
     data: list[str] = opt(
         ["embedded"],
-        "embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: prompt, completion, label)",
+        "embedded, puns, a mixture.yaml, or files, folders, hub data sets with prompt, chosen and rejected (kto: no mixture; prompt, completion, label)",
     )
     columns: list[str] = opt([], COLUMNS_HELP)
     max_length: int = opt(0, MAX_LENGTH_HELP, low=0)

@@ -178,6 +178,18 @@ def save_checkpoint(
             remove(run.checkpoints / f"step-{old}")
 
 
+def end_step(
+    run: Run, step: int, metrics: dict[str, float], state: State, tokenizer: Tokenizer,
+    callback: Callable[[int, dict[str, float]], None] | None = None, result: Role | None = None,
+) -> None:  # fmt: skip
+    """What ends a step: the caller's callback, a checkpoint where one is due, and the run where it was told to stop."""
+    if callback is not None:
+        callback(step, metrics)
+    if run.save_due(step):
+        save_checkpoint(run, step, state, tokenizer, result)
+        run.raise_if_stopped()
+
+
 def remove(place: Path) -> None:
     """A checkpoint goes as a whole, whatever happens while its files are deleted."""
     aside = place.with_name(f".{place.name}.old.part")
@@ -220,24 +232,21 @@ def clear_partial(folder: Path) -> None:
 def restore(run: Run, state: State) -> None:
     """Bring roles, optimizers, generators, cursors and numbers to the newest valid checkpoint of a resumed run."""
     state.note, state.keys = run.note, state.fingerprints()
-    state.numbers |= dict.fromkeys(TOKENS, run.config.max_tokens)
+    most = run.config.max_tokens
+    state.numbers |= dict.fromkeys((*TOKENS, "asked_tokens"), most)
     if run.step == 0:
         run.rewind()
         return
     folder = run.checkpoints / f"step-{run.step}"
     base = state.policy.model.trunk_of or state.policy.model
     described = json.loads((folder / "role.json").read_text())
-    trained_on, then_type, now_type = (
-        described["base_sha256"],
-        described["dtype"],
-        str(state.policy.model.dtype).removeprefix("torch."),
-    )
+    then_type, now_type = described["dtype"], str(state.policy.model.dtype).removeprefix("torch.")
     if then_type != now_type:
         wanted = {"bfloat16": "bf16", "float32": "fp32"}.get(then_type, then_type)
         raise UserError(
             f"--resume: the run was started with {then_type} weights, and here they are {now_type}: add --dtype {wanted}"
         )
-    if trained_on and trained_on != base.fingerprint():
+    if (trained_on := described["base_sha256"]) and trained_on != base.fingerprint():
         raise UserError(
             f"--resume: the weights of {base.name} are not those that the run was started with (their SHA-256 differs)"
         )
@@ -261,7 +270,9 @@ def restore(run: Run, state: State) -> None:
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: written by another version of punster; it cannot be resumed exactly ({error})") from None
     run.rewind()
-    state.numbers |= {key: min(state.numbers[key], run.config.max_tokens) for key in TOKENS}
+    asked = numbers["numbers"].get("asked_tokens", most)  # fewer are left where the process that wrote it ran out of memory
+    state.numbers |= {key: min(state.numbers[key], most) if state.numbers[key] < asked else most for key in TOKENS}
+    state.numbers["asked_tokens"] = most
     if changed and not run.config.quiet:
         print(f"note: numbers may differ in their last bits from an uninterrupted run ({', '.join(changed)})", file=sys.stderr)
     run.note("resumed", step=run.step, changed=changed)

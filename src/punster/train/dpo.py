@@ -28,12 +28,12 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding, generate, rows_at_once
-from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.checkpoint import State, end_step, restore
 from punster.train.guard import keep_begun
 from punster.train.held_out import first, own_rows, sample_table, say_shared
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, total_steps, within_memory
 from punster.train.plan import announce, stage_work
-from punster.train.rows import check_prompts, embedded_rows, encode, kind_of_rows, load_prompts, load_rows, within_length
+from punster.train.rows import check_prompts, encode, kind_of_rows, load_prompts, load_rows, within_length
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import extend, open_reward_model, open_start
 
@@ -58,23 +58,30 @@ def dpo(
     prompts: list[Any] = []
     if config.makes_pairs:
         prompts = load_prompts(config.prompts, quiet=config.quiet)[: config.prompt_limit or None]
-    given = [] if prompts else given_rows(config, rows)
+    source = config.data if rows is None else rows
+    given = [] if prompts else load_rows(source, kind_of_rows(config), columns=config.columns, quiet=config.quiet)
     own = own_rows(config, eval_rows)
     say_shared(config, own, given or [{"prompt": prompt} for prompt in prompts])
     held_out, held_out_labels = (
         ([], None) if prompts or not own else encode_given(config, own, reference.model, tokenizer, "row of --eval-data")
     )
-    shown = first([row["prompt"] for row in own] or load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
+    asked = [row["prompt"] for row in own]
+    if prompts:
+        check_prompts(tokenizer, reference.model, asked, config.max_new_tokens, "prompt of --eval-data")
+    shown = first(asked or load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
+    prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens)
     if config.dry_run:
         unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
         count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
         pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
-        lengths = {"response": config.max_new_tokens} if prompts else {}
-        work = stage_work(config, reference.model, rows=math.ceil(pairs), **lengths)
-        stand_in = [Example((0,) * 16, (0,) * config.max_new_tokens)] * (2 * math.ceil(pairs))
-        announce(config, "dpo", policy, total_steps(config, count, config.epochs), stand_in, work=work)
+        texts = (
+            encode_given(config, given, reference.model, tokenizer)[0] if given
+            else [Example(tuple(ids), (0,) * config.max_new_tokens) for ids in prompt_ids for _ in range(2)]
+        )  # fmt: skip
+        prompt, response = (sum(len(getattr(text, part)) for text in texts) / len(texts) for part in ("prompt", "response"))
+        work = stage_work(config, reference.model, rows=math.ceil(pairs), prompt=prompt, response=response)
+        announce(config, "dpo", policy, total_steps(config, count, config.epochs), texts, work=work)
         return None
-    prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens)
     examples, labels = load_examples(config, given, prompt_ids, reference, judge, tokenizer)
     unit = 1 if labels is not None else 2  # rows of KTO are single texts
     count = len(prompts) if config.online else len(examples) // unit
@@ -140,24 +147,12 @@ def dpo(
             if step == steps or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluated(step)
             run.log(step, metrics, f"loss {state.numbers['loss']:.3f} margin {metrics.get('rewards/margins', 0.0):+.2f}")
-            if callback is not None:
-                callback(step, metrics)
-            if run.save_due(step):
-                save_checkpoint(run, step, state, tokenizer)
-                run.raise_if_stopped()
+            end_step(run, step, metrics, state, tokenizer, callback)
         run.finish({"steps": steps, "rows": count, "loss": state.numbers["loss"], **evaluated(steps)})
         return run.folder
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
-def given_rows(config: DpoConfig, rows: Sequence[Row] | None) -> list[Row]:
-    """Pairs, or, for KTO, single texts with their labels."""
-    kind = kind_of_rows(config)
-    return load_rows(
-        config.data if rows is None else rows, kind, partial(embedded_rows, kind), config.columns, quiet=config.quiet
-    )
-
-
 def load_examples(
     config: DpoConfig, given: Sequence[Row], prompt_ids: Sequence[Sequence[int]], reference: Role, judge: Role | None,
     tokenizer: Tokenizer,

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-from punster.config import (
-    DpoConfig,
-    EvaluateConfig,
-    PipelineConfig,
-    RewardConfig,
-    SftConfig,
-    TrainConfig,
-)
+from punster.config import EvaluateConfig, PipelineConfig, TrainConfig
 from punster.data import corpus
-from punster.data.schema import Row, texts_of
+from punster.data.schema import texts_of
 from punster.train.plan import PROMPT, RESPONSE, block_size, layers_of, measured_speed, stage_work
-from punster.train.rows import embedded_rows, kind_of_rows, load_rows
+from punster.train.rows import kind_of_rows, load_rows
 from punster.train.setup import shared_base
 
 Counts = dict[tuple[str, ...], tuple[int, int]]  # rows and distinct texts of a pass, by what was read
@@ -45,25 +37,17 @@ def given(stage: TrainConfig, counts: Counts) -> tuple[int, int]:
 
     (0, 0) where pairs are sampled; --pretrain is not counted. counts: of data read before.
     """
-    kind = kind_of_rows(stage)
-    if isinstance(stage, SftConfig | DpoConfig) and kind != "prompt":
-        rows, texts = counted(counts, stage.data, kind, partial(embedded_rows, kind), stage.columns)
-        return math.ceil(rows / 2) if kind == "unpaired" else rows, texts  # two texts cost what a pair does
-    if isinstance(stage, RewardConfig):
-        named = [name for name in stage.data if name != "embedded"]
-        return counted(counts, named, kind, list, stage.columns) if named else (0, 0)
-    return 0, 0
-
-
-def counted(
-    counts: Counts, names: Sequence[str], kind: str, embedded: Callable[[], list[Row]], columns: Sequence[str]
-) -> tuple[int, int]:
+    kind, columns = kind_of_rows(stage), getattr(stage, "columns", [])
+    names = [name for name in getattr(stage, "data", []) if kind != "judged" or name != "embedded"]
+    if kind == "prompt" or (kind == "judged" and not names):
+        return 0, 0
     key = (*names, kind, *columns)
     if key not in counts:
-        rows = load_rows(names, kind, embedded, columns, quiet=True)
+        rows = load_rows(names, kind, columns=columns, quiet=True)
         shares: dict[str, float] = {}  # of the passes, in which a text is drawn
         for row in rows:
             for text in texts_of(row):
                 shares[text] = max(shares.get(text, 0.0), row.get("pass_share") or 1.0)
         counts[key] = round(sum(row.get("pass_share") or 1.0 for row in rows)), round(sum(shares.values()))
-    return counts[key]
+    count, texts = counts[key]
+    return math.ceil(count / 2) if kind == "unpaired" else count, texts  # two texts cost what a pair does

@@ -72,8 +72,10 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
     if config.memory in ("lora", "separate") and model is not None:
         model = own_copy(model)
     own = held_out.own_rows(config)
+    asked = [row["prompt"] for row in own]
+    check_prompts(tokenizer, reference.model, asked, config.max_new_tokens, "prompt of --eval-data")
     held_out.say_shared(config, own, [{"prompt": text} for text in texts])
-    shown = [row["prompt"] for row in own] or (texts if prompts is not None else load_prompts(config.prompts, "val", quiet=True))
+    shown = asked or (texts if prompts is not None else load_prompts(config.prompts, "val", quiet=True))
     shown = held_out.first(shown, config.eval_prompts)
     rewards, decoding = Reward(model, functions, config.reward_timeout), Decoding(config.max_new_tokens, config.temperature)
     return Setup(config, policy, reference, tokenizer, texts, ids, rewards, decoding, shown)

@@ -30,7 +30,7 @@ from punster.config import GrpoConfig
 from punster.model.role import Role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
-from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.checkpoint import State, end_step, restore
 from punster.train.experience import Experience, collect, open_policy, sample_table
 from punster.train.guard import Guard
 from punster.train.optim import Cursor, learning_rate, make_optimizer, optimizer_step, seeded, within_memory
@@ -99,11 +99,7 @@ def grpo(
                 metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
             run.samples(step, exp.sample_rows(4))
-            if callback is not None:
-                callback(step, metrics)
-            if run.save_due(step):
-                save_checkpoint(run, step, state, tokenizer)
-                run.raise_if_stopped()
+            end_step(run, step, metrics, state, tokenizer, callback)
         figures = sample_table(run, steps, setup)
         guard.check_end(figures)
         run.finish({"steps": steps, "episodes": state.numbers["episodes"], **figures})

@@ -4,7 +4,6 @@ counts, and shown."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
-from punster.train.rows import embedded_rows, kind_of_rows, load_prompts, load_rows
+from punster.train.rows import kind_of_rows, load_prompts, load_rows
 from punster.train.run import Run
 
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
@@ -38,7 +37,7 @@ def own_rows(config: TrainConfig, given: Sequence[Row] | None = None) -> list[Ro
     if kind == "prompt":
         return [{"prompt": prompt} for name in config.eval_data for prompt in load_prompts(name, "val", config.quiet)]
     source = config.eval_data if given is None else given
-    rows = load_rows(source, kind, partial(embedded_rows, kind, "val"), columns, config.quiet, training=False)
+    rows = load_rows(source, kind, columns=columns, quiet=config.quiet, training=False)
     if kind == "judged" and not any("chosen" in row for row in rows):
         raise UserError("--eval-data: no pairs (chosen and rejected) in it")
     return rows

@@ -79,11 +79,6 @@ def families(rows: Sequence[Row]) -> list[list[int]]:
     return list(found.values())
 
 
-def pass_shares(rows: Sequence[Row], units: Sequence[Sequence[int]]) -> list[float]:
-    """The share of the passes in which each unit is drawn: the largest of its rows'; a row without one is in every pass."""
-    return [max(float(rows[place].get("pass_share") or 1.0) for place in unit) for unit in units]
-
-
 def item_batches(examples: Sequence[Example], items: Sequence[Item], max_tokens: int) -> list[list[int]]:
     """Items in micro-batches, in their order: at most max_tokens tokens of distinct texts (at least one item).
 

@@ -19,7 +19,7 @@ from punster.model.tokenizer import Tokenizer
 from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.halves import halves_of
-from punster.train.judged import Item, balanced, encode_items, families, neutral, pass_shares, shuffled, source_of, weighed
+from punster.train.judged import Item, balanced, encode_items, families, neutral, shuffled, source_of, weighed
 from punster.train.optim import Cursor, rows_used, seeded, total_steps
 from punster.train.rows import fits, load_rows, within_length, without_long_contrasts
 
@@ -45,7 +45,8 @@ class Lessons:
         examples, items = encode_items([*first, *given], tokenizer, model)
         parts = [families(part) if config.families else [[place] for place in range(len(part))] for part in (first, given)]
         units = [[len(first) + place for place in unit] for unit in parts[1]]
-        shares = pass_shares([*first, *given], units)
+        # The largest of its rows'; a row without one is in every pass.
+        shares = [max(float(given[place].get("pass_share") or 1.0) for place in unit) for unit in parts[1]]
         for unit, share in zip(units, shares, strict=True):
             for row in unit:  # what is drawn less often counts more when it is
                 items[row] = replace(items[row], weight=items[row].weight / share)
@@ -210,7 +211,11 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
              "_rejected_ids": list(example.response)}  # kept, so that the rejected text is what the policy emitted
             for record, example in zip(people, examples, strict=True) if (text := tokenizer.decode(example.response))
         ]  # fmt: skip
-        rows += balanced(written, tokenizer)
+        kept = balanced(written, tokenizer)
+        if len(kept) < len(written):
+            told = "the longer text is the person's as often as the model's"
+            speaker(config.quiet)(f"  sampled: {len(kept)} of {len(written)} pairs are kept, in which {told}")
+        rows += kept
     if not rows and not config.sampled_rows:
         raise UserError("--sampled-rows 0 leaves no pair of the embedded corpus; give more of them, or other --negatives")
     return rows

@@ -29,7 +29,7 @@ from punster.config.pipeline import NEEDS
 from punster.config.shared import require
 from punster.data.recipe import recipe_folder
 from punster.disk import write_json, write_text
-from punster.errors import UserError, near_matches
+from punster.errors import UserError, near_matches, speaker
 from punster.train.checkpoint import clear_partial
 from punster.train.dpo import dpo
 from punster.train.estimate import Counts, pipeline_seconds
@@ -214,11 +214,13 @@ def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
         begun = saved_settings(folder).get("scale", 1.0)
         wanted = f"{folder / 'config.yaml'}: scale must be a number above 0, found {begun!r}; mend it, then go on with --resume"
         require(isinstance(begun, int | float) and 0 < begun <= 100, wanted)
+        if config.scale not in (1.0, begun):
+            speaker(config.quiet)(f"--scale {config.scale:g}: {config.name} goes on at the scale that it began with, {begun:g}")
         return replace(config, scale=float(begun))
 
     def needed(scale: float) -> float:
         changed = replace(config, scale=scale)
-        return sum(time_left(changed, *parts_of(changed), counts, fresh=True).values()) / 60
+        return sum(time_left(changed, *parts_of(changed), counts).values()) / 60
 
     if not config.minutes or (whole := needed(config.scale)) <= 1.1 * config.minutes:
         return config
@@ -227,12 +229,10 @@ def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
         scale, takes = lower, needed(lower)
         if takes <= 1.05 * config.minutes:
             break
-    if not config.quiet:
-        print(
-            f"all of it would take about {whole:.0f} minutes on this machine; --scale {scale:g} takes about {takes:.0f} "
-            "(--minutes 0: all of it)",
-            file=sys.stderr,
-        )
+    speaker(config.quiet)(
+        f"all of it would take about {whole:.0f} minutes on this machine; --scale {scale:g} takes about {takes:.0f} "
+        "(--minutes 0: all of it)"
+    )
     return replace(config, scale=scale)
 
 
@@ -294,9 +294,9 @@ def run_stages(
 
 
 def time_left(
-    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, counts: Counts, fresh: bool = False
+    config: PipelineConfig, stages: dict[str, TrainConfig], evaluation: EvaluateConfig, counts: Counts
 ) -> dict[str, float]:  # fmt: skip
-    """Estimated seconds of the stages that are not done (fresh: of all), whose data are read for it, and of the evaluation.
+    """Estimated seconds of the stages that are not done (of all, unless a run goes on), whose data are read for it, and of the evaluation.
 
     UserError if data are missing.
     """
@@ -304,7 +304,7 @@ def time_left(
 
     if evaluation.call_puns:
         labels_at_hand()
-    done = [] if fresh else [stage for stage in stages if stage_summary(Path(config.out) / config.name, stage)]
+    done = [stage for stage in stages if config.resume and stage_summary(Path(config.out) / config.name, stage)]
     return pipeline_seconds(config, stages, evaluation, done, counts)
 
 

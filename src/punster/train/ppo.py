@@ -25,7 +25,7 @@ from punster.errors import speaker
 from punster.model.role import Role
 from punster.rewards import RewardFunction
 from punster.rollout.logprobs import token_log_probs
-from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.checkpoint import State, end_step, restore
 from punster.train.critic import calibrate, explained_variance, make_critic
 from punster.train.experience import Experience, collect, open_policy, sample_table
 from punster.train.guard import Guard
@@ -127,11 +127,7 @@ def ppo(
                 metrics |= sample_table(run, step, setup)
             run.log(step, metrics, f"score {metrics['objective/scores']:+.2f} kl {metrics['objective/exact_kl']:.1f}")
             run.samples(step, exp.sample_rows(4))
-            if callback is not None:
-                callback(step, metrics)
-            if run.save_due(step):
-                save_checkpoint(run, step, state, tokenizer)
-                run.raise_if_stopped()
+            end_step(run, step, metrics, state, tokenizer, callback)
         figures = sample_table(run, steps, setup)
         guard.check_end(figures)
         run.finish({"steps": steps, "episodes": state.numbers["episodes"], **figures})

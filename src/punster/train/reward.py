@@ -23,7 +23,7 @@ from punster.model import fused
 from punster.model.heads import ScalarHead
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
-from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.checkpoint import State, end_step, restore
 from punster.train.guard import keep_begun
 from punster.train.held_out import own_rows, pair_table, say_shared
 from punster.train.judged import (
@@ -128,9 +128,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
                 metrics["eval_accuracy"] = share_right(gaps)
                 pair_table(run, step, model, tokenizer, validation)
             run.log(step, metrics, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
-            if run.save_due(step):
-                save_checkpoint(run, step, state, tokenizer, as_kept() if step == steps else None)
-                run.raise_if_stopped()
+            end_step(run, step, metrics, state, tokenizer, result=as_kept() if step == steps else None)
         final = as_kept() if model.others else model  # an ensemble's members count by their normalised scores
         summary = {"accuracy": accuracy_by_kind(final, tokenizer, config.test_limit), "steps": steps, "pairs": len(given)}
         gaps = gaps or pair_gaps(model, validation, known)

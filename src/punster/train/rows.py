@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from punster.config import DpoConfig, PolicyConfig, RewardConfig, TrainConfig
@@ -41,12 +41,12 @@ def embedded_rows(kind: str, split: str = "train") -> list[Row]:
 def load_rows(
     sources: Sequence[str] | Sequence[Row],
     kind: str,
-    embedded: Any,
+    embedded: Callable[[], Sequence[Row]] | None = None,
     columns: Sequence[str] = (),
     quiet: bool = False,
     training: bool = True,
 ) -> list[Row]:
-    """Rows of files, mixtures and the embedded corpus (`embedded` makes those), in the order given.
+    """Rows of files, mixtures and the embedded corpus (as `embedded_rows` has it, unless `embedded` makes it), in the order given.
 
     quiet: without what mixtures tell of themselves, and folders of what is left out. training: of a folder as `located_rows` has it.
     """
@@ -54,11 +54,16 @@ def load_rows(
     schema = "written" if kind == "sft" else kind
     for source in sources:
         if isinstance(source, dict):
-            rows.append(check_row(source, schema, f"row {len(rows) + 1}"))
+            where = f"row {'' if training else 'of --eval-data '}{len(rows) + 1}"
+            rows.append({"_place": where, **check_row(source, schema, where)})
         elif source == "embedded":
-            rows += embedded()
+            rows += embedded() if embedded else embedded_rows(kind, "train" if training else "val")
         elif not is_mixture(source):
             rows += read_rows(source, schema, columns, training, speaker(quiet), placed=True)
+        elif kind == "unpaired":
+            raise UserError(
+                f"{source}: --loss-type kto learns from embedded or files with prompt, completion and label; this is a mixture"
+            )
         else:
             found = mixture(source, "preference" if kind == "judged" else kind, say=speaker(quiet))
             if kind == "preference" and not all("chosen" in row for row in found):
@@ -123,7 +128,7 @@ def encode(tokenizer: Tokenizer, model: Decoder, row: Row, side: str = "completi
 
 def fits(row: Row, tokenizer: Tokenizer, model: Decoder) -> bool:
     """Whether all texts of a row fit into the context behind its prompt."""
-    room = model.config.max_positions - len(tokenizer.prompt_ids(row["prompt"]))
+    room = model.config.max_positions - len(row.get("_prompt_ids") or tokenizer.prompt_ids(row["prompt"]))
     return all(len(tokenizer.response_ids(text)) <= room for text in texts_of(row))
 
 
@@ -178,23 +183,19 @@ def held_out_name(data: Sequence[str]) -> str:
     return "embedded" if ours & set(data) else "puns" if "puns" in data else ""
 
 
-def encode_fitting(tokenizer: Tokenizer, model: Decoder, rows: Sequence[Row]) -> list[Example]:
-    """Held-out rows of the embedded corpus as examples, without those that a short context has no room for."""
-    examples = (Example(tuple(tokenizer.prompt_ids(r["prompt"])), tuple(tokenizer.response_ids(r["completion"]))) for r in rows)
-    return [example for example in examples if example.length <= model.config.max_positions]
-
-
-def check_prompts(tokenizer: Tokenizer, model: Decoder, prompts: Sequence[Any], new_tokens: int) -> list[list[int]]:
+def check_prompts(
+    tokenizer: Tokenizer, model: Decoder, prompts: Sequence[Any], new_tokens: int, what: str = "prompt"
+) -> list[list[int]]:
     """All prompts as ids; UserError naming the first that leaves no room for new tokens."""
     limit = model.config.max_positions
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         ids = tokenizer.prompt_ids(prompt)
         if not ids:
-            raise UserError(f"prompt {number} has no tokens in this prompt format")
+            raise UserError(f"{what} {number} has no tokens in this prompt format")
         if len(ids) + new_tokens > limit:
             raise UserError(
-                f"prompt {number} has {len(ids)} tokens; with {new_tokens} new ones it exceeds the context of {limit} tokens. Shorten it."
+                f"{what} {number} has {len(ids)} tokens; with {new_tokens} new ones it exceeds the context of {limit} tokens. Shorten it."
             )
         encoded.append(ids)
     return encoded

@@ -19,7 +19,7 @@ from punster.data.schema import Row
 from punster.model.role import Role, Trunk
 from punster.rollout.logprobs import token_log_probs
 from punster.rollout.sampler import Decoding
-from punster.train.checkpoint import State, restore, save_checkpoint
+from punster.train.checkpoint import State, end_step, restore
 from punster.train.guard import keep_begun
 from punster.train.held_out import first, own_rows, sample_table, say_shared
 from punster.train.optim import (
@@ -33,7 +33,7 @@ from punster.train.optim import (
     within_memory,
 )
 from punster.train.plan import announce
-from punster.train.rows import encode_fitting, encode_rows, held_out_name, load_prompts, load_rows
+from punster.train.rows import encode, encode_rows, fits, held_out_name, load_prompts, load_rows
 from punster.train.run import Run, check_name, marked
 from punster.train.setup import extend, open_start
 
@@ -49,7 +49,7 @@ def sft(
     config = replace(config)  # the caller's stays as it is
     started = check_name(config, verb) if started is None else started
     start, tokenizer = open_start(config.pretrained or "base", config)
-    given = load_rows(rows if rows is not None else config.data, "sft", corpus.sft_rows, config.columns, quiet=config.quiet)
+    given = load_rows(rows if rows is not None else config.data, "sft", columns=config.columns, quiet=config.quiet)
     given, examples = encode_rows(tokenizer, start.model, given, config.quiet, config.max_length)
     known = [row["completion"] for row in given]
     held_out = own_rows(config, eval_rows)
@@ -62,7 +62,8 @@ def sft(
     if held_out:
         validation = encode_rows(tokenizer, start.model, held_out, config.quiet, config.max_length, "row of --eval-data")[1]
     else:
-        validation = encode_fitting(tokenizer, start.model, corpus.sft_rows("val"))
+        fitting = [row for row in corpus.sft_rows("val") if fits(row, tokenizer, start.model)]
+        validation = [encode(tokenizer, start.model, row) for row in fitting]
     decoding = Decoding(config.max_new_tokens if isinstance(config, DistillConfig) else 40)
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
@@ -89,11 +90,7 @@ def sft(
                 metrics["eval_loss"] = held_out_loss(policy, validation, held_out_trunk)
                 metrics |= sample_table(run, step, policy, tokenizer, shown, decoding, training=known)
             run.log(step, metrics, f"loss {loss_sum:.3f}")
-            if callback is not None:
-                callback(step, metrics)
-            if run.save_due(step):
-                save_checkpoint(run, step, state, tokenizer)
-                run.raise_if_stopped()
+            end_step(run, step, metrics, state, tokenizer, callback)
         summary = {"eval_loss": held_out_loss(policy, validation, held_out_trunk), "steps": steps, "rows": len(examples)}
         run.finish(summary | sample_table(run, steps, policy, tokenizer, shown, decoding, training=known))
         return run.folder

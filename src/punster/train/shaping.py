@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from punster.config import PolicyConfig, PpoConfig
-from punster.data import corpus
 from punster.errors import UserError
 from punster.model.role import Trunk
 from punster.rollout.sampler import generate
@@ -58,7 +57,7 @@ class SftTerm:
 
     def __init__(self, config: PpoConfig, setup: Setup):
         self.config, self.policy, self.trunk = config, setup.policy, Trunk({})
-        rows = load_rows(config.sft_data, "sft", corpus.sft_rows, quiet=config.quiet) if config.sft_coef else []
+        rows = load_rows(config.sft_data, "sft", quiet=config.quiet) if config.sft_coef else []
         self.examples = encode_rows(setup.tokenizer, setup.policy.model, rows, config.quiet)[1] if rows else []
         self.cursor = Cursor(max(1, len(self.examples)), seeded(config.seed, "sft"))
 
