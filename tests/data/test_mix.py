@@ -128,7 +128,6 @@ def test_kao_is_never_trained_on_and_recipes_are_checked(tmp_path: Path, mini: P
         "kind: sft\nparts: [{source: embedded, pass_share: .5}]": "pass_share must lie in [.01, 1], and is for kind: preference",
         "kind: preference\nparts: [{source: embedded, use: literal, columns: [prompt=x]}]": "part 1: columns is for files",
         "kind: preference\nparts: [{source: embedded, use: literal, margin: 3}]": "margin is for pairs made of groups or ratings",
-        "kind: preference\nparts: [{source: rjokes, use: retrieved, cap: 0}]": "cap must be at least 1 for pairs made of retrieved",
         "kind: sft\nparts: [3]": "part 1: expected a mapping",
         "kind: sft\nparts: [": "line 2: not YAML",
         "- a": "expected a mapping",

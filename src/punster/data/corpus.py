@@ -196,7 +196,7 @@ def garbled(text: str, other: str, index: int) -> str:
     def replace(match: re.Match[str]) -> str:
         nonlocal count
         count += 1
-        return match[0] if count % 3 else cased(donors[count // 3 % len(donors)], match[0])
+        return match[0] if count % 3 else _cased(donors[count // 3 % len(donors)], match[0])
 
     return re.sub(r"[A-Za-z]{4,}", replace, text)
 
@@ -220,7 +220,7 @@ def groups(split: str = "train") -> list[Row]:
 def homophone_dropped_in(record: dict[str, str]) -> str:
     """The plain sentence with the alternative word replaced by the pun word (unchanged for homographs)."""
     pattern = rf"(?<!\w){re.escape(record['alternative_word'])}(?!\w)"
-    return re.sub(pattern, lambda match: cased(record["pun_word"], match[0]), record["plain"], flags=re.IGNORECASE)
+    return re.sub(pattern, lambda match: _cased(record["pun_word"], match[0]), record["plain"], flags=re.IGNORECASE)
 
 
 _LOWERED = {"a", "an", "the", "she", "he", "they", "we", "it", "his", "her", "my", "our", "their", "two", "three", "there", "every",
@@ -247,6 +247,5 @@ def homophone_sentence(record: dict[str, str], index: int, others: list[dict[str
     return f"{first.rstrip('.!?')}, {_CONNECTIVES[index % len(_CONNECTIVES)]} {second}"
 
 
-def cased(word: str, like: str) -> str:
-    """The word with a capital where the other has one."""
+def _cased(word: str, like: str) -> str:
     return word[:1].upper() + word[1:] if like[:1].isupper() and like[1:].islower() else word

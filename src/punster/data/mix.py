@@ -17,7 +17,6 @@ from punster.data.pool import Pool, data_folder, embedded_evaluation, pool_of
 from punster.data.prompts import prompted, pun_word_share, retopic, topic_key, with_prompts
 from punster.data.recipe import DEFAULTS, REPLACED, Ingredient, Recipe, built_in, load_mixture
 from punster.data.replace import chosen_pairs, foreign_pairs
-from punster.data.retrieve import PLAIN, plain_sentences, retrieved_pairs
 from punster.data.schema import FIELDS, NAMES, Row, is_number, kind_of, texts_of
 from punster.data.sources import SOURCES
 from punster.errors import UserError, near_matches
@@ -108,9 +107,6 @@ def _part(
     """The rows of one part, and its line in the statement."""
     rows, licence, is_open, rude = _source_rows(part, recipe, pool, say)
     statement: Row = {"part": part.source or part.file, "use": part.use, "licence": licence, "open": is_open, "read": len(rows)}
-    if part.use == "retrieved":
-        found = dict.fromkeys([licence, *(SOURCES[name].licence for name in PLAIN)])
-        statement |= {"licence": "; ".join(found), "open": False}
     rude = rude if part.filter is None else part.filter
     dropped: Counter[str] = Counter()
     kept = []
@@ -131,11 +127,7 @@ def _part(
     if part.file and recipe.kind == "sft":
         kept = [row if row.get("source") in SOURCES else {k: v for k, v in row.items() if k != "is_pun"} for row in kept]
         kept, _ = prompted(kept, corpus.held_out_topics())
-    if part.use == "retrieved":
-        assert pool is not None
-        made = retrieved_pairs(kept, plain_sentences(pool), part.cap, part.prompt, draw)
-    else:
-        made = _made(kept, part, recipe, draw)
+    made = _made(kept, part, recipe, draw)
     if guard and (part.use in REPLACED or any(kind_of(row) == "group" for row in kept)):
         clean = [row for row in made if not any(map(guard.has_near, texts_of(row)))]
         dropped["near to an evaluation text"] += len(made) - len(clean)

@@ -26,8 +26,7 @@ class Ingredient:
     file: str = ""
     columns: list[str] = field(default_factory=list)
     # Default: what the source has. ranked: groups as they are; labels: single texts with is_pun and their rating;
-    # foreign, chosen: puns against themselves with a word in the pun word's place that is another pun's, or was chosen for the text;
-    # retrieved: puns against plain sentences with their word and topic put in (data/retrieve.py).
+    # foreign, chosen: puns against themselves with a word in the pun word's place that is another pun's, or was chosen for the text.
     use: str = ""  # see USES
     ids: str = ""  # only rows whose id begins so
     half: int = 0  # contrasts: 1 or 2, for two models that must share no pun word (0: all)
@@ -35,7 +34,7 @@ class Ingredient:
     total: float = 0.0  # preference: what the rows together count in the loss (0: each counts 1)
     pass_share: float = 1.0  # preference: the share of the families (or rows) that a pass draws, each counting more for it
     limit: int = 0  # at most so many rows, drawn (0: all)
-    cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen, retrieved: pairs of one text
+    cap: int = 10  # groups: pairs of one group; ratings, foreign, chosen: pairs of one text
     gap: float = 0.0  # smallest difference in score or rating that makes a pair
     by: str = "rating"  # the rating that is compared
     margin: float = 0.0  # margin of a pair = this x its gap (0: none)
@@ -55,7 +54,7 @@ class Recipe:
     parts: list[Ingredient] = field(default_factory=list)
 
 
-REPLACED = ("foreign", "chosen", "retrieved")
+REPLACED = ("foreign", "chosen")
 # What can be made of a part in a recipe of pairs: of a file, of each of our own corpora, of any other source. Else: puns or texts.
 USES = {"file": ("", "groups", "ranked", "pairs", "labels"), "contrasts": corpus.CONTRASTS,
         "embedded": ("", "groups", "ranked", "templates", *corpus.NEGATIVES, "foreign"),
