@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -189,6 +190,19 @@ BAD = {
     "no actor": (["ppo", "-n", "x"], ["-a runs/SFT"]),
     "missing actor": (["ppo", "-n", "x", "-a", "runs/none", "-c", "runs/none"], ["runs/none", "no such run"]),
     "unknown strategy": (["ppo", "-n", "x", "-a", "a", "-s", "fsdp"], ["fsdp", "naive"]),
+    "a name after the options": (
+        ["evaluate", "SFT", "--samples", "2", "base"],
+        ["unknown option base: no option takes it", "before"],
+    ),
+    "another prompt format than the run's": (
+        ["generate", "SFT", "hi", "--prompt-format", "Q: {prompt}"],
+        ["trained with --prompt-format", "no other"],
+    ),
+    "best-of-n's settings without it": (["evaluate", "SFT", "--pool", "8"], ["--pool and --proxy need --best-of N"]),
+    "a text too long to be scored": (
+        ["score", "REWARD", "LONG"],
+        ["THE FILE, line 2: ", "tokens, but the model's context is 128"],
+    ),
     "unknown recipe": (["run", "dmeo"], ["dmeo", "demo"]),
     "temperature below 0": (["generate", "TINY", "hi", "--temperature", "-1"], ["temperature"]),
     "unknown format": (["export", "TINY", "--format", "onnx", "--out", "o"], ["onnx", "hf"]),
@@ -204,7 +218,9 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "ok.jsonl"
     file.write_text('{"text": "hello"}\n')
-    names = {"TINY": str(tiny_llama), "SFT": str(runs / "sft"), "FILE": str(file)}
+    (tmp_path / "long.jsonl").write_text('{"text": "hello"}\n' + json.dumps({"text": "very long " * 200}) + "\n")
+    names = {"TINY": str(tiny_llama), "SFT": str(runs / "sft"), "REWARD": str(runs / "reward"), "FILE": str(file),
+             "LONG": str(tmp_path / "long.jsonl")}  # fmt: skip
     arguments, expected = BAD[case]
     before = set(tmp_path.rglob("*"))
     assert main([names.get(a, a) for a in arguments]) == 2
@@ -212,7 +228,7 @@ def test_bad_input(
     assert "Traceback" not in message
     assert len(message.strip().splitlines()) == 1
     for part in expected:
-        assert part in message, message
+        assert part.replace("THE FILE", str(tmp_path / "long.jsonl")) in message, message
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -249,6 +265,14 @@ def test_unknown_yaml_key_suggests_the_right_one(tmp_path: Path, capsys: pytest.
     assert main(["sft", "-n", "x", "--config", str(tmp_path / "c.yaml")]) == 2
     message = capsys.readouterr().err
     assert "lora_rr" in message and "lora_r" in message
+
+
+def test_a_terminal_of_another_alphabet_shows_what_it_can() -> None:
+    """A process, as the streams of this one are pytest's; the message quotes a word that Latin-1 has no characters for."""
+    code = "import sys; from punster.cli import main; sys.exit(main(['sft', '-n', 'x', '--kätzchen→', '1']))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert found.returncode == 2 and rb"k\xe4tzchen" not in found.stderr
+    assert "--kätzchen".encode("latin-1") + rb"\u2192" in found.stderr and b"Traceback" not in found.stderr
 
 
 def test_generated_control_characters_never_reach_the_terminal() -> None:

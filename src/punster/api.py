@@ -13,17 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from punster.config.shared import DEFAULT_MODEL, as_meant
 from punster.errors import UserError
+from punster.evaluate.table import shown_progress
+from punster.model.load import identity
 from punster.model.role import Role, score_examples, scores_and_spreads
 from punster.model.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import torch
-
-    from punster.rollout.sampler import Decoding
+from punster.rollout.sampler import ROWS, Decoding, generate
+from punster.train.optim import seeded
+from punster.train.rows import check_prompts, encode
+from punster.train.setup import open_role, shared_base
 
 
 @dataclass
@@ -33,40 +36,21 @@ class Model:
     role: Role
     tokenizer: Tokenizer
 
-    def generate(
-        self, prompt: Any, k: int = 1, *, best_of: int = 0, judge: Model | None = None, seed: int = 1, max_new_tokens: int = 48,
-        temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.05, repetition_penalty: float = 1.0,
-        distinct: bool = True,
-    ) -> list[str]:  # fmt: skip
-        """k texts; with best_of and a judge, each is the best of so many samples. `distinct` draws again for repeats.
-
-        The defaults are for reading; temperature 1 and min_p 0 sample as training and evaluation do.
-        """
-        from punster.rollout.sampler import Decoding
-
-        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-        return self._write([prompt], k, decoding, best_of, judge, seed, distinct, quiet=True)[0]
+    def generate(self, prompt: Any, k: int = 1, **options: Any) -> list[str]:
+        """k texts in answer to one prompt; the options are those of `generate_many`."""
+        return self.generate_many([prompt], k, **options)[0]
 
     def generate_many(
         self, prompts: Sequence[Any], k: int = 1, *, best_of: int = 0, judge: Model | None = None, seed: int = 1,
         max_new_tokens: int = 48, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.05,
         repetition_penalty: float = 1.0, distinct: bool = True, quiet: bool = True,
     ) -> list[list[str]]:  # fmt: skip
-        """`generate` for many prompts, which are sampled together; not `quiet`: with a progress bar."""
-        from punster.rollout.sampler import Decoding
+        """k texts to each prompt; with best_of and a judge, each is the best of so many samples. `distinct` draws again for repeats.
 
+        The defaults are for reading; temperature 1 and min_p 0 sample as training and evaluation do. Prompts are sampled together;
+        not `quiet`: with a progress bar.
+        """
         decoding = Decoding(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-        return self._write(prompts, k, decoding, best_of, judge, seed, distinct, quiet)
-
-    def _write(
-        self, prompts: Sequence[Any], k: int, decoding: Decoding, best_of: int, judge: Model | None, seed: int, distinct: bool,
-        quiet: bool,
-    ) -> list[list[str]]:  # fmt: skip
-        from punster.evaluate.table import shown_progress
-        from punster.rollout.sampler import ROWS
-        from punster.train.optim import seeded
-        from punster.train.rows import check_prompts
-
         if self.role.head is not None:
             raise UserError("this run is a reward model: it scores texts, it does not write them")
         if isinstance(prompts, str):
@@ -76,8 +60,8 @@ class Model:
         if best_of and judge is None:
             raise UserError("--best-of needs a reward model to choose by: -c runs/REWARD")
         if judge is not None:
-            fits = judge.role.model.name == self.role.model.name and judge.tokenizer.prompt_format == self.tokenizer.prompt_format
-            if judge.role.head is None or not fits:
+            theirs, ours = ((identity(each.role.model.name), each.tokenizer.prompt_format) for each in (judge, self))
+            if judge.role.head is None or theirs != ours:
                 raise UserError("-c must be a reward model on the same base and prompt format as the model that writes")
             if not best_of:
                 raise UserError("-c chooses among samples: give --best-of N too")
@@ -95,8 +79,6 @@ class Model:
         generator: torch.Generator, distinct: bool,
     ) -> list[list[str]]:  # fmt: skip
         """At most k texts to each tokenised prompt."""
-        from punster.rollout.sampler import generate
-
         found: list[list[str]] = [[] for _ in ids]
         for _ in range(5 if distinct else 1):
             short = [own for own in range(len(ids)) if len(found[own]) < k]
@@ -120,21 +102,21 @@ class Model:
         """One normalised score for each completion; it depends on this prompt and text alone."""
         return self.judge(prompts, completions)[0]
 
-    def judge(self, prompts: Sequence[Any], completions: Sequence[str]) -> tuple[list[float], list[float]]:
-        """Scores, and the standard deviation over an ensemble's members on each text (0 for a single model)."""
+    def judge(
+        self, prompts: Sequence[Any], completions: Sequence[str], places: Sequence[str] = ()
+    ) -> tuple[list[float], list[float]]:
+        """Scores, and the standard deviation over an ensemble's members on each text (0 for a single model).
+
+        places: what an error calls each text ("FILE, line N"), instead of its number.
+        """
         if self.role.head is None:
             raise UserError("this run is not a reward model: only reward runs score texts")
-        from punster.train.rows import encode
-
         alone = isinstance(prompts, str) or isinstance(completions, str)
         prompts, completions = list(prompts), list(completions)
         if alone or len(prompts) != len(completions):
             raise UserError("prompts and completions must be two lists of the same length")
-        pairs = zip(prompts, completions, strict=True)
-        examples = [
-            encode(self.tokenizer, self.role.model, {"prompt": p, "completion": c}, where=f"row {i}")
-            for i, (p, c) in enumerate(pairs, 1)
-        ]
+        rows = zip(prompts, completions, places or [f"row {i}" for i in range(1, len(prompts) + 1)], strict=True)
+        examples = [encode(self.tokenizer, self.role.model, {"prompt": p, "completion": c}, where=place) for p, c, place in rows]
         unique = list(dict.fromkeys(examples))  # equal texts get equal scores to the last digit, and run once
         found = dict(zip(unique, zip(*scores_and_spreads(self.role, unique), strict=True), strict=True))
         return [found[example][0] for example in examples], [found[example][1] for example in examples]
@@ -144,12 +126,14 @@ def load(
     path: str = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto", prompt_format: str = "auto", merge: bool = False
 ) -> Model:
     """A run folder, or any --model value. merge: in fp32 a run's adapters are added into the weights, which scores faster."""
-    from punster.train.setup import open_role, shared_base
-
     where = SimpleNamespace(device=device, dtype=dtype)
     folder = Path(path)
     if (folder / "checkpoints").is_dir() or (folder / "manifest.json").exists():
         role, tokenizer = open_role(path, where)
+        if as_meant(prompt_format) not in ("auto", tokenizer.prompt_format):
+            raise UserError(
+                f"{path}: trained with --prompt-format {tokenizer.prompt_format!r}, and writes and scores with no other"
+            )
         return Model(role.merged() if merge else role, tokenizer)
     if folder.is_dir() and not (folder / "config.json").exists():
         runs = sorted(p.name for p in folder.iterdir() if (p / "checkpoints").is_dir())

@@ -10,11 +10,15 @@ import sys
 import tempfile
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import punster
+from punster.config import EvaluateConfig, PipelineConfig
 from punster.config.parsing import parse, parsed_values, parser_for, simple_parser
+from punster.data.verbs import check_folder, check_target, data, input_files, keep_inputs
+from punster.disk import write_text
 from punster.errors import Aborted, UserError, near_matches
 from punster.safe import json_line, plain
 
@@ -44,6 +48,9 @@ TRAINING = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 usage or bad input, 1 failure, 130 or 143 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without our characters shows their numbers
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -106,8 +113,6 @@ def dispatch(verb: str, rest: list[str]) -> int:
 
 # ---- verbs --------------------------------------------------------------------------------------------------------
 def run_verb(rest: list[str]) -> int:
-    from punster.config import PipelineConfig
-
     if set(rest) & {"-h", "--help"}:
         parser = parser_for("run", PipelineConfig, config_help=SUPPRESS)  # a recipe is given by itself
         parser.usage = "punster run RECIPE|FILE.yaml [options]"
@@ -163,8 +168,6 @@ def generate_verb(rest: list[str]) -> int:
     if source is not None and "prompt" in o:
         raise UserError("give one prompt, or many by --prompts, not both")
     from punster.api import load
-    from punster.data.verbs import check_target, input_files
-    from punster.disk import write_text
     from punster.train.rows import load_prompts
 
     if out:
@@ -218,14 +221,13 @@ def score_verb(rest: list[str]) -> int:
     from punster.api import load
     from punster.data.files import read_texts
     from punster.data.prompts import GENERIC_PROMPT
-    from punster.data.verbs import check_target
-    from punster.disk import write_text
 
     if o["out"]:
         check_target(Path(o["out"]), [Path(o["file"])])
     rows = read_texts(o["file"])
     model = load(o["model"], device=o["device"], dtype=o["dtype"], merge=True)
-    judged = model.judge([row.get("prompt", GENERIC_PROMPT) for row in rows], [row["completion"] for row in rows])
+    prompts, places = [row.get("prompt", GENERIC_PROMPT) for row in rows], [row["_place"] for row in rows]
+    judged = model.judge(prompts, [row["completion"] for row in rows], places)
     lines = "".join(json.dumps({"score": round(s, 6), "spread": round(d, 6)}) + "\n" for s, d in zip(*judged, strict=True))
     if o["out"]:
         write_text(Path(o["out"]), lines)
@@ -235,11 +237,8 @@ def score_verb(rest: list[str]) -> int:
 
 
 def evaluate_verb(rest: list[str]) -> int:
-    from punster.config import EvaluateConfig
-
     config = parse("evaluate", EvaluateConfig, rest, positional=("models",))
     from punster.data.files import is_file_of_rows
-    from punster.data.verbs import check_folder, input_files, keep_inputs
     from punster.evaluate.compare import evaluate
     from punster.evaluate.folder import read_config
     from punster.evaluate.table import print_table
@@ -267,7 +266,6 @@ def report_verb(rest: list[str]) -> int:
     for folder in folders:
         if not (folder / "config.yaml").exists() and not (folder / "summary.json").exists():
             raise UserError(f"{folder}: no such run")
-    from punster.data.verbs import check_target
     from punster.evaluate.card import write_card
     from punster.evaluate.report import write_comparison, write_report
 
@@ -301,12 +299,6 @@ def export_verb(rest: list[str]) -> int:
     return 0
 
 
-def data_verb(rest: list[str]) -> int:
-    from punster.data.verbs import data
-
-    return data(rest)
-
-
 def doctor_verb(rest: list[str]) -> int:
     parser = simple_parser("doctor", "Versions, machine, cache, and a short speed check.")
     parsed_values(parser, rest)
@@ -317,7 +309,7 @@ def doctor_verb(rest: list[str]) -> int:
 
 HANDLERS: dict[str, Callable[[list[str]], int]] = {
     "run": run_verb, "generate": generate_verb, "score": score_verb, "evaluate": evaluate_verb, "report": report_verb,
-    "data": data_verb, "export": export_verb, "doctor": doctor_verb,
+    "data": data, "export": export_verb, "doctor": doctor_verb,
 }  # fmt: skip
 VERBS = (*TRAINING, *HANDLERS)
 

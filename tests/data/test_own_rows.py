@@ -105,9 +105,12 @@ def test_an_empty_field_is_not_called_found() -> None:
 
 def test_texts_to_be_scored_are_read_as_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": "a pun"}, {"prompt": "p", "text": "b"}, {"prompt": [{"role": "user", "content": "q"}], "completion": "c"}]
-    assert read_texts(write(tmp_path / "t.jsonl", rows)) == [
-        {"completion": "a pun"}, {"completion": "b", "prompt": "p"},
-        {"completion": "c", "prompt": [{"role": "user", "content": "q"}]},
+    rows += [{"prompt": "p", "completion": "d", "text": "not this"}]
+    file = write(tmp_path / "t.jsonl", rows)
+    assert read_texts(file) == [
+        {"completion": "a pun", "_place": f"{file}, line 1"}, {"completion": "b", "prompt": "p", "_place": f"{file}, line 2"},
+        {"completion": "c", "prompt": [{"role": "user", "content": "q"}], "_place": f"{file}, line 3"},
+        {"completion": "d", "prompt": "p", "_place": f"{file}, line 4"},
     ]  # fmt: skip
     for row, message in (
         ({"text": " "}, "field 'text' is empty"),

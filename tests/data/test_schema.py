@@ -240,7 +240,7 @@ def test_further_columns_with_texts_are_no_answers() -> None:
 def test_a_prompt_beside_a_text_to_be_scored_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"prompt": "about bakers", "text": "dough"}\n{"text": "dough"}\n')
-    assert read_texts(file) == [{"prompt": "about bakers", "completion": "dough"}, {"completion": "dough"}]
+    assert [(row.get("prompt"), row["completion"]) for row in read_texts(file)] == [("about bakers", "dough"), (None, "dough")]
 
 
 def test_numbers_of_a_csv_file_are_numbers(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import torch
 import yaml
 from fake_judge import FakeJudge, by
 
+import punster
 from punster.cli import main
 from punster.config import EvaluateConfig
 from punster.data import corpus
 from punster.data.batch import Example
-from punster.evaluate.compare import best_of_row, exact_kl, picked, shared_depths
+from punster.evaluate.compare import best_of_row, exact_kl, labels_of, picked, shared_depths
 from punster.evaluate.folder import read_config
 from punster.evaluate.lineage import not_held_out, training_texts
 from punster.evaluate.table import judge_sentences
@@ -192,6 +193,60 @@ def test_a_model_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: 
     card = (tmp_path / "e" / "README.md").read_text()
     assert "A comparison of models" in card and "punster evaluate --config" in card
     assert "text-classification" not in card and "Embedded corpus" not in card
+
+
+def test_a_reference_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: Path) -> None:
+    ppo = tmp_path / "ppo"
+    shutil.copytree(runs / "more", ppo)
+    settings = yaml.safe_load((ppo / "config.yaml").read_text())
+    settings = {key: value for key, value in settings.items() if key not in ("data", "pretrained")}
+    told = settings | {"actor": str(runs / "sft"), "reward_model": str(runs / "gold")}
+    (ppo / "config.yaml").write_text("# punster ppo\n" + yaml.safe_dump(told))
+    asked = [
+        "evaluate",
+        str(runs / "more"),
+        "--reference",
+        str(ppo),
+        "--gold",
+        str(runs / "gold"),
+        "--limit",
+        "2",
+        "--samples",
+        "1",
+    ]
+    assert main([*asked, "--max-new-tokens", "4", "--quiet", "--out", str(tmp_path / "e")]) == 0
+    assert json.loads((tmp_path / "e" / "summary.json").read_text())["not_held_out"] == ["ppo"]
+
+
+def test_a_checkpoint_has_the_neighbours_of_its_run_and_a_base_many_spellings(
+    runs: Path, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """runs/more/checkpoints/step-2 is compared with runs/sft by runs/gold; its base is theirs, however its path was given."""
+    monkeypatch.chdir(tiny_llama.parent)
+    common = [
+        "--model",
+        f"./{tiny_llama.name}",
+        "--steps",
+        "1",
+        "--quiet",
+        "--eval-prompts",
+        "0",
+        "-b",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["sft", "-n", "relative", *common]) == 0
+    few = ["--limit", "2", "--samples", "1", "--max-new-tokens", "4", "--quiet"]
+    place = str(runs / "more" / "checkpoints" / "step-2")
+    assert main(["evaluate", place, str(tmp_path / "relative"), *few, "--out", str(tmp_path / "e")]) == 0
+    assert set(json.loads((tmp_path / "e" / "summary.json").read_text())["models"]) == {"sft", "step-2", "relative"}
+    chosen = punster.load(str(tmp_path / "relative")).generate("a", best_of=2, judge=punster.load(str(runs / "gold")))
+    assert len(chosen) == 1
+
+
+def test_the_folder_one_stands_in_has_a_name() -> None:
+    assert labels_of([".", "runs/latest", "runs/x.jsonl"]) == {".": Path.cwd().name, "runs/latest": "latest", "runs/x.jsonl": "x"}
 
 
 def test_copies_are_of_all_that_any_model_was_taught(tmp_path: Path) -> None:

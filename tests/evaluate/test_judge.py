@@ -419,6 +419,8 @@ def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be used"):
         Client(settings("http://127.0.0.1:9/v1", tmp_path))
     assert (tmp_path / "judge.sqlite").read_text().startswith("these are my notes")
+    with pytest.raises(UserError, match="the cache of judge answers cannot be used"):
+        judge_client.Cache(tmp_path)  # a folder
 
 
 @pytest.mark.parametrize(

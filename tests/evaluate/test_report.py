@@ -407,6 +407,22 @@ def test_several_runs_share_one_page(tmp_path: Path) -> None:
     assert PUNS[1] in page.row("make a pun about topic 0")[2]
     colours = {run.hues[name] for run in [compared([read_run(first), read_run(second)])] for name in ("demo: PPO", "second: PPO")}
     assert len(colours) == 2
+    run = compared([read_run(first), read_run(second)])
+    judges = [f"{owner}: {name}" for owner in ("demo", "second") for name in ("reward", "gold")]
+    assert {stage.name for stage in run.stages if stage.verb == "reward"} == set(judges), judges
+    assert len({run.hue(name) for name in judges}) == 4
+
+
+def test_a_comparison_of_texts_and_the_base_claims_no_best_model(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "config.yaml").write_text("# punster evaluate\nmodels: [base, theirs.jsonl]\n")
+    theirs = summary["models"]["ppo"] | {"eos_rate": None}
+    summary["models"] = {"base": summary["models"]["base"], "sft": summary["models"]["sft"], "theirs": theirs}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = load(write_report(folder)).text
+    assert "A comparison of base, SFT, theirs; no trained model was compared with another." in " ".join(text.split())
+    assert "has the highest" not in text and "A pipeline" not in text
 
 
 def test_a_stage_that_stopped_itself_says_so(tmp_path: Path) -> None:

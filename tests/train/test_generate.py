@@ -41,7 +41,7 @@ def test_texts_to_all_prompts_of_a_file(
         asked.append(len(ids))
         return original(role, ids, *rest)
 
-    monkeypatch.setattr(sampler, "generate", counted)
+    monkeypatch.setattr("punster.api.generate", counted)
     out = tmp_path / "texts.jsonl"
     command = ["generate", sft_run, "--prompts", str(prompts), "-k", "3", *SHORT]
     assert main([*command, "--out", str(out)]) == 0
@@ -74,6 +74,7 @@ def test_one_prompt_is_written_as_it_was_printed(sft_run: str, tmp_path: Path, c
 def test_many_prompts_are_sampled_in_parts(sft_run: str, reward_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many prompts together as fill the sampler; each text is the best of its own block."""
     monkeypatch.setattr(sampler, "ROWS", 8)
+    monkeypatch.setattr("punster.api.ROWS", 8)
     model, judge = load(sft_run, device="cpu", dtype="fp32"), load(reward_run, device="cpu", dtype="fp32")
     plain = model.generate_many(PROMPTS, 2, max_new_tokens=8, distinct=False)
     assert [len(texts) for texts in plain] == [2] * len(PROMPTS)

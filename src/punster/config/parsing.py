@@ -147,6 +147,8 @@ def readable(message: str, parser: Any) -> str:
     options = [[flag for flag in action.option_strings if not flag.startswith("--no-")] for action in parser._actions]
     known = {flag: "/".join(flags) for flags in options for flag in flags if flag.startswith("--")}
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", text):
+        if not match[1].startswith("-"):
+            return f"unknown option {match[1]}: no option takes it (what is no option stands together, before them)"
         return f"unknown option {match[1]}.{suggestion(match[1].split('=')[0], known)}"
     if match := re.search(r"[Kk]ey '?([\w.]+)'? is not expected|Option '([\w.]+)' is not accepted|Key \"([\w.]+)\"", text):
         key = next(group for group in match.groups() if group)

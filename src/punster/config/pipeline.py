@@ -67,6 +67,7 @@ class EvaluateConfig:
         require(self.judge is not None or not (self.judge_model or self.calibrate), "--judge-model and --calibrate need --judge")
         require(self.calibrate == 0 or self.calibrate >= 10, f"--calibrate must be at least 10, got {self.calibrate}")
         require(self.best_of == 0 or self.best_of >= 2, f"--best-of must be at least 2, got {self.best_of}")
+        require(self.best_of > 0 or not (self.pool or self.proxy), "--pool and --proxy need --best-of N")
         require(self.pool == 0 or self.pool > self.best_of, f"--pool must be more than --best-of, got {self.pool}")
 
 

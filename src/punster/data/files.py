@@ -40,9 +40,10 @@ def read_rows(
 
 
 def read_texts(path: str | Path) -> list[Row]:
-    """Rows to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always with "completion"."""
-    given = ((row.get("prompt"), row["text"] if "text" in row else row["completion"]) for row in read_rows(path, "written"))
-    return [{"completion": text} | ({} if prompt is None else {"prompt": prompt}) for prompt, text in given]
+    """Rows to be scored: {"text"}, perhaps with "prompt", or {"prompt", "completion"}; always with "completion", and their "_place"."""
+    asked = lambda row: {} if row.get("prompt") is None else {"prompt": row["prompt"]}
+    text = lambda row: row["text"] if row.get("completion") is None else row["completion"]
+    return [{"completion": text(row), "_place": row["_place"], **asked(row)} for row in read_rows(path, "written", placed=True)]
 
 
 def is_file_of_rows(path: str) -> bool:

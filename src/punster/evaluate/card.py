@@ -13,6 +13,10 @@ from typing import Any
 
 import yaml
 
+from punster.data.corpus import OWN
+from punster.data.recipe import DEFAULTS, built_in, load_mixture
+from punster.data.sources import SOURCES
+from punster.disk import write_text
 from punster.evaluate.figures import curves_of
 from punster.evaluate.folder import (
     LICENCES,
@@ -20,7 +24,6 @@ from punster.evaluate.folder import (
     SHOWN_SETTINGS,
     SIZES,
     RunData,
-    Stage,
     accuracy_table,
     base_of,
     chain,
@@ -35,7 +38,7 @@ from punster.evaluate.folder import (
     usage,
     versions,
 )
-from punster.evaluate.table import as_dict, judge_sentences, label, result_tables, show
+from punster.evaluate.table import as_dict, judge_sentences, label, result_tables
 from punster.model.load import BUILT_IN
 
 
@@ -58,8 +61,6 @@ def code(text: str) -> str:
 
 def write_card(folder: Path) -> Path:
     """Write folder/README.md."""
-    from punster.disk import write_text
-
     run = read_run(Path(folder))
     path = Path(folder) / "README.md"
     write_text(path, "\n\n".join(part for part in (_head(run), *_body(run)) if part) + "\n")
@@ -94,7 +95,8 @@ def _body(run: RunData) -> list[str]:
             "First to last step, with the values there; report.html has them as figures.",
             md_table(["Metric", "Stage", "Curve", "From", "To"], drawn),
         ]
-    methods = [f"- **{md(label(s.name))}**: {METHODS[s.verb]}{stopped(s)}" for s in run.stages if s.verb in METHODS]
+    told = [stage for stage in run.stages if stage.verb in METHODS]
+    methods = [f"- **{md(label(s.name))}**: {METHODS[s.verb]}{s.stopped and f'; it {md(s.stopped)}'}" for s in told]
     if methods:
         lora = any(s.config.get("adapter") == "lora" for s in run.stages)
         parts += ["## Method", "\n".join(methods), "Low-rank adapters (Hu et al. 2021) on frozen weights." if lora else ""]
@@ -142,15 +144,6 @@ def is_adapter(run: RunData) -> bool:
     return all(settings.get("adapter") != "none" for settings in chain(run, ("actor", "pretrained"))[0])
 
 
-def stopped(stage: Stage) -> str:
-    """What must be known of a stage that stopped itself: it is back at an earlier step."""
-    summary = stage.summary
-    if not summary.get("aborted"):
-        return ""
-    at, back = show(summary.get("aborted_at"), 0), show(summary.get("steps"), 0)
-    return f"; it stopped itself at step {at} ({md(summary['aborted'])}) and is back at step {back}"
-
-
 def _results(run: RunData) -> list[str]:
     parts = []
     if tables := result_tables(run.shown_summary):
@@ -180,8 +173,6 @@ def _samples(run: RunData) -> list[str]:
 
 def sources_used(run: RunData) -> dict[str, list[str]]:
     """The data that a run learned from, with the sources of mixtures that come with punster; none of what is the user's own."""
-    from punster.data.recipe import DEFAULTS, built_in, load_mixture
-
     found = {}
     for name in data_used(run):
         recipes = list(DEFAULTS.values()) if name == "puns" else [name] if name in built_in() else []
@@ -192,16 +183,11 @@ def sources_used(run: RunData) -> dict[str, list[str]]:
 
 def is_open(source: str) -> bool:
     """Whether what is trained on a source may be used for anything."""
-    from punster.data.corpus import OWN
-    from punster.data.sources import SOURCES
-
     return source in OWN or SOURCES[source].open
 
 
 def source_line(name: str) -> str:
     """What a source's licence allows; of our own texts which they are, too."""
-    from punster.data.sources import SOURCES
-
     own = {"embedded": ("puns.jsonl", "Embedded corpus of punster: original puns"),
            "contrasts": ("contrasts.jsonl", "Contrasts of punster: original puns, and texts that only look like puns")}  # fmt: skip
     if name in own:
@@ -215,12 +201,8 @@ def source_line(name: str) -> str:
 
 def _curves(run: RunData) -> list[list[str]]:
     """Every curve of the report as a line of blocks."""
-    rows = []
-    for curve, lines in curves_of(run):
-        for stage, points in lines:
-            values = [y for _, y in points]
-            rows.append([md(curve.title), md(label(stage.name)), blocks(values), f"{values[0]:.3g}", f"{values[-1]:.3g}"])
-    return rows
+    drawn = ((curve, stage, [y for _, y in points]) for curve, lines in curves_of(run) for stage, points in lines)
+    return [[md(c.title), md(label(stage.name)), blocks(ys), f"{ys[0]:.3g}", f"{ys[-1]:.3g}"] for c, stage, ys in drawn]
 
 
 def blocks(values: list[float], width: int = 24) -> str:

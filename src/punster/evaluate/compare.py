@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from punster.disk import write_json, write_text
 from punster.errors import UserError
 from punster.evaluate.extra import Extra
 from punster.evaluate.folder import home, read_config
+from punster.evaluate.judge import judge_texts, labelled_texts
+from punster.evaluate.judge_client import Client
 from punster.evaluate.lineage import not_held_out, sibling, training_texts
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.evaluate.seeds import rows_of_models
 from punster.evaluate.success import Calls
 from punster.evaluate.table import print_table, shown_progress
 from punster.evaluate.winrate import bootstrap, bradley_terry_ratings, versus, win_share
+from punster.model.load import identity
 from punster.model.role import Role, Trunk, score_examples
 from punster.model.tokenizer import Tokenizer
 from punster.rollout.logprobs import compare_policies
@@ -61,9 +65,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError("nothing to evaluate: give runs, or 'base'")
     client = None
     if config.judge is not None:  # only then is openai imported; a missing key is found before anything is sampled
-        from punster.evaluate.judge import labelled_texts
-        from punster.evaluate.judge_client import Client
-
         client = Client(config)
         if config.calibrate:
             labelled_texts(config.calibrate, config.seed)  # refused now where there are none
@@ -125,7 +126,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results[label]["rating"] = rating
     summary: dict[str, Any] = {"models": results, "reference": reference_label, "prompts": len(texts), "samples": config.samples,
                                "decoding": asdict(decoding)}  # fmt: skip
-    summary |= not_held_out(paths, gold_path, config)
+    summary |= not_held_out({reference_label: reference_path, **paths}, gold_path, config)
     if config.best_of:
         name = f"best_of_{config.best_of}"
         gold_scores, proxy_scores = pool_scores
@@ -141,8 +142,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         summary["over_seeds"] = rows
         save(config, summary)
     if client is not None:
-        from punster.evaluate.judge import judge_texts
-
         first = {label: [texts_of_prompt[0] for texts_of_prompt in each.texts] for label, each in sampled.items()}
         try:
             judged, summary["judge"] = judge_texts(config, client, texts, first, reference_label)
@@ -171,7 +170,9 @@ def save(config: EvaluateConfig, summary: dict[str, Any], lines: Sequence[dict[s
 # ---- parts --------------------------------------------------------------------------------------------------------
 def labels_of(paths: Sequence[str]) -> dict[str, str]:
     """{path: name in the tables}: the folder's or file's own; where two of them would share it, with the folder that it lies in."""
-    own, there = {path: label_of(path) for path in paths}, {path: Path(path).resolve() for path in paths}
+    there = {path: Path(path).resolve() for path in paths}
+    given = {path: Path(abspath(path)) for path in paths}  # "." has no name
+    own = {path: place.stem if is_file_of_rows(path) else place.name for path, place in given.items()}
     shared = lambda names: {name for name in names.values() if len({there[path] for path in paths if names[path] == name}) > 1}
     clash = shared(own)
     owner = lambda path: home(there[path]) if home(there[path]) != there[path] else there[path].parent
@@ -179,10 +180,6 @@ def labels_of(paths: Sequence[str]) -> dict[str, str]:
     if still := shared(named):
         raise UserError(f"two different runs are called {still.pop()}: the table could not tell them apart; copy or rename one")
     return named
-
-
-def label_of(path: str) -> str:
-    return Path(path).stem if is_file_of_rows(path) else Path(path).name
 
 
 def written(path: str, prompts: Sequence[Any], ids: Sequence[list[int]], count: int, tokenizer: Tokenizer, limit: int) -> Rollout:
@@ -205,7 +202,7 @@ def fitting(path: str, reference: Role, tokenizer: Tokenizer) -> str:
     """The checkpoint of a run that can be compared with the reference; UserError if it cannot."""
     place = checkpoint_of(path)
     told = json.loads((place / "role.json").read_text(encoding="utf-8"))
-    if (told["model"], told["prompt_format"]) != (reference.model.name, tokenizer.prompt_format):
+    if identity(told["model"]) != identity(reference.model.name) or told["prompt_format"] != tokenizer.prompt_format:
         raise UserError(f"{path}: another base model or prompt format than the reference run")
     if told["has_head"]:
         raise UserError(f"{path} is a reward model, not a policy")
@@ -271,7 +268,7 @@ def open_reference(path: str, gold: str, config: EvaluateConfig) -> tuple[Role, 
 
 def sample_of(label: str, rollout: Rollout, gold: list[list[float]], tokenizer: Tokenizer, per_prompt: int) -> Sampled:
     texts = [tokenizer.decode(example.response) for example in rollout.examples]
-    return Sampled(label, rollout, by_prompt(texts, per_prompt), gold)
+    return Sampled(label, replace(rollout, trunk=None), by_prompt(texts, per_prompt), gold)
 
 
 def describe(sampled: Sampled, training: Sequence[str] | None, config: EvaluateConfig) -> dict[str, Any]:
@@ -281,12 +278,11 @@ def describe(sampled: Sampled, training: Sequence[str] | None, config: EvaluateC
     """
     columns = list(zip(*sampled.texts, strict=True))  # the k-th text to every prompt
     texts = [text for column in columns for text in column]
-    finished = sampled.rollout.finished
     return {
         "held_out_reward": bootstrap([sum(scores) / len(scores) for scores in sampled.gold], config.seed),
         "distinct_2": sum(distinct_n(column, 2) for column in columns) / len(columns),
         "length": sum(len(words(text)) for text in texts) / len(texts),
-        "eos_rate": sum(finished) / len(finished),
+        "eos_rate": sum(sampled.rollout.finished) / len(sampled.rollout.finished),
         "copy_rate": None if training is None else copy_rate(texts, training),
     }
 

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import yaml
 
 from punster import __version__
 from punster.config import EvaluateConfig
+from punster.data.corpus import OWN
+from punster.data.recipe import built_in
 from punster.errors import UserError
 from punster.evaluate.table import as_dict, label, number, reference_of, show
 from punster.model.load import ALIASES, BUILT_IN
@@ -61,6 +63,12 @@ class Stage:
     summary: dict[str, Any] = field(default_factory=dict)
     place: Path = Path()
 
+    @property
+    def stopped(self) -> str:
+        """What must be known where the run stopped itself: it is back at an earlier step."""
+        why, at, back = (self.summary.get(key) for key in ("aborted", "aborted_at", "steps"))
+        return f"stopped itself at step {show(at, 0)} ({why}) and is back at step {show(back, 0)}" if why else ""
+
 
 @dataclass
 class RunData:
@@ -85,8 +93,12 @@ class RunData:
 
     def hue(self, name: str) -> int:
         """Number of a model's colour and marker, the same in all figures."""
-        known = HUES.get("best_of" if name.startswith("best_of") else name, 6 + sum(map(ord, name)) % 2)
-        return self.hues.get(name, known)
+        names = dict.fromkeys((*self.models, *(stage.name for stage in self.stages), name))
+        standing = {one: HUES.get("best_of" if one.startswith("best_of") else one) for one in names}
+        free = [hue for hue in (6, 7, *range(6)) if hue not in standing.values()] or [6, 7]
+        others = [one for one, hue in standing.items() if hue is None]
+        own = standing[name]
+        return self.hues.get(name, free[others.index(name) % len(free)] if own is None else own)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
@@ -127,7 +139,7 @@ def read_run(folder: Path) -> RunData:
     """Everything that the report and the card show of a run folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    summary = _read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     inner = {p.name for p in folder.iterdir() if p.is_dir() and any((p / f).is_file() for f in ("metrics.jsonl", "config.yaml"))}
     # Less a comparison that lies in it.
     inner = {name for name in inner if read_config(folder / name / "config.yaml")[1] != "evaluate"}
@@ -163,7 +175,8 @@ def compared(runs: Sequence[RunData]) -> RunData:
         stages += [replace(stage, name=titled(owner, stage.name) if run.pipeline else owner) for stage in run.stages]
     references = {label(run.reference) for run in runs}
     hues: dict[str, int] = {}
-    for family in (models, {stage.name: stage for stage in stages if stage.verb not in ("reward", "")}):
+    families = (models, [s.name for s in stages if s.verb not in ("reward", "")], [s.name for s in stages if s.verb == "reward"])
+    for family in families:
         hues |= {name: place % 8 for place, name in enumerate(n for n in family if n not in hues)}
     return RunData(
         name=" and ".join(names), shown=" ".join(run.shown for run in runs), pipeline=True, config={}, summary={"models": models, "reward_models": rewards, "reference": references.pop() if len(references) == 1 else "its reference"},
@@ -184,7 +197,7 @@ def differences(runs: Sequence[RunData]) -> list[list[str]]:
 def _read_stage(folder: Path, name: str) -> Stage:
     config, verb = read_config(folder / "config.yaml")
     verb = verb or VERB_OF_STAGE.get(name, name if name in STAGES else "")
-    return Stage(scrub(name), verb, config, read_lines(folder / "metrics.jsonl"), _read_json(folder / "summary.json"), folder)
+    return Stage(scrub(name), verb, config, read_lines(folder / "metrics.jsonl"), read_json(folder / "summary.json"), folder)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], str]:
@@ -197,7 +210,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], str]:
         return {}, ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return as_dict(scrub(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
@@ -206,25 +219,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; a line cut short by an interruption is skipped."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(scrub(row))
+    rows: list[dict[str, Any]] = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):
+                if isinstance(row := json.loads(line), dict):
+                    rows.append(scrub(row))
     return rows
 
 
 # ---- words and numbers ----------------------------------------------------------------------------------------------
 def best_model(run: RunData) -> str | None:
-    """The trained model of the highest gold reward but the reference (best-of-n is not a model of its own, a placebo no candidate)."""
-    names = [n for n in run.models if n not in ("base", run.reference, "placebo") and not n.startswith("best_of")]
+    """The trained model of the highest gold reward but the reference.
+
+    Best-of-n and a file of texts, of which nobody knows where it would end, are no models of their own; a placebo is no candidate.
+    """
+    models = {n for n, entry in run.models.items() if entry.get("eos_rate", 0) is not None and not n.startswith("best_of")}
+    names = [n for n in run.models if n in models and n not in ("base", run.reference, "placebo")]
     names = [n for n in names if n != "sft"] or names
     scores = {n: reward for n in names if (reward := number(run.models[n].get("held_out_reward"))) is not None}
     return max(scores, key=lambda n: scores[n]) if scores else None
@@ -282,9 +293,7 @@ def base_of(run: RunData) -> tuple[str, str]:
 def versions(run: RunData) -> dict[str, str]:
     """Versions that the run recorded with its machine; others as installed where this is written."""
     found = {"punster": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "safetensors"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    found |= {package: version(package) for package in ("torch", "transformers", "safetensors")}
     machine = as_dict(run.summary.get("machine"))
     return {name: str(machine.get(name) or given) for name, given in found.items()}
 
@@ -338,9 +347,6 @@ def data_used(run: RunData) -> list[str]:
 
 def _data_name(given: str) -> str:
     """The base name; with its folder where the name alone would be that of data that come with punster."""
-    from punster.data.corpus import OWN
-    from punster.data.recipe import built_in
-
     path = Path(given)
     return "/".join(path.parts[-2:]) if path.name in ("puns", *OWN, *built_in()) else path.name
 

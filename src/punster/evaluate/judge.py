@@ -124,13 +124,10 @@ def reliability(answers: Sequence[tuple[str | None, str | None]]) -> dict[str, f
     return {"consistency": mean(kept), "first_position": mean([c == "A" for c in named]), "tie_rate": mean(ties)}
 
 
-def mean(values: Sequence[float | bool]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def usable_mean(values: Sequence[float | None]) -> float | None:
-    """The mean over the wordings that gave an answer."""
-    return mean([value for value in values if value is not None])
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that there are, such as of the wordings that gave an answer."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def interval(values: Sequence[float | None], seed: int) -> Interval | None:
@@ -164,7 +161,7 @@ def judge_texts(
 
     games = [(a, b, 0.5, p) for a, b in couples for p in range(len(asked)) if texts[a][p] == texts[b][p]]
     for place, both in zip(places, by_wording, strict=True):
-        if (share := usable_mean(both)) is not None:
+        if (share := mean(both)) is not None:
             a, b, p = place
             games.append((a, b, share, p))
     ratings = bradley_terry_ratings(games, config.seed) if games else {}
@@ -178,7 +175,7 @@ def judge_texts(
         results[name] = versus([against[p] for p in order], gaps, config.seed) if order else {}
         results[name]["rating"] = ratings.get(name)
         for key in ("pun", "funniness", "coherence"):
-            values = [usable_mean([None if value is None else float(value[key]) for value in both]) for both in mine]
+            values = [mean([None if value is None else float(value[key]) for value in both]) for both in mine]
             results[name]["pun_rate" if key == "pun" else key] = interval(values, config.seed)
     used = list(client.used.values())
     unusable = [value is None for value in (*choices, *points)]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote_plus, urlsplit
@@ -43,12 +44,15 @@ class Cache:
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
         self._run(
             "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, judge TEXT, model TEXT, request TEXT, answer TEXT,"
             " prompt_tokens INTEGER, completion_tokens INTEGER, time REAL)"
         )
         self._run("CREATE TABLE IF NOT EXISTS calibrations (judge TEXT PRIMARY KEY, result TEXT)")
+
+    @cached_property
+    def db(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=60, check_same_thread=False)
 
     def _run(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
@@ -59,13 +63,8 @@ class Cache:
 
     def answers(self, keys: Sequence[str]) -> dict[str, tuple[str, int, int]]:
         """{key: (answer, tokens in, tokens out)} of those that are there."""
-        found: dict[str, tuple[str, int, int]] = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            marks = ",".join("?" * len(part))
-            query = f"SELECT key, answer, prompt_tokens, completion_tokens FROM answers WHERE key IN ({marks})"
-            found |= {row[0]: (row[1], row[2], row[3]) for row in self._run(query, part)}
-        return found
+        query = "SELECT answer, prompt_tokens, completion_tokens FROM answers WHERE key = ?"
+        return {key: rows[0] for key in keys if (rows := self._run(query, [key]))}
 
     def keep(self, *row: Any) -> None:
         self._run("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, time.time()))

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from punster.config import EvaluateConfig
-from punster.data import corpus
 from punster.data.files import is_file_of_rows
 from punster.errors import UserError
 from punster.evaluate.folder import followed, home, located, read_config
-from punster.train.rows import embedded_rows, load_rows
+from punster.train.rows import load_rows
 
 
 def sibling(models: Sequence[str], name: str) -> str | None:
     """The run of this name beside any of the runs."""
-    for path in models:
-        if path != "base" and (Path(path).parent / name / "checkpoints").is_dir():
-            return str(Path(path).parent / name)
-    return None
+    beside = [home(Path(path)).parent / name for path in models if path != "base"]
+    return next((str(path) for path in beside if (path / "checkpoints").is_dir()), None)
 
 
 def lineage(paths: Sequence[Path], keys: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -43,21 +39,13 @@ def training_texts(paths: Sequence[str]) -> list[str] | None:
     rows: list[str] = []
     try:
         for each in settings:
-            columns = each.get("columns") or []
-            if "loss_type" in each and makes_pairs(each):
-                continue
             if "loss_type" in each:  # DPO and its relatives
-                kind = "unpaired" if each["loss_type"] == "kto" else "preference"
-                found = load_rows(each["data"], kind, partial(embedded_rows, kind), columns, quiet=True)
-                rows += [
-                    row["completion"] if kind == "unpaired" else row["chosen"]
-                    for row in found
-                    if kind == "preference" or row["label"]
-                ]
-            elif each.get("sft_coef"):  # PPO with a supervised term
-                rows += [row["completion"] for row in load_rows(each["sft_data"], "sft", corpus.sft_rows, quiet=True)]
-            elif "actor" not in each:  # supervised fine-tuning
-                rows += [row["completion"] for row in load_rows(each["data"], "sft", corpus.sft_rows, columns, quiet=True)]
+                kind, data = "unpaired" if each["loss_type"] == "kto" else "preference", [] if makes_pairs(each) else each["data"]
+            else:  # PPO with a supervised term; supervised fine-tuning
+                kind, data = "sft", each["sft_data"] if each.get("sft_coef") else [] if "actor" in each else each["data"]
+            found = load_rows(data, kind, columns=each.get("columns") or [], quiet=True) if data else []
+            side = "chosen" if kind == "preference" else "completion"
+            rows += [row[side] for row in found if kind != "unpaired" or row["label"]]
     except (OSError, KeyError, UserError):
         return None
     return list(dict.fromkeys(rows)) or None

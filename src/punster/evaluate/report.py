@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from punster.disk import write_text
 from punster.evaluate import folder as folder_data
 from punster.evaluate.figures import curve_figure, curves_of, frontier_figure, overoptimisation_figure
 from punster.evaluate.folder import RunData
@@ -30,16 +31,13 @@ def opening(run: RunData) -> str:
              f"seed {seed}" if (seed := summary.get("seed", run.config.get("seed"))) is not None else ""]  # fmt: skip
     second = "; ".join(filter(None, facts))
     second = f" {second[0].upper()}{second[1:]}." if second else ""
-    for stage in run.stages:
-        if why := stage.summary.get("aborted"):
-            at, back = show(stage.summary.get("aborted_at"), 0), show(stage.summary.get("steps"), 0)
-            second += f" {label(stage.name)} stopped itself at step {at} ({why}) and is back at step {back}."
+    second += "".join(f" {label(stage.name)} {stage.stopped}." for stage in run.stages if stage.stopped)
     if run.pipeline:
         best = folder_data.best_model(run)
-        names = ", ".join(label(s.name) for s in run.stages)
-        return (
-            verdict(run, best) if best else f"A pipeline of {names or 'no stages yet'}; no trained model was compared."
-        ) + second
+        of = f"pipeline of {', '.join(label(s.name) for s in run.stages) or 'no stages yet'}"
+        if run.verb == "evaluate":
+            of = f"comparison of {', '.join(map(label, run.models))}"
+        return (verdict(run, best) if best else f"A {of}; no trained model was compared with another.") + second
     stage = run.stages[0]
     first = f"A run of punster {stage.verb}" if stage.verb else "A run of punster"
     steps = max((number(row.get("step")) or 0 for row in stage.metrics), default=0)
@@ -119,8 +117,6 @@ def write_page(
 ) -> Path:  # fmt: skip
     """The template, filled; `names` and `differing` head and fill the table of settings that differ between runs."""
     import jinja2
-
-    from punster.disk import write_text
 
     models, table = folder_data.side_by_side(run, SAMPLED_PROMPTS)
     judges, accuracies = folder_data.accuracy_table(run)

@@ -24,7 +24,7 @@ from punster.data.pool import Pool, data_folder, pool_of
 from punster.data.prompts import GENERIC_PROMPT
 from punster.data.schema import Row, kind_of
 from punster.data.split import Part
-from punster.disk import cache_folder
+from punster.disk import cache_folder, write_json
 from punster.errors import UserError
 from punster.evaluate.metrics import auc
 from punster.evaluate.winrate import Interval, bootstrap, logistic_fit
@@ -185,8 +185,6 @@ def open_estimator(role: Role, tokenizer: Tokenizer) -> Estimator | None:
         rows = labelled(pool_of(data_folder()))
     except UserError:
         return None
-    from punster.disk import write_json
-
     found = fit_estimator(features(role, tokenizer, [row.text for row in rows]), rows)
     with suppress(OSError):  # then it is fitted again the next time
         path.parent.mkdir(parents=True, exist_ok=True)

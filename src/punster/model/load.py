@@ -142,6 +142,12 @@ def resolve(name: str) -> Path:
         raise UserError(f"could not fetch {hub_id!r} from the hub ({reason}).{near_matches(name, known)}") from None
 
 
+def identity(name: str) -> str:
+    """What two spellings of one --model value have in common: "tiny", "./tiny" and its absolute path are one model."""
+    path = Path(name).expanduser()
+    return ALIASES.get(name, name) if name in BUILT_IN or not path.exists() else str(path.resolve())
+
+
 def load_model(name: str = DEFAULT_MODEL, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
     """A frozen decoder from any --model value."""
     fit_threads()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from punster.errors import UserError
 from punster.model.heads import ScalarHead
-from punster.model.load import load_model, read_json
+from punster.model.load import identity, load_model, read_json
 from punster.model.lora import Adapter
 from punster.model.role import Role
 from punster.model.tokenizer import Tokenizer
@@ -57,7 +57,8 @@ def load_role(
         raise UserError(
             f"{folder}: written by another version of punster (format {described.get('format')}, this one reads {FORMAT})"
         )
-    plain = base if base is not None and base.name == described["model"] else load_model(described["model"], dtype, device)
+    fits = base is not None and identity(base.name) == identity(described["model"])
+    plain = base if base is not None and fits else load_model(described["model"], dtype, device)
     model = plain
     types = (described["dtype"], str(model.dtype).removeprefix("torch."))
     wanted = described["base_sha256"] if types[0] == types[1] else None

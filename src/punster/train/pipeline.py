@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from punster.config.shared import require
 from punster.data.recipe import recipe_folder
 from punster.disk import write_json, write_text
 from punster.errors import UserError, near_matches, speaker
+from punster.evaluate.folder import read_json
 from punster.train.checkpoint import clear_partial
 from punster.train.dpo import dpo
 from punster.train.estimate import Counts, pipeline_seconds
@@ -322,11 +322,8 @@ def evaluation_config(config: PipelineConfig, folder: Path) -> EvaluateConfig:
 
 def stage_summary(folder: Path, stage: str) -> dict[str, Any]:
     """A finished stage's summary; empty where there is none that can be read."""
-    try:
-        result: dict[str, Any] = json.loads((folder / stage / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) and "wall_seconds" in result else {}
+    result = read_json(folder / stage / "summary.json")
+    return result if "wall_seconds" in result else {}
 
 
 def commit() -> str | None:

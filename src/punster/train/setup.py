@@ -13,7 +13,7 @@ from punster.config import RewardConfig, SftConfig, TrainConfig
 from punster.config.shared import DEFAULT_MODEL
 from punster.errors import UserError, speaker
 from punster.model import kernels
-from punster.model.load import load_model
+from punster.model.load import identity, load_model
 from punster.model.lora import Adapter
 from punster.model.product import multiplies_bf16, type_of_products
 from punster.model.role import Role
@@ -59,10 +59,10 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 def shared_base(model: str, config: Any) -> Decoder:
     """One base in memory for all roles and stages of a process, on the device and of the type that are configured."""
     device = pick_device(config.device)
-    key = (model, pick_dtype(config.dtype, device), device)
+    key = (identity(model), pick_dtype(config.dtype, device), device)
     if key not in _BASES:
         _BASES.clear()
-        _BASES[key] = load_model(*key)
+        _BASES[key] = load_model(model, *key[1:])
     return _BASES[key]
 
 
@@ -150,7 +150,7 @@ def own_copy(role: Role) -> Role:
 def open_start(path: str, config: TrainConfig) -> tuple[Role, Tokenizer]:
     """What a run continues: it uses that one's base and prompt format; settings that say otherwise are a mistake, not a wish."""
     role, tokenizer = open_policy_role(path, config)
-    if config.model not in (DEFAULT_MODEL, role.model.name):
+    if config.model != DEFAULT_MODEL and identity(config.model) != identity(role.model.name):
         raise UserError(f"--model {config.model}: {path} was trained on {role.model.name}, and this run continues it")
     if config.prompt_format not in ("auto", tokenizer.prompt_format):
         raise UserError(
@@ -177,7 +177,7 @@ def open_reward_model(path: str, config: Any, policy: Role, tokenizer: Tokenizer
         raise UserError(f"{path}: this run is not a reward model")
     if not json.loads((place / "role.json").read_text()).get("normalised", True):
         speaker(config.quiet)(f"note: {place}: not normalised, as only a reward run's last checkpoint is; its scale differs")
-    if model.model.name != policy.model.name or own.prompt_format != tokenizer.prompt_format:
+    if identity(model.model.name) != identity(policy.model.name) or own.prompt_format != tokenizer.prompt_format:
         raise UserError(
             f"{path}: trained on another base or prompt format than the policy ({model.model.name}, {policy.model.name})"
         )
