@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,8 @@ from punster.config import DpoConfig, GrpoConfig, PipelineConfig, PpoConfig, Rew
 from punster.data import corpus
 from punster.data.schema import texts_of
 from punster.errors import UserError
-from punster.train import estimate
+from punster.model.tokenizer import Tokenizer
+from punster.train import estimate, pipeline
 
 
 @pytest.fixture
@@ -22,11 +24,12 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-def count(stage: TrainConfig) -> tuple[int, int]:
-    return estimate.given(stage, {})
+def test_own_rows_are_counted_and_their_lengths_measured(rows: str, tmp_path: Path, tiny_llama: Path) -> None:
+    tokenizer = Tokenizer.load(str(tiny_llama))
 
+    def count(stage: TrainConfig) -> tuple[int, int]:
+        return estimate.given(stage, {}, tokenizer)[:2]
 
-def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     train = len(corpus.part("train"))
     assert count(SftConfig(data=[rows])) == (7, 1)  # the completion; what is chosen or rejected is for other verbs
     assert count(SftConfig(data=["embedded", rows])) == (train + 7, train + 1)
@@ -36,10 +39,35 @@ def test_own_rows_are_counted(rows: str, tmp_path: Path) -> None:
     assert count(DpoConfig(online=True, reward_model="r")) == (0, 0)
     assert count(RewardConfig(data=["embedded", rows])) == (7, 2)  # `stage_work` counts the embedded corpus by itself
     assert count(RewardConfig()) == count(PpoConfig()) == (0, 0)
+    _, _, prompt, response = estimate.given(SftConfig(data=[rows]), {}, tokenizer)
+    assert (prompt, response) == (len(tokenizer.prompt_ids("p")), len(tokenizer.response_ids("c")))
+
+
+def test_longer_texts_and_more_held_out_prompts_take_longer(
+    rows: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("punster.train.estimate.measured_speed", lambda *_: 1e9)
+    long = tmp_path / "long.jsonl"
+    long.write_text(f"{json.dumps({'prompt': 'p', 'completion': 'c' * 60})}\n" * 7)
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+
+    def seconds(data: str, **evaluate: Any) -> dict[str, float]:
+        config = PipelineConfig(name="r", out=str(tmp_path), model=str(tiny_llama), stages=["sft", "reward", "gold", "ppo"], sft={"data": [data]},
+                                ppo={"max_new_tokens": 40}, evaluate=evaluate)  # fmt: skip
+        return estimate.pipeline_seconds(config, *pipeline.parts_of(config), [], {})
+
+    short, long_texts = seconds(rows), seconds(str(long))
+    for stage in ("sft", "ppo", "evaluate"):
+        assert long_texts[stage] > 1.5 * short[stage], stage
+    assert long_texts["reward"] == short["reward"], "which reads the embedded corpus in both"
+    one, both = seconds(rows, prompts=str(few), limit=1), seconds(rows, prompts=str(few))
+    assert both["evaluate"] == pytest.approx(2 * one["evaluate"])
+    assert seconds(rows, prompts=str(few), limit=50) == both, "there are but two"
 
 
 def test_a_recipe_with_fewer_rows_takes_less_time(
-    rows: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from punster.cli import main
 
@@ -52,13 +80,16 @@ def test_a_recipe_with_fewer_rows_takes_less_time(
         line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("sft"))
         return float(line.split()[2])
 
+    tokenizer, some = Tokenizer.load(str(tiny_llama)), corpus.sft_rows("train")
+    length = lambda row: len(tokenizer.prompt_ids(row["prompt"])) + len(tokenizer.response_ids(row["completion"]))
+    mean = sum(map(length, some)) / len(some)
+    typical = min(some, key=lambda row: abs(length(row) - mean))
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(typical)}\n" * 7)
     whole = minutes("embedded")
-    assert whole > 10 and minutes(rows) == pytest.approx(7 / len(corpus.part("train")) * whole, rel=0.05)
+    assert whole > 10 and minutes(str(tmp_path / "rows.jsonl")) == pytest.approx(7 / len(some) * whole, rel=0.1)
 
 
 def test_stages_that_are_there_count_as_done_only_where_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from punster.train import pipeline
-
     config = PipelineConfig(name="r", out=str(tmp_path), stages=["sft", "reward", "gold"])
     monkeypatch.setattr(pipeline, "stage_summary", lambda folder, stage: {"steps": 1} if stage == "sft" else {})
     monkeypatch.setattr(pipeline, "pipeline_seconds", lambda config, stages, evaluation, done, counts: dict.fromkeys(done, 1.0))
@@ -116,8 +147,6 @@ def test_a_run_that_was_made_to_fit_goes_on_as_it_began(
     folder = tmp_path / "runs" / "r"
     assert main([*command, "--dry-run"]) == 0
     assert "at scale 0.01" in capsys.readouterr().out and not folder.exists()
-
-    from punster.train import pipeline
 
     def killed(config: RewardConfig) -> None:
         raise KeyboardInterrupt

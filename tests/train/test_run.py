@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from punster.config import DistillConfig, DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
+from punster.data import corpus
 from punster.errors import UserError
 from punster.model.lora import Adapter
 from punster.model.role import Role
@@ -235,6 +236,22 @@ def test_total_steps_rounds_up(make: Make) -> None:
     assert total_steps(make(SftConfig, batch_size=4), 10, 2.0) == 5
     assert total_steps(make(SftConfig, batch_size=4, steps=9), 10, 2.0) == 9
     assert total_steps(make(SftConfig, batch_size=100), 10, 0.1) == 1
+
+
+def test_a_dry_run_of_distill_counts_what_it_samples(
+    sft_run: str, reward_run: str, tiny_llama: Path, tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("punster.train.distill.measured_speed", lambda *_: 1e6)
+    found = []
+    for best_of in (4, 8):
+        settings = make(DistillConfig, name="d", out=str(tmp_path), model=str(tiny_llama), actor=sft_run, reward_model=reward_run,
+                        best_of=best_of, dry_run=True)  # fmt: skip
+        assert distill(settings) is None
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(f"{best_of} samples to each of {len(corpus.prompts('train'))} prompts")
+        found.append(float(first.split("about ")[1].split()[0]))
+    assert found[1] == pytest.approx(2 * found[0], rel=0.02) and not any(tmp_path.iterdir())
 
 
 def test_distilled_rows_are_the_best_finished_samples(

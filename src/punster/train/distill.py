@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from punster.config import DistillConfig
 from punster.errors import UserError
@@ -14,6 +15,7 @@ from punster.model.role import score_examples
 from punster.rollout.sampler import Decoding, generate
 from punster.train.held_out import own_rows
 from punster.train.optim import seeded
+from punster.train.plan import drawing_work, measured_speed
 from punster.train.rows import check_prompts, load_prompts
 from punster.train.run import check_name
 from punster.train.setup import open_reward_model, open_start
@@ -33,6 +35,9 @@ def distill(config: DistillConfig) -> Path | None:
     ids = check_prompts(tokenizer, policy.model, prompts, config.max_new_tokens)
     rows = []
     if config.dry_run:
+        work = drawing_work(policy.model, config.best_of * len(ids), fmean(map(len, ids)), config.max_new_tokens)
+        minutes = work / measured_speed(policy.model.dtype, str(policy.model.device)) / 0.95 / 60
+        print(f"{config.best_of} samples to each of {len(ids)} prompts: at most about {minutes:.1f} minutes; then")
         rows = [{"prompt": prompt, "completion": "x" * 60} for prompt in prompts]
     else:
         decoding = Decoding(config.max_new_tokens)

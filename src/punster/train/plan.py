@@ -128,6 +128,11 @@ def stage_work(
     return count * samples * (sampled + tokens * block * layers) + texts * (tokens * block * layers + passes * learned)
 
 
+def drawing_work(model: Decoder, texts: int, prompt: float, response: float) -> float:
+    """Multiply-adds of so many sampled responses that a reward model reads."""
+    return texts * (2 * block_size(model) * model.config.n_layer * (prompt + response) + response * model.head.weight.numel())
+
+
 def layers_of(stage: TrainConfig, base: Decoder) -> int:
     """How many layers a stage trains."""
     depth = layer_count(stage.depth, base.config.n_layer) if isinstance(stage, RewardConfig) else 0
