@@ -15,6 +15,7 @@ from punster.errors import UserError
 from punster.train.halves import halves_of
 from punster.train.judged import source_of
 from punster.train.reward import train_reward
+from punster.train.rows import load_rows
 
 
 def pair(chosen: str, rejected: str, **more: str) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def test_pairs_of_texts_that_are_rated_apart_stay_only_within_a_half() -> None:
         assert half == (two.pop() if len(two) == 1 else 0)
 
 
-def test_own_pairs_are_known_by_their_records(toy_corpus: None) -> None:
+def test_own_pairs_are_known_by_their_records(toy_corpus: None, tmp_path: Path) -> None:
     """The embedded corpus's pairs have ids in the place of words; rows of other sources with such an id are not taken for them."""
     from punster.data import corpus
 
@@ -104,6 +105,9 @@ def test_own_pairs_are_known_by_their_records(toy_corpus: None) -> None:
         for row in (pair("a", "b"), pair("c", "d", id=rows[0]["id"]))
     ]
     assert [source_of(row) for row in (rows[0], *mine)] == ["embedded", "", ""]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", "kind": "literal"}) + "\n")
+    assert [source_of(row) for row in load_rows([str(file)], "judged", quiet=True)] == [""], "a column of that name"
     strange = [pair(f"x{n}", f"y{n}", id=rows[0]["id"]) for n in range(40)]
     assert {1, 2} == set(halves_of(strange))
 

@@ -67,8 +67,8 @@ def family(row: Row) -> str:
 
 
 def source_of(row: Row) -> str:
-    """The source of a row; pairs of the embedded corpus name their kind alone, those of a file of one's own neither."""
-    return str(row.get("source") or ("embedded" if "kind" in row else ""))
+    """The source of a row; pairs of the embedded corpus name their kind alone, one's own rows (which have a place) none but their own."""
+    return str(row.get("source") or ("embedded" if "kind" in row and "_place" not in row else ""))
 
 
 def families(rows: Sequence[Row]) -> list[list[int]]:
