@@ -404,6 +404,8 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     assert sorted(str(row["prompt"]) for row in found) == sorted(["a pun on bees", str(chat)])
     with pytest.raises(UserError, match="split: val are those of the public sources"):
         recipe_of(tmp_path, "kind: prompt\nsplit: val\nparts: [{file: own.jsonl}]")
+    with pytest.raises(UserError, match="choose none of them"):
+        recipe_of(tmp_path, "kind: prompt\nsplit: val\nparts: [{source: semeval2017_task7, use: puns, limit: 5}]")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,12 @@ def _faults(part: Ingredient, recipe: Recipe) -> Iterator[tuple[Any, str]]:
     yield part.use not in allowed, f"{named}, found {part.use!r}"
     unread = part.file and recipe.kind == "prompt" and not training
     yield unread, "the prompts of split: val are those of the public sources, not of a file"
+    chosen = part.ids or part.limit or part.max_words or part.weight != 1 or part.filter is not None
+    fixed = chosen and part.source and not ours and recipe.kind == "prompt" and not training
+    yield (
+        fixed,
+        "the prompts of split: val are all on held-out topics; ids, limit, max_words, weight and filter choose none of them",
+    )
     yield part.half not in range(3 if part.source == "contrasts" else 1), "half must be 1 or 2, and contrasts alone have halves"
     yield part.generic and not pairs, "generic is for kind: preference"
     if part.use == "chosen":
