@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from punster.config import DistillConfig, DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from punster.data import corpus
 from punster.evaluate.metrics import distinct_n, words
+from punster.train.checkpoint import load_run
 from punster.train.distill import distill
 from punster.train.dpo import dpo
 from punster.train.grpo import grpo
-from punster.train.held_out import first
+from punster.train.held_out import first, own_rows
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
 from punster.train.rows import load_prompts
@@ -124,7 +126,21 @@ def test_text_of_samples_does_not_drive_the_terminal(
     assert "<b>" not in table and "&lt;b&gt;" in table and "\\|x\\|" in table
 
 
-def test_own_prompts_are_the_held_out_ones_of_people_who_bring_them() -> None:
+def test_own_prompts_are_the_held_out_ones_of_people_who_bring_them(sft_run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    role, tokenizer = load_run(sft_run)
+    asked = partial(first, tokenizer=tokenizer, model=role.model, new_tokens=8)
     mine = ["a", [{"role": "user", "content": "b"}], "a", "c"]
-    assert first(mine, 2) == ["a", [{"role": "user", "content": "b"}]]
-    assert first(load_prompts("embedded", "val"), 3) == list(corpus.prompts("val"))[:3]
+    assert asked(mine, 2) == ["a", [{"role": "user", "content": "b"}]]
+    assert asked(load_prompts("embedded", "val"), 3) == list(corpus.prompts("val"))[:3]
+    assert capsys.readouterr().err == ""
+    assert asked(["sea " * 200, "a"], 1) == ["a"] and asked(["sea " * 200], 0) == []
+    told = "  1 of 2 prompts to evaluate on left out: no room for 8 new tokens in the context of 128\n"
+    assert capsys.readouterr().err == told
+
+
+def test_embedded_rows_to_evaluate_on_are_the_held_out_part(make: Make) -> None:
+    for kind, rows in (
+        (SftConfig, corpus.sft_rows("val")), (RewardConfig, corpus.pairs("val")), (DpoConfig, corpus.pairs("val")),
+    ):  # fmt: skip
+        found = own_rows(make(kind, name="x", eval_data=["embedded"]))
+        assert [row["prompt"] for row in found] == [row["prompt"] for row in rows] and found

@@ -15,10 +15,10 @@ from punster.errors import UserError
 from punster.train.checkpoint import load_run
 from punster.train.dpo import dpo
 from punster.train.judged import encode_items
-from punster.train.lessons import lesson_rows
+from punster.train.lessons import lesson_rows, sft_samples
 from punster.train.ppo import ppo
 from punster.train.reward import train_reward
-from punster.train.rows import encode_rows
+from punster.train.rows import encode, encode_rows, within_length
 from punster.train.sft import sft
 
 Make = Callable[..., Any]
@@ -127,9 +127,61 @@ def test_a_row_from_python_is_named_by_its_place_among_those_given(tiny_llama: P
         train_reward(config, [*first, long])
 
 
+def test_a_sampled_answer_is_as_long_as_it_was_sampled(sft_run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its text may be fewer tokens than were drawn, and is never tokenised again."""
+    role, tokenizer = load_run(sft_run)
+    row = {"prompt": LONG, "chosen": "a tide", "rejected": "the tide", "_rejected_ids": [70] * 30 + [tokenizer.eos_id]}
+    (kept,) = within_length(40, [row], tokenizer, role.model, True)
+    assert len(kept["_prompt_ids"]) == 9 and len(encode(tokenizer, role.model, kept, "rejected").response) == 31
+    with pytest.raises(UserError, match="an answer that alone is longer"):
+        within_length(31, [row], tokenizer, role.model, True)
+
+
+def test_our_contrasts_are_cut_as_other_rows(sft_run: str) -> None:
+    role, tokenizer = load_run(sft_run)
+    row = {"prompt": "sea " * 200, "completion": "a tide", "source": "contrasts"}
+    kept, examples = encode_rows(tokenizer, role.model, [row], True, 100)
+    assert len(kept) == 1 and examples[0].length == 100
+    with pytest.raises(UserError, match="all are longer than the model's context"):
+        encode_rows(tokenizer, role.model, [row], True)
+
+
+def test_the_score_is_normalised_on_prompts_as_they_were_cut(
+    sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def noted(policy: Any, tokenizer: Any, ids: list[list[int]], *rest: Any) -> Any:
+        asked[:] = map(tuple, ids)
+        return sft_samples(policy, tokenizer, ids, *rest)
+
+    monkeypatch.setattr("punster.train.reward.sft_samples", noted)
+    rows = [{"prompt": f"{number} " + "sea " * 200, "chosen": f"the tide {number}", "rejected": "a fact."} for number in range(4)]
+    settings: dict[str, Any] = {"model": str(tiny_llama), "pretrained": sft_run, "out": str(tmp_path), "normalise_samples": 4,
+                                "steps": 1, "batch_size": 2}  # fmt: skip
+    train_reward(make(RewardConfig, name="cut", max_length=64, **settings), rows)
+    assert len(asked) == 4 and {len(ids) <= 63 for ids in asked} == {True}
+    with pytest.raises(UserError, match="no prompt leaves room for a sample of 40 tokens"):  # a dry run says so, too
+        train_reward(make(RewardConfig, name="dry", max_length=110, dry_run=True, **settings), rows)
+
+
+def test_a_dry_run_of_dpo_counts_the_pairs_that_are_kept(
+    sft_run: str, tiny_llama: Path, tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": SHORT, "chosen": f"the tide {number}", "rejected": "dull " * 60 if number < 6 else "no"} for number in range(8)
+    ]
+    settings: dict[str, Any] = {"model": str(tiny_llama), "actor": sft_run, "out": str(tmp_path), "max_length": 40, "batch_size": 2,
+                                "epochs": 2.0}  # fmt: skip
+    dpo(make(DpoConfig, name="dry", dry_run=True, **settings), rows)
+    assert ": 2 steps of 2 rows, 4 texts" in capsys.readouterr().out
+    run = dpo(make(DpoConfig, name="run", **settings), rows)
+    assert run is not None and json.loads((run / "summary.json").read_text())["steps"] == 2
+
+
 @pytest.mark.parametrize("verb", ["ppo", "dpo"])
-def test_held_out_prompts_without_room_for_a_response_are_refused(
-    verb: str, sft_run: str, reward_run: str, tiny_llama: Path, tmp_path: Path, make: Make
+def test_held_out_prompts_without_room_for_a_response_are_counted(
+    verb: str, sft_run: str, reward_run: str, tiny_llama: Path, tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_out = write(tmp_path / "held_out.jsonl", [{"prompt": SHORT}, {"prompt": "sea " * 200}])
     shared = {
@@ -139,13 +191,17 @@ def test_held_out_prompts_without_room_for_a_response_are_refused(
         "reward_model": reward_run,
         "eval_data": [held_out],
         "steps": 1,
+        "quiet": False,
     }
     train: dict[str, Callable[[], Any]] = {
         "ppo": lambda: ppo(make(PpoConfig, model=str(tiny_llama), batch_size=4, **shared)),
         "dpo": lambda: dpo(make(DpoConfig, model=str(tiny_llama), online=True, **shared)),
     }
-    with pytest.raises(UserError, match=r"prompt of --eval-data 2 has \d+ tokens"):
-        train[verb]()
+    train[verb]()
+    told = capsys.readouterr().err
+    assert "1 of 2 prompts to evaluate on left out: no room for " in told and "in the context of 128" in told
+    samples = map(json.loads, (tmp_path / "x" / "samples.jsonl").read_text().splitlines())
+    assert {row["prompt"] for row in samples if row.get("held_out")} == {SHORT}
 
 
 def test_it_is_refused_where_rows_are_made(make: Make) -> None:

@@ -386,19 +386,25 @@ def test_a_resumed_run_takes_the_tokens_that_are_asked_for_unless_memory_ran_out
         asked.append(given[-1])
         return accumulate(*given)
 
-    for name, changed, expected in (("enough", {}, 4096), ("ran_out", {"max_tokens": 128}, 128)):
+    ran_out: dict[str, int] = {"max_tokens": 128}  # halved by a process that ran out of memory
+    for name, changed, wanted, expected in (
+        ("enough", {}, 4096, 4096), ("ran_out", ran_out, 4096, 128), ("and_fewer_asked", ran_out, 64, 64),
+        ("older", {"asked_tokens": None}, 4096, 256),
+    ):  # fmt: skip
         run = Path(str(train(replace(config, name=f"{name}_first", max_tokens=256))))
         again(run, name, 2, reader)
         state = max((tmp_path / name / "checkpoints").glob("step-*/state.json"))
         numbers = json.loads(state.read_text())
         assert numbers["numbers"]["asked_tokens"] == 256
-        numbers["numbers"] |= changed  # halved by a process that ran out of memory
+        numbers["numbers"] = {key: n for key, n in (numbers["numbers"] | changed).items() if n is not None}
         state.write_text(json.dumps(numbers))
         asked.clear()
         monkeypatch.setattr(module, "accumulate_nll", seen)
-        train(replace(config, name=name, max_tokens=4096, resume=True))
+        train(replace(config, name=name, max_tokens=wanted, resume=True))
         monkeypatch.setattr(module, "accumulate_nll", accumulate)
-        assert asked and set(asked) == {expected}
+        assert asked and set(asked) == {expected}, name
+        last = max((tmp_path / name / "checkpoints").glob("step-*/state.json"), key=lambda file: int(file.parent.name[5:]))
+        assert json.loads(last.read_text())["numbers"]["asked_tokens"] == wanted
 
 
 def test_a_reward_from_python_is_named_and_missed(

@@ -59,7 +59,7 @@ def test_samples_of_the_sft_model_have_mean_0_and_std_1(
     role, tokenizer = load_run(run)
     policy, _ = load_run(sft_run)
     rows = [{"prompt": prompt} for prompt in corpus.prompts("train")]
-    ids = [tokenizer.prompt_ids(prompt) for prompt in drawn_prompts(policy, tokenizer, rows, 40, 1)]
+    ids = drawn_prompts(policy, tokenizer, rows, 40, 1)
     rollout = generate(policy, ids, Decoding(40), tokenizer.eos_id, seeded(1, "normalise"))
     scores = torch.tensor(score_examples(role, rollout.closed))
     assert role.pooling == pooling and role.normalisation != (1.0, 0.0)
@@ -250,7 +250,7 @@ def test_swapped_pairs_take_their_ids_along(reward_run: str) -> None:
     role, tokenizer = load_run(reward_run)
     row = {"prompt": "pun: sea", "chosen": "the sea made dough.", "rejected": "the tide", "_rejected_ids": [70, 71, 72, 2]}
     straight, turned = (encode_items([r], tokenizer, role.model)[0] for r in (row, swapped(row)))
-    assert turned == straight[::-1] and straight[0] != straight[1]
+    assert turned == straight[::-1] and straight[1].response == (70, 71, 72, 2)
 
 
 def test_balanced_pairs_have_the_longer_text_right_as_often_as_wrong(reward_run: str) -> None:
@@ -377,21 +377,23 @@ def test_the_score_is_normalised_on_prompts_of_all_files_that_leave_room(
     """Not on the first file's alone; and one prompt with room among many without still gives a spread."""
     asked: list[Any] = []
 
-    def noted(policy: Any, tokenizer: Any, prompts: list[Any], seed: int, stream: str) -> list[Any]:
-        asked[:] = prompts
-        return sft_samples(policy, tokenizer, prompts, seed, stream)
+    def noted(policy: Any, tokenizer: Any, ids: list[list[int]], seed: int, stream: str) -> list[Any]:
+        asked[:] = map(tuple, ids)
+        return sft_samples(policy, tokenizer, ids, seed, stream)
 
     monkeypatch.setattr("punster.train.reward.sft_samples", noted)
     pair = {"chosen": "the tide made dough.", "rejected": "the tide was 3."}
     settings = {"out": str(tmp_path), "model": str(tiny_llama), "pretrained": sft_run, "steps": 1, "batch_size": 4}
     rows = [{"prompt": f"{name} {i}", **pair} for name in ("first", "second") for i in range(20)]
     train_reward(make(RewardConfig, name="two", normalise_samples=16, **settings), rows)
-    assert len(asked) == 16 and 3 <= sum(prompt.startswith("second") for prompt in asked) <= 13
+    tokenizer = load_run(sft_run)[1]
+    second = {tuple(tokenizer.prompt_ids(row["prompt"])) for row in rows[20:]}
+    assert len(asked) == 16 and 3 <= sum(ids in second for ids in asked) <= 13
     rows = [{"prompt": f"{i} {'7' * 85}", **pair} for i in range(9)] + [{"prompt": "short", **pair}]
     role, tokenizer = load_run(train_reward(make(RewardConfig, name="one", normalise_samples=8, **settings), rows))
     room = role.model.config.max_positions - 40
     assert sum(len(tokenizer.prompt_ids(row["prompt"])) <= room for row in rows) == 1
-    assert asked == ["short"] * 8 and all(math.isfinite(value) for value in role.normalisation)
+    assert asked == [tuple(tokenizer.prompt_ids("short"))] * 8 and all(math.isfinite(value) for value in role.normalisation)
     with pytest.raises(UserError, match="no prompt leaves room for a sample of 40 tokens"):  # before anything is trained
         train_reward(make(RewardConfig, name="none", normalise_samples=8, **settings), rows[:-1])
     assert not (tmp_path / "none").exists()

@@ -66,18 +66,17 @@ def dpo(
         ([], None) if prompts or not own else encode_given(config, own, reference.model, tokenizer, "row of --eval-data")
     )
     asked = [row["prompt"] for row in own]
-    if prompts:
-        check_prompts(tokenizer, reference.model, asked, config.max_new_tokens, "prompt of --eval-data")
-    shown = first(asked or load_prompts(config.prompts, "val", quiet=True), config.eval_prompts)
+    asked = asked or load_prompts(config.prompts, "val", quiet=True)
+    shown = first(asked, config.eval_prompts, tokenizer, reference.model, config.max_new_tokens, config.quiet)
     prompt_ids = check_prompts(tokenizer, reference.model, prompts, config.max_new_tokens)
     if config.dry_run:
-        unit = 2 if prompts and config.loss_type == "kto" else 1  # rows of a sampled pair
-        count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or len(given)
-        pairs = len(prompts) or count / (2 if config.loss_type == "kto" else 1)
         texts = (
             encode_given(config, given, reference.model, tokenizer)[0] if given
             else [Example(tuple(ids), (0,) * config.max_new_tokens) for ids in prompt_ids for _ in range(2)]
         )  # fmt: skip
+        unit = 2 if config.loss_type == "kto" else 1  # rows of a pair
+        pairs = len(prompts) or len(texts) / 2
+        count = unit * len(prompts) * (1 if config.online else config.pairs_per_prompt) or unit * len(texts) // 2
         prompt, response = (sum(len(getattr(text, part)) for text in texts) / len(texts) for part in ("prompt", "response"))
         work = stage_work(config, reference.model, rows=math.ceil(pairs), prompt=prompt, response=response)
         announce(config, "dpo", policy, total_steps(config, count, config.epochs), texts, work=work)

@@ -73,10 +73,9 @@ def open_policy(config: PolicyConfig, prompts: Sequence[Any] | None, function: R
         model = own_copy(model)
     own = held_out.own_rows(config)
     asked = [row["prompt"] for row in own]
-    check_prompts(tokenizer, reference.model, asked, config.max_new_tokens, "prompt of --eval-data")
     held_out.say_shared(config, own, [{"prompt": text} for text in texts])
     shown = asked or (texts if prompts is not None else load_prompts(config.prompts, "val", quiet=True))
-    shown = held_out.first(shown, config.eval_prompts)
+    shown = held_out.first(shown, config.eval_prompts, tokenizer, reference.model, config.max_new_tokens, config.quiet)
     rewards, decoding = Reward(model, functions, config.reward_timeout), Decoding(config.max_new_tokens, config.temperature)
     return Setup(config, policy, reference, tokenizer, texts, ids, rewards, decoding, shown)
 

@@ -16,6 +16,7 @@ from punster.evaluate.compare import exact_kl, shared_depths
 from punster.evaluate.metrics import copy_rate, distinct_n, words
 from punster.model.role import Role, score_examples
 from punster.model.tokenizer import Tokenizer
+from punster.model.transformer import Decoder
 from punster.rollout.sampler import Decoding, generate
 from punster.train.optim import seeded
 from punster.train.rows import kind_of_rows, load_prompts, load_rows
@@ -24,9 +25,20 @@ from punster.train.run import Run
 Scores = Callable[[list[Any], list[str], list[Example]], Sequence[float]]
 
 
-def first(prompts: Sequence[Any], count: int) -> list[Any]:
-    """The first different prompts: of a held-out part where there is one, else of people's own, which are all that they have."""
-    return list({str(prompt): prompt for prompt in prompts}.values())[:count]
+def first(
+    prompts: Sequence[Any], count: int, tokenizer: Tokenizer, model: Decoder, new_tokens: int, quiet: bool = False
+) -> list[Any]:
+    """The first different prompts that leave room for a response, the others being counted aloud.
+
+    They are of a held-out part where there is one, else of people's own, which are all that they have.
+    """
+    different = {str(prompt): prompt for prompt in prompts}.values() if count else ()
+    room = model.config.max_positions - new_tokens
+    kept = [prompt for prompt in different if 0 < len(tokenizer.prompt_ids(prompt)) <= room]
+    if len(kept) < len(different):
+        left = f"{len(different) - len(kept)} of {len(different)} prompts to evaluate on left out"
+        speaker(quiet)(f"  {left}: no room for {new_tokens} new tokens in the context of {model.config.max_positions}")
+    return kept[:count]
 
 
 def own_rows(config: TrainConfig, given: Sequence[Row] | None = None) -> list[Row]:
@@ -62,15 +74,12 @@ def sample_table(
     """
     if run.held_out[0] == step:  # the last step's evaluation may have been due anyway
         return run.held_out[1]
-    room = policy.model.config.max_positions - decoding.max_new_tokens
-    kept = [(p, ids) for p in prompts if 0 < len(ids := tokenizer.prompt_ids(p)) <= room]
-    if not kept:
+    if not prompts:
         return {}
     keep = shared_depths(policy, reference) if reference else ()
     stream = seeded(run.config.seed, "evaluation")
-    rollout = generate(policy, [ids for _, ids in kept], decoding, tokenizer.eos_id, stream, keep=keep)
+    rollout = generate(policy, list(map(tokenizer.prompt_ids, prompts)), decoding, tokenizer.eos_id, stream, keep=keep)
     texts = [tokenizer.decode(example.response) for example in rollout.examples]
-    asked = [prompt for prompt, _ in kept]
     count = len(texts)
     found = {
         "eval/eos_rate": sum(rollout.finished) / count,
@@ -79,13 +88,13 @@ def sample_table(
     }
     scores: Sequence[float | None] = [None] * count
     if score is not None:
-        scores = rewards = [round(float(value), 4) for value in score(asked, texts, rollout.closed)]
+        scores = rewards = [round(float(value), 4) for value in score(list(prompts), texts, rollout.closed)]
         found["eval/score"] = sum(rewards) / count
     if reference is not None:
         found["eval/exact_kl"] = sum(exact_kl(policy, reference, rollout, decoding.temperature)) / count
     if training is not None:
         found["eval/copy_rate"] = copy_rate(texts, training)
-    given = list(zip(asked, texts, scores, strict=True))
+    given = list(zip(prompts, texts, scores, strict=True))
     run.samples(step, ({"prompt": p, "completion": t, "score": s, "held_out": True} for p, t, s in given))
     run.show(step, "samples to evaluation prompts", ("prompt", "completion", "score"), given)
     run.held_out = (step, found)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 from punster.config import RewardConfig
 from punster.data import corpus
@@ -135,7 +134,7 @@ def named_rows(
 ) -> list[Row]:
     """All rows that are named, negatives included that are sampled from the SFT model."""
     rows = load_rows(sources, "judged", lambda: embedded_pairs(config, sampled_from, tokenizer), config.columns, config.quiet)
-    return without_long_contrasts(rows, tokenizer, sampled_from.model, config.quiet)
+    return rows if config.max_length else without_long_contrasts(rows, tokenizer, sampled_from.model, config.quiet)
 
 
 def check_without(config: RewardConfig, rows: Sequence[Row]) -> None:
@@ -179,8 +178,8 @@ def member_seed(seed: int, number: int) -> int:
 def judged_pairs(config: RewardConfig, own: Sequence[Row], tokenizer: Tokenizer, model: Decoder) -> list[Row]:
     """Held-out pairs of which both texts fit into the context: those of --eval-data (`own`), else of the embedded corpus."""
     pairs = [row for row in own or corpus.pairs("val") if "chosen" in row]
-    if own:
-        pairs = within_length(config.max_length, pairs, tokenizer, model, config.quiet, "row of --eval-data")
+    if own and config.max_length:
+        return within_length(config.max_length, pairs, tokenizer, model, config.quiet, "row of --eval-data")
     kept = [row for row in pairs if fits(row, tokenizer, model)]
     if own and len(kept) < len(pairs):
         speaker(config.quiet)(
@@ -205,7 +204,8 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
         if not people:
             raise UserError(f"--negatives sampled: no prompt leaves room for a sample of {SAMPLED} tokens")
         people = [people[i] for i in epoch_order(len(people), seeded(config.seed, "negatives"))][: config.sampled_rows]
-        examples = sft_samples(policy, tokenizer, [record["prompt"] for record in people], config.seed, "negatives")
+        ids = [tokenizer.prompt_ids(record["prompt"]) for record in people]
+        examples = sft_samples(policy, tokenizer, ids, config.seed, "negatives")
         written: list[Row] = [
             {"prompt": record["prompt"], "chosen": record["pun"], "rejected": text, "kind": "sampled", "id": record["id"],
              "_rejected_ids": list(example.response)}  # kept, so that the rejected text is what the policy emitted
@@ -221,13 +221,13 @@ def embedded_pairs(config: RewardConfig, policy: Role, tokenizer: Tokenizer) -> 
     return rows
 
 
-def drawn_prompts(policy: Role, tokenizer: Tokenizer, rows: Sequence[Row], count: int, seed: int) -> list[Any]:
-    """So many of the rows' prompts that leave room for a sample, in a drawn order, over and over; UserError if none does."""
+def drawn_prompts(policy: Role, tokenizer: Tokenizer, rows: Sequence[Row], count: int, seed: int) -> list[list[int]]:
+    """So many of the rows' prompts, as ids, that leave room for a sample, in a drawn order, over and over; UserError if none does."""
     if not count:
         return []
     room = policy.model.config.max_positions - SAMPLED
-    distinct = {str(row["prompt"]): row["prompt"] for row in rows}.values()
-    fitting = [prompt for prompt in distinct if len(tokenizer.prompt_ids(prompt)) <= room]
+    distinct = dict.fromkeys(tuple(row.get("_prompt_ids") or tokenizer.prompt_ids(row["prompt"])) for row in rows)
+    fitting = [list(ids) for ids in distinct if len(ids) <= room]
     if not fitting:
         raise UserError(
             f"no prompt leaves room for a sample of {SAMPLED} tokens, which the score is normalised on; use --normalise-samples 0"
@@ -236,7 +236,6 @@ def drawn_prompts(policy: Role, tokenizer: Tokenizer, rows: Sequence[Row], count
     return [fitting[order[i % len(fitting)]] for i in range(count)]
 
 
-def sft_samples(policy: Role, tokenizer: Tokenizer, prompts: Sequence[Any], seed: int, stream: str) -> list[Example]:
-    """One sample of the SFT model to each prompt."""
-    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+def sft_samples(policy: Role, tokenizer: Tokenizer, ids: Sequence[Sequence[int]], seed: int, stream: str) -> list[Example]:
+    """One sample of the SFT model to each tokenised prompt."""
     return generate(policy, ids, Decoding(SAMPLED), tokenizer.eos_id, seeded(seed, stream)).closed

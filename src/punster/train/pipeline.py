@@ -215,7 +215,7 @@ def fitted(config: PipelineConfig, counts: Counts) -> PipelineConfig:
         wanted = f"{folder / 'config.yaml'}: scale must be a number above 0, found {begun!r}; mend it, then go on with --resume"
         require(isinstance(begun, int | float) and 0 < begun <= 100, wanted)
         if config.scale not in (1.0, begun):
-            speaker(config.quiet)(f"--scale {config.scale:g}: {config.name} goes on at the scale that it began with, {begun:g}")
+            speaker(config.quiet)(f"{config.name} goes on at the scale that it began with, {begun:g}, not {config.scale:g}")
         return replace(config, scale=float(begun))
 
     def needed(scale: float) -> float:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -75,6 +74,7 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
     first_steps, steps = lessons.steps(config)
     if steps <= first_steps:
         raise UserError(f"--steps {steps}: --pretrain alone takes {first_steps}, so --data would never be learned from")
+    prompts = drawn_prompts(sampled_from, tokenizer, given, config.normalise_samples, config.seed)
     if announce(config, "reward", model, steps, *lessons.work(config)):
         return None
     labels = [f"reward{number + 1 if number else ''}" for number in range(config.members)]
@@ -94,8 +94,6 @@ def train_reward(config: RewardConfig, rows: Sequence[Row] | None = None, eval_r
         speaker(config.quiet)(
             "  --int8 changes nothing here: no frozen bf16 layer that the C kernels take in 8 bits (punster doctor)"
         )
-
-    prompts = drawn_prompts(sampled_from, tokenizer, given, config.normalise_samples, config.seed)
 
     def as_kept() -> Role:
         """The result: normalised on samples."""
@@ -223,7 +221,7 @@ def accuracy_by_kind(model: Role, tokenizer: Tokenizer, limit: int) -> dict[str,
     return {kind: share_right(found) for kind, found in gaps.items()}
 
 
-def normalised(model: Role, policy: Role, tokenizer: Tokenizer, seed: int, prompts: Sequence[Any]) -> Role:
+def normalised(model: Role, policy: Role, tokenizer: Tokenizer, seed: int, prompts: Sequence[Sequence[int]]) -> Role:
     """The same scores with gain and offset that give samples of the policy to these prompts mean 0 and std 1."""
     examples = sft_samples(policy, tokenizer, prompts, seed, "normalise")
     members = [replace(role, normalisation=(1.0, 0.0), others=()) for role in (model, *model.others)]

@@ -126,10 +126,17 @@ def encode(tokenizer: Tokenizer, model: Decoder, row: Row, side: str = "completi
     return example
 
 
+def longest_answer(row: Row, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest text of a row; of a sampled one as it was sampled."""
+    sides = [side for side in ("completion", "chosen", "rejected") if row.get(side) is not None]
+    texts = [row.get(f"_{side}_ids") or tokenizer.response_ids(row[side]) for side in sides]
+    return max(map(len, texts or map(tokenizer.response_ids, texts_of(row))))
+
+
 def fits(row: Row, tokenizer: Tokenizer, model: Decoder) -> bool:
     """Whether all texts of a row fit into the context behind its prompt."""
     room = model.config.max_positions - len(row.get("_prompt_ids") or tokenizer.prompt_ids(row["prompt"]))
-    return all(len(tokenizer.response_ids(text)) <= room for text in texts_of(row))
+    return longest_answer(row, tokenizer) <= room
 
 
 def without_long_contrasts(rows: Sequence[Row], tokenizer: Tokenizer, model: Decoder, quiet: bool) -> list[Row]:
@@ -156,7 +163,7 @@ def within_length(
     kept, cut, what = [], 0, what.replace("row", "rows", 1)
     for row in rows:
         prompt = tokenizer.prompt_ids(row["prompt"])
-        if (room := limit - max(len(tokenizer.response_ids(text)) for text in texts_of(row))) >= 1:
+        if (room := limit - longest_answer(row, tokenizer)) >= 1:
             kept.append({**row, "_prompt_ids": prompt[-room:]} if len(prompt) > room else row)
             cut += len(prompt) > room
     if rows and not kept:
@@ -173,7 +180,11 @@ def encode_rows(
 ) -> tuple[list[Row], list[Example]]:
     """Rows to learn to write that are not too long, and their examples; an error names a row by its place as given."""
     placed = [{"_place": f"{what} {number}", **row} for number, row in enumerate(rows, 1)]
-    kept = within_length(limit, without_long_contrasts(placed, tokenizer, model, quiet), tokenizer, model, quiet, what)
+    kept = (
+        within_length(limit, placed, tokenizer, model, quiet, what)
+        if limit
+        else without_long_contrasts(placed, tokenizer, model, quiet)
+    )
     return kept, [encode(tokenizer, model, row) for row in kept]
 
 

@@ -55,16 +55,14 @@ def sft(
     held_out = own_rows(config, eval_rows)
     say_shared(config, held_out, given)
     named = config.prompts if isinstance(config, DistillConfig) else held_out_name(config.data) if rows is None else ""
-    if held_out or not named:
-        shown = first([row["prompt"] for row in held_out or given], config.eval_prompts)
-    else:
-        shown = first(load_prompts(named, "val", quiet=True), config.eval_prompts)
+    decoding = Decoding(config.max_new_tokens if isinstance(config, DistillConfig) else 40)
+    asked = [row["prompt"] for row in held_out or given] if held_out or not named else load_prompts(named, "val", quiet=True)
+    shown = first(asked, config.eval_prompts, tokenizer, start.model, decoding.max_new_tokens, config.quiet)
     if held_out:
         validation = encode_rows(tokenizer, start.model, held_out, config.quiet, config.max_length, "row of --eval-data")[1]
     else:
         fitting = [row for row in corpus.sft_rows("val") if fits(row, tokenizer, start.model)]
         validation = [encode(tokenizer, start.model, row) for row in fitting]
-    decoding = Decoding(config.max_new_tokens if isinstance(config, DistillConfig) else 40)
     steps = total_steps(config, len(examples), config.epochs)
     policy = extend(start, config, "sft")
     if announce(config, verb, policy, steps, examples):
