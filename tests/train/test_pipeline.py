@@ -159,7 +159,7 @@ def test_a_run_that_was_made_to_fit_goes_on_as_it_began(
     monkeypatch.setattr(pipeline, "pipeline_seconds", lambda *rest: {"sft": 1.0})  # a faster one
     assert main([*command, "--resume", "--quiet"]) == 0
     assert main([*command[:-1], "0.3", "--resume"]) == 0
-    assert "--scale 0.3: r goes on at the scale that it began with, 0.01" in capsys.readouterr().err
+    assert "r goes on at the scale that it began with, 0.01, not 0.3" in capsys.readouterr().err
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["scale"] == 0.01 and "scale 0.01 of the recipe" in (folder / "report.html").read_text()
     assert json.loads((folder / "sft" / "summary.json").read_text())["steps"] == 2
