@@ -166,13 +166,18 @@ def test_states_kept_while_sampling_change_no_figure(runs: Path) -> None:
     assert kl == pytest.approx(alone, rel=1e-3)  # each response has its own
 
 
-def test_a_model_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ppo = runs / "ppo"
+def policy_of_gold(runs: Path, ppo: Path) -> Path:
+    """A run that says it was trained against the yardstick."""
     shutil.copytree(runs / "more", ppo)
     settings = yaml.safe_load((ppo / "config.yaml").read_text())
     settings = {key: value for key, value in settings.items() if key not in ("data", "pretrained")}
     told = settings | {"actor": str(runs / "sft"), "reward_model": str(runs / "gold")}
     (ppo / "config.yaml").write_text("# punster ppo\n" + yaml.safe_dump(told))
+    return ppo
+
+
+def test_a_model_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ppo = policy_of_gold(runs, runs / "ppo")
     asked = ["evaluate", str(ppo), str(runs / "more"), "--limit", "2", "--samples", "1", "--max-new-tokens", "4", "--quiet"]
     try:
         assert main([*asked, "--out", str(tmp_path / "e")]) == 0
@@ -196,12 +201,7 @@ def test_a_model_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: 
 
 
 def test_a_reference_that_learned_from_the_yardstick_is_named(runs: Path, tmp_path: Path) -> None:
-    ppo = tmp_path / "ppo"
-    shutil.copytree(runs / "more", ppo)
-    settings = yaml.safe_load((ppo / "config.yaml").read_text())
-    settings = {key: value for key, value in settings.items() if key not in ("data", "pretrained")}
-    told = settings | {"actor": str(runs / "sft"), "reward_model": str(runs / "gold")}
-    (ppo / "config.yaml").write_text("# punster ppo\n" + yaml.safe_dump(told))
+    ppo = policy_of_gold(runs, tmp_path / "ppo")
     asked = [
         "evaluate",
         str(runs / "more"),
