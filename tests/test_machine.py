@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from punster import machine
+from punster import doctor, machine
 
 
 @pytest.fixture
@@ -17,7 +17,8 @@ def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The files in which the system tells about itself, to be filled by a test; a machine of 64 GB without one."""
     found: dict[str, str] = {}
     monkeypatch.setattr(machine, "told", lambda path: found.get(path, "").splitlines())
-    monkeypatch.setattr(machine, "installed_bytes", lambda: 64 * 10**9)
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "installed_bytes", lambda: 64 * 10**9)
     return found
 
 
@@ -74,8 +75,6 @@ def test_what_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
 def test_doctor_tells_of_limits(
     files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from punster import doctor
-
     files |= {
         "/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "50000 100000", "/sys/fs/cgroup/memory.max": "4000000000",
         "/sys/fs/cgroup/memory.current": "2000000000",

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 def cache_folder() -> Path:
     """Where heavy downloads live, outside every run folder: PUNSTER_CACHE, else the user's cache folder."""
     if chosen := os.environ.get("PUNSTER_CACHE"):
-        return Path(chosen)
+        return Path(os.path.expanduser(chosen))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "punster"
 
 

@@ -49,21 +49,24 @@ def doctor() -> int:
     print(f"device         {device}; frozen weights default to {str(dtype).removeprefix('torch.')}")
     in_use = device == "cpu" and dtype == torch.bfloat16 and compiled() is not None
     how = f"in use, with products in {'bf16 and in 8 bits' if in_halves() else '16-bit whole numbers (AVX2), none in 8 bits'}"
-    print(f"C kernels      {how if in_use else 'not used (they need AVX2 without AMX, bf16 weights and a C compiler)'}")
+    print(
+        f"C kernels      {how if in_use else 'not used (they need AVX2 without AMX, bf16 weights, a C compiler, a cache, and PUNSTER_KERNELS not 0)'}"
+    )
     speed = 2 * measured_speed(dtype, device, 5.0) / 1e9
     print(f"speed          {speed:.0f} GFLOP/s in matrix products of training size (5 seconds)")
     cache = cache_folder()
-    place = next(p for p in (cache, *cache.absolute().parents) if p.exists())
+    place = next(p for p in (cache, *cache.absolute().parents) if os.path.exists(p))
     free = shutil.disk_usage(place).free
-    kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    writable = os.access(place, os.W_OK)
+    kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) if os.path.isdir(cache) else 0
+    writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     print(f"cache          {cache} ({kept / 1e9:.2f} GB in it, {free / 1e9:.0f} GB free{'' if writable else ', NOT writable'})")
     model = BUILT_IN[DEFAULT_MODEL]
     path = cache / "models" / model.name / Path(model.member).name
-    damaged = path.exists() and sha256_of(path) != model.sha256
+    there = os.path.exists(path)
+    damaged = there and sha256_of(path) != model.sha256
     if damaged:
         print(f"default model  {model.name}: damaged (wrong checksum); it will be fetched again on first use")
-    elif path.exists():
+    elif there:
         print(f"default model  {model.name}: present, SHA-256 {model.sha256[:16]}… correct")
     else:
         print(f"default model  {model.name}: not fetched yet (it will be, on first use)")

@@ -16,11 +16,11 @@ _SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS
 # Keys of well-known services, bearer headers, passwords in addresses, and in their queries.
 _SECRETS = (
     # A run of letters and digits that no name has; what follows it belongs to the key.
-    re.compile(r"\b(?:sk|pk|rk|hf|ghp|gho|ghs|github_pat)[-_][\w-]{0,40}?(?=[A-Za-z]{0,60}\d)[A-Za-z0-9]{16,}[\w-]*"),
+    re.compile(r"\b(?:sk|pk|rk|hf|gsk|ghp|gho|ghs|ghu|github_pat)[-_][\w-]{0,40}?(?=[A-Za-z]{0,60}\d)[A-Za-z0-9]{16,}[\w-]*"),
     re.compile(
-        r"\b(?:hf_[A-Za-z0-9]{34,}|sk-(?:ant|proj|svcacct|admin|or)-[\w-]{20,}|glpat-[\w.-]{20,}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"
+        r"\b(?:hf_[A-Za-z0-9]{34,}|sk-(?:ant|proj|svcacct|admin|or)-[\w-]{20,}|glpat-[\w.-]{20,}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,})"
     ),
-    re.compile(r"(?<=bearer )[^\s\"']{8,}", re.IGNORECASE),
+    re.compile(r"(?:(?<=bearer )|(?<=authorization: basic ))[^\s\"']{8,}", re.IGNORECASE),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"(?<=[?&])[\w-]*(?:key|token|secret|passw|code|sig|auth)[\w-]*=[^&\s\"']+", re.IGNORECASE),
 )
@@ -32,7 +32,7 @@ def scrub(value: Any) -> Any:
         return _CONTROL.sub("", value.encode("utf-8", "replace").decode("utf-8"))
     if isinstance(value, dict):
         return {scrub(str(k)): scrub(v) for k, v in value.items()}
-    return [scrub(v) for v in value] if isinstance(value, list) else value
+    return [scrub(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def plain(text: str) -> str:
@@ -49,12 +49,12 @@ def json_line(row: dict[str, Any]) -> str:
 def redact(value: Any) -> Any:
     """Strings without secrets, through lists and dicts: what looks like one, and the values of variables named like one."""
     if isinstance(value, dict):
-        return {key: redact(item) for key, item in value.items()}
+        return {redact(key): redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
-    for name, secret in os.environ.items():
+    for name, secret in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin another
         if len(secret) >= 8 and _SECRET_NAME.search(name) and secret in value and not os.path.exists(secret):
             value = value.replace(secret, f"<{name}>")
     for pattern in _SECRETS:

@@ -31,6 +31,8 @@ FAULTS = {
     "infinite": ("return [float('inf')] * len(completions)", "returned inf"),
     "too few": ("return [1.0]", "returned 1 numbers for 4 completions"),
     "too many": ("return [1.0] * 5", "returned 5 numbers for 4 completions"),
+    "a number beyond all floats": ("return [10**400] * 4", "expected a number"),
+    "two numbers a text": ("import torch; return torch.ones(4, 2)", "expected a number"),
     "words": ("return ['good'] * 4", "returned 'good'"),
     "nothing": ("return None", "raised TypeError"),
     "one number": ("return 1.0", "raised TypeError"),

@@ -166,6 +166,11 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown == {"a": [*(f"<{name}>" for name in SECRETS),
                            "Bearer <secret> and https://<secret>@host/x?<secret> <secret> <secret>"], "b": 3, "c": None}  # fmt: skip
     assert redact("abc mechanical-one") == "abc mechanical-one"
+    monkeypatch.setenv("A_KEY", "abcdefgh")
+    monkeypatch.setenv("B_KEY", "abcdefghSECRETPART")
+    assert redact({"abcdefghSECRETPART": ("abcdefghSECRETPART",)}) == {"<B_KEY>": ["<B_KEY>"]}, "the longer one, in keys too"
+    assert redact("Authorization: Basic dXNlcjpwYXNz AIza" + "b" * 35) == "Authorization: Basic <secret> <secret>"
+    assert scrub(("\x1b[31mred",)) == ["red"]
     address = "https://host/v1?version=2&code=q1w2&subscription-key=e3r4&access_token=t5&sig=z6%3D"
     assert redact(address) == "https://host/v1?version=2&<secret>&<secret>&<secret>&<secret>"
     assert (

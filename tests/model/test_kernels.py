@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from punster.data.batch import Batch, Example, PrefixTree, collate
+from punster.errors import UserError
 from punster.model import fused, kernels, product
 from punster.model.kernels import BLOCK, CUpdate, LowRank, Packed, Quantised, at, call
 from punster.model.load import random_model
@@ -566,6 +567,12 @@ def run(script: str, **environment: str) -> str:
 ASK = "from punster.model import kernels; print(kernels.compiled())"
 
 
+def test_a_word_that_switches_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUNSTER_KERNELS", "off")
+    with pytest.raises(UserError, match="PUNSTER_KERNELS is 'off'; it must be 0"):
+        kernels.compiled.__wrapped__()
+
+
 def test_they_can_be_switched_off() -> None:
     assert run(ASK, PUNSTER_KERNELS="0").strip() == "None"
 
@@ -627,7 +634,9 @@ def test_built_once(tmp_path: Path) -> None:
     for _ in range(2):
         assert "CDLL" in run(ASK, PUNSTER_CACHE=str(tmp_path))
     (library,) = (tmp_path / "kernels").iterdir()
-    library.write_bytes(library.read_bytes()[:100])  # cut off
-    said = run(ASK, PUNSTER_CACHE=str(tmp_path))
-    assert "CDLL" in said and "could not be used" not in said
-    assert list((tmp_path / "kernels").iterdir()) == [library] and library.stat().st_size > 10_000
+    whole = library.read_bytes()
+    for size in (0, 100, 20_000, len(whole) - 1):  # cut off; what is mapped beyond a file's end is a bus error
+        library.write_bytes(whole[:size])
+        said = run(ASK, PUNSTER_CACHE=str(tmp_path))
+        assert "CDLL" in said and "could not be used" not in said, size
+        assert list((tmp_path / "kernels").iterdir()) == [library] and library.stat().st_size >= len(whole)

@@ -69,6 +69,7 @@ def test_missing_weights_file_and_shard(folder: Path) -> None:
 
 @pytest.mark.parametrize("given", [["a"], {"a": 1}, None])
 def test_an_index_that_names_no_files(folder: Path, given: object) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": given}))
     refused(folder, "weight_map must name a file for each tensor")
 
@@ -93,7 +94,7 @@ def test_settings_that_do_not_fit_together(change: dict[str, object], tiny_llama
 
 
 def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:
-    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
     refused(folder, r"outside\.safetensors is missing")
 
@@ -165,7 +166,42 @@ def test_incomplete_config(folder: Path) -> None:
 
 def test_damaged_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
+    load_model(str(folder))  # transformers, too, takes the single file, and leaves an old index beside what it writes
+    (folder / "model.safetensors").unlink()
     refused(folder, r"index\.json")
+
+
+def test_a_head_of_its_own_stays_one_whatever_the_settings_say(folder: Path) -> None:
+    """As in transformers: a merge or fine-tune may have left the flag on."""
+    tensors = load_file(folder / "model.safetensors")
+    embedding = next(t for n, t in tensors.items() if n.endswith(("wte.weight", "embed_tokens.weight")))
+    change_config(folder, tie_word_embeddings=True)
+    for head, tied in ((embedding, True), (embedding * 2, False)):
+        save_file({**tensors, "lm_head.weight": head.clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+        model = load_model(str(folder))
+        assert model.config.tied == tied and torch.equal(model.head.weight, head)
+
+
+def test_scaled_rotation_is_refused_beside_the_newer_settings(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    change_config(
+        folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    )
+    refused(folder, "rotary scaling 'linear' is not implemented")
+
+
+def test_heads_that_do_not_divide_the_width(tiny_gpt2: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_gpt2, tmp_path / "m"))
+    change_config(folder, n_head=3)
+    refused(folder, "do not fit together")
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"neither a \.gguf file nor a Hugging Face model folder"):
+        load_model(str(tmp_path / "m.safetensors"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        load_model("~nosuchuser/model")
 
 
 # ---- names ----------------------------------------------------------------------------------------------------

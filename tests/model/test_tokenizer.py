@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,45 @@ def test_a_prompt_that_is_kept_cannot_be_changed_by_its_user(chat: Tokenizer) ->
     first = chat.prompt_ids(PROMPT)
     first.append(0)
     assert chat.prompt_ids(PROMPT) != first
+
+
+def test_a_conversion_that_was_damaged_is_made_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def converted(file: Path, sha256: str) -> Path:
+        if not (tmp_path / "complete").exists():
+            made.append(file)
+            shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+            (tmp_path / "complete").touch()
+        return tmp_path
+
+    monkeypatch.setattr("punster.model.tokenizer.resolve", lambda model: Path("x.gguf"))
+    monkeypatch.setattr("punster.model.tokenizer.sha256_of", lambda path: "0" * 64)
+    monkeypatch.setattr("punster.model.tokenizer.converted_gguf", converted)
+    whole = Tokenizer.load("x.gguf").text_ids("the tide")
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:1000])
+    assert Tokenizer.load("x.gguf").text_ids("the tide") == whole and len(made) == 2
+
+
+def test_a_gpt2_folder_without_tokenizer(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """transformers makes one of a single token for it."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny_gpt2 / name)
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_formats_and_messages_that_are_refused(tiny_llama: Path) -> None:
+    tokenizer = Tokenizer.load(str(tiny_llama))
+    with pytest.raises(UserError, match=re.escape("contains {prompt} once")):
+        Tokenizer(tokenizer.hf, "Q {prompt} again {prompt}")
+    for message in ({"role": "user"}, {"content": "x"}, {"role": "user", "content": ["x"]}, {"role": "judge", "content": "x"}):
+        with pytest.raises(UserError, match=r"need a role .* and a text as content"):
+            tokenizer.prompt_ids([message])
+    broken = copy.deepcopy(tokenizer.hf)
+    broken.chat_template = "{{ 'a' + 1 }}"
+    with pytest.raises(UserError, match="chat template refuses a dialogue of user"):
+        Tokenizer(broken, "chat")
 
 
 def test_folder_without_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from punster.errors import UserError
 
 # What transformers calls the activations, and which of ours each is.
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new",
     "gelu_fast": "gelu_new",
 }  # fmt: skip
 
@@ -51,7 +51,8 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta"):
             if type(value := getattr(config, name)) not in (int, float) or not 0 < value < math.inf:
                 raise UserError(f"{where}: {name} is {value!r}; it must be a number above 0")
-        if config.n_head % config.n_kv_head or (config.family == "llama" and config.d_head % 2):
+        uneven = config.d_head % 2 if config.family == "llama" else config.d_model % config.n_head
+        if config.n_head % config.n_kv_head or uneven:
             raise UserError(
                 f"{where}: {config.n_head} heads of {config.d_head} on {config.n_kv_head} of keys and values do not fit together"
             )
@@ -78,7 +79,7 @@ class ModelConfig:
                 activation=raw.get("activation_function", "gelu_new"), raw=raw,
             )  # fmt: skip
         if kind == "llama":
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
             scaling = rope.get("rope_type", rope.get("type", "default"))
             if scaling not in ("default", None):
                 raise UserError(f"rotary scaling {scaling!r} is not implemented (only the default)")

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from punster.errors import UserError
+
 if TYPE_CHECKING:
     from punster.model.lora import Adapter
 
@@ -34,7 +36,7 @@ RUN = 64  # the same, to 16-bit whole numbers; as in csrc/whole.h
 PANEL = 48  # columns of packed weights that lie together
 STORE, ADD, STORE_BF16 = 0, 1, 2
 SILU, GELU_TANH = 0, 1
-ACTIVATIONS = {("llama", "silu"): SILU, ("gpt2", "gelu_new"): GELU_TANH, ("gpt2", "gelu_pytorch_tanh"): GELU_TANH}
+ACTIVATIONS = {("llama", "silu"): SILU, ("gpt2", "gelu_new"): GELU_TANH}
 Site = tuple[str, slice]  # a linear layer and its columns of the joint output
 
 
@@ -99,7 +101,9 @@ NO_UPDATE = CUpdate(None, None, 0, None, None)
 @cache
 def compiled() -> c.CDLL | None:
     """The compiled kernels, or None where they cannot help."""
-    if os.environ.get("PUNSTER_KERNELS") == "0":
+    if (kind := os.environ.get("PUNSTER_KERNELS", "")) not in ("", "0", "1", "avx2"):
+        raise UserError(f"PUNSTER_KERNELS is {kind!r}; it must be 0 (none), avx2, or not set")
+    if kind == "0":
         return None
     from punster.machine import cpu_features
 
@@ -121,6 +125,10 @@ def compiled() -> c.CDLL | None:
 def opened(compiler: str) -> c.CDLL:
     """The library, built anew where what is in the cache is none: cut off by a power cut, say."""
     path = build(compiler)
+    head = path.read_bytes()[:64]  # the table of sections is an ELF file's end; to map what was cut off is a bus error
+    if path.stat().st_size < int.from_bytes(head[40:48], "little") + 64 * int.from_bytes(head[60:62], "little"):
+        path.unlink()
+        path = build(compiler)
     try:
         return c.CDLL(str(path))
     except OSError as error:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,10 @@ def resolve(name: str) -> Path:
     """The folder or GGUF file of a --model value, weights and tokenizer; downloads what has to be downloaded."""
     if name in BUILT_IN:
         return fetch(BUILT_IN[name])
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"--model {name}: neither a .gguf file nor a Hugging Face model folder")
         return path
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -144,7 +146,7 @@ def resolve(name: str) -> Path:
 
 def identity(name: str) -> str:
     """What two spellings of one --model value have in common: "tiny", "./tiny" and its absolute path are one model."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return ALIASES.get(name, name) if name in BUILT_IN or not path.exists() else str(path.resolve())
 
 
@@ -161,7 +163,8 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A Hugging Face folder, sharded or not; every expected tensor must be there, in the expected shape."""
     config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    whole = (folder / "model.safetensors").exists() or not index.exists()  # an index beside it was left by what it replaced
+    shards = {"": "model.safetensors"} if whole else read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise UserError(f"{index}: weight_map must name a file for each tensor")
     found: dict[str, Tensor] = {}
@@ -172,6 +175,9 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             found.update(load_file(folder / file))
         except Exception as error:
             raise UserError(f"{folder / file} is damaged: {error}") from None
+    if config.tied and "lm_head.weight" in found:  # a head of its own stays one, as in transformers
+        embedding = [tensor for name, tensor in found.items() if name.endswith(("wte.weight", "embed_tokens.weight"))]
+        config = replace(config, tied=bool(embedding) and torch.equal(embedding[0], found["lm_head.weight"]))
     return config, checked(config, transposed(found, config.family), str(folder))
 
 
@@ -307,7 +313,9 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "rope_theta": value("rope.freq_base", 10_000.0), "tie_word_embeddings": tied, "hidden_act": "silu",
             "head_dim": value("attention.key_length"),
         }  # fmt: skip
-        if (value("rope.scaling.type") or "none") != "none" or "rope_freqs.weight" in tensors:
+        factor = value("rope.scaling.factor") or value("rope.scale_linear") or 1.0
+        scaled = factor != 1 if (kind := value("rope.scaling.type")) is None else kind != "none"  # llama.cpp's default is linear
+        if scaled or "rope_freqs.weight" in tensors:
             raise UserError(f"{path}: rotary scaling is not implemented")
     else:
         raw = {

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from punster.disk import cache_folder, sha256_of
+from punster.disk import cache_folder, flush, sha256_of
 from punster.errors import UserError
 from punster.model.load import BUILT_IN, resolve
 
@@ -39,11 +39,11 @@ class Tokenizer:
             prompt_format = "chat" if hf.chat_template else PLAIN_FORMAT
         if prompt_format == "chat" and not hf.chat_template:
             raise UserError("--prompt-format chat: this model's tokenizer has no chat template; use a text such as '{prompt}\\n'")
-        if prompt_format != "chat" and "{prompt}" not in prompt_format:
-            raise UserError(f"--prompt-format {prompt_format!r}: must be auto, chat, or a text that contains {{prompt}}")
+        if prompt_format != "chat" and prompt_format.count("{prompt}") != 1:
+            raise UserError(f"--prompt-format {prompt_format!r}: must be auto, chat, or a text that contains {{prompt}} once")
         self.prompt_format = prompt_format
         self._default_system = ""
-        self._cache: dict[str, list[int]] = {}
+        self._user_ids = lru_cache(maxsize=1 << 17)(lambda prompt: self._prompt_ids([{"role": "user", "content": prompt}]))
         # A pun is in many pairs.
         self._text_ids = lru_cache(maxsize=1 << 17)(self._ids_of)
         eos = hf.eos_token_id
@@ -69,14 +69,19 @@ class Tokenizer:
         try:
             hf = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except Exception as error:  # a file that it cannot read is a bare one
+            if (where / "complete").exists():  # a conversion that was damaged since
+                (where / "complete").unlink()
+                return cls.load(model, prompt_format)
             raise UserError(f"{where}: no usable tokenizer ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        if not hf("a", add_special_tokens=False).input_ids:
+            raise UserError(f"{where}: no usable tokenizer (it has no tokens for a text; is tokenizer.json missing?)")
         return cls(hf, prompt_format)
 
     def check_fits(self, model: Decoder) -> Tokenizer:
         """Refuse a model that has no embedding for some of this tokenizer's ids."""
-        if len(self.hf) > model.config.vocab_size:
+        if (size := max(self.hf.get_vocab().values()) + 1) > model.config.vocab_size:
             raise UserError(
-                f"the tokenizer of {model.name} has {len(self.hf)} tokens and the model {model.config.vocab_size}: they do not fit together"
+                f"the tokenizer of {model.name} has {size} tokens and the model {model.config.vocab_size}: they do not fit together"
             )
         return self
 
@@ -150,16 +155,13 @@ class Tokenizer:
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """A prompt (or chat messages) up to where the response starts."""
-        if isinstance(prompt, str):
-            if prompt not in self._cache:
-                self._cache[prompt] = self._prompt_ids([{"role": "user", "content": prompt}])
-            return list(self._cache[prompt])
-        return self._prompt_ids(prompt)
+        return list(self._user_ids(prompt)) if isinstance(prompt, str) else self._prompt_ids(prompt)
 
     def _prompt_ids(self, messages: Messages) -> list[int]:
         # A role stands in the template's skeleton, where special tokens are parsed: only known words may.
-        if not messages or any(message["role"] not in ("system", "user", "assistant", "tool") for message in messages):
-            raise UserError("chat messages need the roles system, user, assistant or tool")
+        roles = ("system", "user", "assistant", "tool")
+        if not messages or any(m.get("role") not in roles or not isinstance(m.get("content"), str) for m in messages):
+            raise UserError("chat messages need a role (system, user, assistant or tool) and a text as content")
         if self.prompt_format != "chat":
             prompt = "\n".join(message["content"] for message in messages)
             before, _, after = self.prompt_format.partition("{prompt}")
@@ -202,7 +204,7 @@ class Tokenizer:
 
         try:
             return str(self.hf.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation))
-        except TemplateError as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"the model's chat template refuses a dialogue of {roles}: {error}") from None
 
@@ -229,13 +231,21 @@ def converted_gguf(file: Path, sha256: str) -> Path:
     folder = cache_folder() / "tokenizers" / sha256[:24]
     if (folder / "complete").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder.parent / f".{folder.name}.lock").acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write into the cache folder {folder.parent}: {error.strerror}. Set PUNSTER_CACHE to a writable folder."
+        ) from None
+    with held:
         if not (folder / "complete").exists():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             except Exception as error:  # the converter raises a dozen kinds
                 raise UserError(f"{file}: no usable tokenizer ({str(error) or type(error).__name__})") from None
             tokenizer.save_pretrained(folder)
+            for written in folder.iterdir():
+                flush(written)
             (folder / "complete").touch()
     return folder

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from punster.data.batch import PrefixTree
-from punster.errors import UserError
 from punster.model import fused
 from punster.model.architecture import ModelConfig
 from punster.model.lora import Adapter, low_rank
@@ -305,13 +304,7 @@ def rotated(x: Tensor, cos: Tensor, turn: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    if kind == "silu":
-        return F.silu(x)
-    if kind in ("gelu_new", "gelu_pytorch_tanh"):
-        return F.gelu(x, approximate="tanh")
-    if kind == "gelu":
-        return F.gelu(x)
-    raise UserError(f"activation {kind!r} is not implemented (silu, gelu_new, gelu)")
+    return F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_new" else "none")
 
 
 def causal_mask(mask: Tensor) -> Tensor:

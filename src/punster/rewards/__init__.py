@@ -86,7 +86,7 @@ def call_reward(
     for place, value in enumerate(values):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
             raise UserError(f"reward {name} returned {value!r} for {completions[place]!r}; expected a number") from None
         if not math.isfinite(number):
             raise UserError(f"reward {name} returned {number} for {completions[place]!r}; expected a finite number")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from punster.errors import UserError
 from punster.model.role import Role
 from punster.rollout.decode import Stepper, decode_one_token
 from punster.rollout.sampler import Decoding, choose, prefill
@@ -44,6 +45,8 @@ def joint_decode(
 
     Yu, Tan & Wan 2018 decode a homograph's two senses jointly so; here the senses are stated in the prompts.
     """
+    if decoding.repetition_penalty != 1:
+        raise UserError("joint decoding has no repetition penalty: its prompts differ in the tokens that they have used")
     stepper = Stepper(role.model, role.adapters, role.last_layer)
     logits, stream, *_ = prefill(role, prompts, decoding.max_new_tokens)
     tokens: list[int] = []
