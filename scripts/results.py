@@ -175,10 +175,12 @@ def make(options: argparse.Namespace, name: str) -> None:
         run = folder / name
     trained, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     settings: EvaluateConfig = evaluation_config(config, folder)
-    best_of = {"best_of": 16, "pool": 32} if name.startswith("sft") else {"best_of": 0, "pool": 0}
+    best_of: dict[str, Any] = {"best_of": 0, "pool": 0, "proxy": None}
+    if name.startswith("sft"):
+        best_of = {"best_of": 16, "pool": 32, "proxy": str(folder / judge_of(name))}
     shown = "base" if name == "base" else str(run or folder / "sft")
     settings = replace(
-        settings, models=[shown], reference=str(folder / "sft"), gold=str(folder / "gold"), proxy=str(folder / judge_of(name)), out=None,
+        settings, models=[shown], reference=str(folder / "sft"), gold=str(folder / "gold"), out=None,
         quiet=True, seed=seed if verb == "none" else 1, **best_of,
     )  # fmt: skip
     rows = evaluate(settings)

@@ -184,7 +184,6 @@ class PpoConfig(PolicyConfig):
         require(self.target_kl is None or self.beta > 0, "--target-kl steers beta by factors: it needs --beta above 0")
         steered = self.target_kl is None or self.kl_penalty != "none"
         require(steered, "--target-kl steers --beta, of which --kl-penalty none makes no use")
-        require(self.sft_coef > 0 or self.sft_data == ["embedded"], "--sft-data needs --sft-coef above 0")
         fine = self.kl_horizon is None or self.kl_horizon >= self.batch_size
         require(fine, f"--kl-horizon counts responses: it must be at least the batch ({self.batch_size}), got {self.kl_horizon}")
 
