@@ -178,6 +178,20 @@ def test_a_conversion_that_was_damaged_is_made_again(tiny_llama: Path, tmp_path:
     whole = Tokenizer.load("x.gguf").text_ids("the tide")
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:1000])
     assert Tokenizer.load("x.gguf").text_ids("the tide") == whole and len(made) == 2
+    monkeypatch.setattr("punster.model.tokenizer.converted_gguf", lambda file, sha256: made.append(file) or tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no usable tokenizer"):  # it cannot be read afterwards either: no third time
+        Tokenizer.load("x.gguf")
+    assert len(made) == 4
+
+
+def test_a_folder_of_ones_own_keeps_what_is_in_it(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    (folder / "complete").touch()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        Tokenizer.load(str(folder))
+    assert (folder / "complete").exists()
 
 
 def test_a_gpt2_folder_without_tokenizer(tiny_gpt2: Path, tmp_path: Path) -> None:

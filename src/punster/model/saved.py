@@ -57,8 +57,9 @@ def load_role(
         raise UserError(
             f"{folder}: written by another version of punster (format {described.get('format')}, this one reads {FORMAT})"
         )
-    fits = base is not None and identity(base.name) == identity(described["model"])
-    plain = base if base is not None and fits else load_model(described["model"], dtype, device)
+    plain = base
+    if plain is None or identity(plain.name) != identity(described["model"]):
+        plain = load_model(described["model"], dtype, device)
     model = plain
     types = (described["dtype"], str(model.dtype).removeprefix("torch."))
     wanted = described["base_sha256"] if types[0] == types[1] else None

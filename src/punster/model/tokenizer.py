@@ -61,20 +61,16 @@ class Tokenizer:
     @classmethod
     def load(cls, model: str, prompt_format: str = "auto") -> Tokenizer:
         """The tokenizer of a --model value."""
-        from transformers import AutoTokenizer
-
         where = resolve(model)
-        if where.suffix == ".gguf":
-            where = converted_gguf(where, BUILT_IN[model].sha256 if model in BUILT_IN else sha256_of(where))
+        if where.suffix != ".gguf":
+            return cls(read_tokenizer(where), prompt_format)
+        sha256 = BUILT_IN[model].sha256 if model in BUILT_IN else sha256_of(where)
+        folder = converted_gguf(where, sha256)
         try:
-            hf = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        except Exception as error:  # a file that it cannot read is a bare one
-            if (where / "complete").exists():  # a conversion that was damaged since
-                (where / "complete").unlink()
-                return cls.load(model, prompt_format)
-            raise UserError(f"{where}: no usable tokenizer ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
-        if not hf("a", add_special_tokens=False).input_ids:
-            raise UserError(f"{where}: no usable tokenizer (it has no tokens for a text; is tokenizer.json missing?)")
+            hf = read_tokenizer(folder)
+        except UserError:  # damaged since it was converted: once more
+            (folder / "complete").unlink(missing_ok=True)
+            hf = read_tokenizer(converted_gguf(where, sha256))
         return cls(hf, prompt_format)
 
     def check_fits(self, model: Decoder) -> Tokenizer:
@@ -221,6 +217,19 @@ class Tokenizer:
         if bos and default.startswith(bos) and bos not in turn:
             default = default.removeprefix(bos)  # a genuine beginning-of-sequence token stays
         return default, closing
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder; UserError where it has none that can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a file that it cannot read is a bare one
+        raise UserError(f"{folder}: no usable tokenizer ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+    if not hf("a", add_special_tokens=False).input_ids:
+        raise UserError(f"{folder}: no usable tokenizer (it has no tokens for a text; is tokenizer.json missing?)")
+    return hf
 
 
 def converted_gguf(file: Path, sha256: str) -> Path:

@@ -69,5 +69,5 @@ def given(stage: TrainConfig, counts: Counts, tokenizer: Tokenizer) -> Given:
         prompt = fmean(len(tokenizer.prompt_ids(row["prompt"])) for row in some)
         response = fmean(len(tokenizer.response_ids(text)) for row in some for text in texts_of(row))
         counts[key] = round(sum(row.get("pass_share") or 1.0 for row in rows)), round(sum(shares.values())), prompt, response
-    count, texts, *lengths = counts[key]
-    return math.ceil(count / 2) if kind == "unpaired" else count, texts, lengths[0], lengths[1]  # two texts cost what a pair does
+    count, texts, prompt, response = counts[key]
+    return math.ceil(count / 2) if kind == "unpaired" else count, texts, prompt, response  # two texts cost what a pair does
